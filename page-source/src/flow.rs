@@ -31,6 +31,18 @@ pub trait PageSource: Debug + Send + Sync {
         true
     }
 
+    /// Whether what was delivered is still what the source holds: nothing was replaced, written to or cut off since it
+    /// was opened. Whoever takes the pages calls it before it declares them complete, since a file that is truncated
+    /// and written again in place reads as zeros for a moment, without an error.
+    ///
+    /// Costs a system call or so; never waits for a peer.
+    ///
+    /// # Errors
+    /// If something changed: then nothing that was delivered can be trusted.
+    fn verify(&self) -> Result<(), SourceError> {
+        Ok(())
+    }
+
     /// Begins to push into `sink` what is requested through the feed (and what the source sends unasked).
     ///
     /// # Errors
