@@ -1,0 +1,139 @@
+//! Commands, their answers, and events.
+
+use std::collections::VecDeque;
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::QmpError;
+use crate::reader::{NoMessage, Reader};
+
+/// Events kept until somebody asks; the oldest are dropped first.
+const MOST_EVENTS: usize = 4096;
+
+/// Something that QEMU said unasked.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Event {
+    /// Its name, e.g. `RESUME`.
+    pub name: String,
+    /// Its data; null if it has none.
+    pub data: Value,
+    /// When it was taken from the socket.
+    pub seen: Instant,
+}
+
+/// A connection to one QEMU. Dropping it closes the socket; QEMU goes on.
+#[derive(Debug)]
+pub struct Qmp {
+    socket: UnixStream,
+    reader: Reader,
+    events: VecDeque<Event>,
+    serial: u64,
+    limit: Duration,
+    version: (u64, u64, u64),
+}
+
+impl Qmp {
+    /// Connects, waits for the greeting and leaves negotiation mode, all within `limit`, which also becomes the time
+    /// limit of each command.
+    ///
+    /// # Errors
+    /// If nothing answers at `path`, or not in time (QEMU serves one client at a time).
+    pub fn connect(path: &Path, limit: Duration) -> Result<Qmp, QmpError> {
+        let failed = |error| QmpError::Connect { path: path.to_owned(), error: Arc::new(error) };
+        let socket = UnixStream::connect(path).map_err(failed)?;
+        socket.set_write_timeout(Some(limit)).map_err(failed)?;
+        let reader = Reader::start(socket.try_clone().map_err(failed)?).map_err(failed)?;
+        let silent = QmpError::NoGreeting { path: path.to_owned() };
+        let greeting = reader.next(Instant::now() + limit).map_err(|_| silent.clone())?;
+        let version = &greeting["QMP"]["version"]["qemu"];
+        if version.is_null() {
+            return Err(silent);
+        }
+        let part = |name: &str| version[name].as_u64().unwrap_or(0);
+        let version = (part("major"), part("minor"), part("micro"));
+        let mut qmp = Qmp { socket, reader, events: VecDeque::new(), serial: 0, limit, version };
+        qmp.execute("qmp_capabilities", json!({}))?;
+        Ok(qmp)
+    }
+
+    /// QEMU's version: major, minor, micro.
+    #[must_use]
+    pub fn version(&self) -> (u64, u64, u64) {
+        self.version
+    }
+
+    /// Sends a command and waits for its answer. Events that come meanwhile are kept.
+    ///
+    /// # Errors
+    /// If QEMU refuses, goes away, or does not answer in time. After a time-out the late answer is thrown away.
+    pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, QmpError> {
+        self.serial += 1;
+        let mut line = json!({"execute": command, "arguments": arguments, "id": self.serial}).to_string();
+        line.push('\n');
+        self.socket.write_all(line.as_bytes()).map_err(|_| QmpError::Closed)?;
+        let until = Instant::now() + self.limit;
+        loop {
+            let mut message = match self.reader.next(until) {
+                Ok(message) => message,
+                Err(NoMessage::Closed) => return Err(QmpError::Closed),
+                Err(NoMessage::TooLate) => {
+                    return Err(QmpError::Timeout { command: command.to_owned(), limit: self.limit });
+                }
+            };
+            if self.keep_event(&message) || message["id"] != self.serial {
+                continue;
+            }
+            let refused = &message["error"];
+            if !refused.is_null() {
+                let text = |name: &str| refused[name].as_str().unwrap_or("(no reason given)").to_owned();
+                return Err(QmpError::Refused {
+                    command: command.to_owned(),
+                    class: text("class"),
+                    description: text("desc"),
+                });
+            }
+            return Ok(message["return"].take());
+        }
+    }
+
+    /// Waits for the next event with one of these names, and takes it; others are kept. `None` if none came in time.
+    ///
+    /// # Errors
+    /// If QEMU goes away.
+    pub fn wait_event(&mut self, names: &[&str], limit: Duration) -> Result<Option<Event>, QmpError> {
+        let until = Instant::now() + limit;
+        loop {
+            if let Some(at) = self.events.iter().position(|event| names.contains(&event.name.as_str())) {
+                return Ok(self.events.remove(at));
+            }
+            match self.reader.next(until) {
+                Ok(message) => _ = self.keep_event(&message),
+                Err(NoMessage::Closed) => return Err(QmpError::Closed),
+                Err(NoMessage::TooLate) => return Ok(None),
+            }
+        }
+    }
+
+    /// Forgets the events that came so far.
+    pub fn forget_events(&mut self) {
+        while let Ok(message) = self.reader.next(Instant::now()) {
+            self.keep_event(&message);
+        }
+        self.events.clear();
+    }
+
+    fn keep_event(&mut self, message: &Value) -> bool {
+        let Some(name) = message["event"].as_str() else { return false };
+        if self.events.len() == MOST_EVENTS {
+            self.events.pop_front();
+        }
+        let event = Event { name: name.to_owned(), data: message["data"].clone(), seen: Instant::now() };
+        self.events.push_back(event);
+        true
+    }
+}

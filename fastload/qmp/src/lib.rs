@@ -1,0 +1,23 @@
+//! A small client of QMP, QEMU's machine protocol, over a unix socket.
+//!
+//! Answers stay JSON values. A client with one Rust type for each type of the protocol (such as the `qapi` crate)
+//! refuses an answer that names a capability or a state newer than itself, and the answers we need, the migration
+//! capabilities above all, name new ones in most releases of QEMU: such a client would tie us to one of them.
+//!
+//! ```no_run
+//! use std::time::Duration;
+//!
+//! let mut qemu = fastload_qmp::Qmp::connect("/run/vm.qmp".as_ref(), Duration::from_secs(5))?;
+//! let status = qemu.execute("query-status", serde_json::json!({}))?;
+//! println!("{}", status["status"]);
+//! # Ok::<(), fastload_qmp::QmpError>(())
+//! ```
+
+mod client;
+mod error;
+mod facts;
+mod reader;
+
+pub use client::{Event, Qmp};
+pub use error::QmpError;
+pub use facts::{Capabilities, GuestBlock, parse_ram_blocks};
