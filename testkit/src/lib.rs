@@ -1,1 +1,5 @@
-//! The parts that the tests of this workspace share (being written).
+//! The parts that the tests of this workspace share. Not published.
+
+pub mod hugepages;
+pub mod require;
+mod sys;

@@ -1,0 +1,151 @@
+//! What a test needs from the machine, really tried, and what happens where it is missing.
+//!
+//! ```no_run
+//! # fn a_test() {
+//! testkit::require!(Kvm, Userfaultfd);
+//! // from here on both work
+//! # }
+//! ```
+//!
+//! A test that lacks something prints `SKIPPED <test>: <what>: <reason>`, adds that line to the file that the
+//! environment variable `TESTKIT_SKIPS` names, and returns. Where `CI=true` is set it fails instead: a machine that is
+//! meant to prove something must not pass by skipping.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::process::{Command, Stdio};
+
+use crate::{hugepages, sys};
+
+/// Something a test can't do without.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Prerequisite {
+    /// `/dev/kvm` opens, and a VM can be created.
+    Kvm,
+    /// A userfaultfd that also handles faults taken inside the kernel can be created.
+    Userfaultfd,
+    /// `qemu-system-x86_64` runs.
+    Qemu,
+    /// A 2 MiB huge page can be had (through overcommit, see [`hugepages::Overcommit`]).
+    Hugepages,
+    /// The test runs as root.
+    Root,
+    /// At least two CPUs may be used.
+    TwoCpus,
+}
+
+impl Prerequisite {
+    /// Tries it.
+    ///
+    /// # Errors
+    /// With the exact reason why it is missing.
+    pub fn check(self) -> Result<(), String> {
+        match self {
+            Prerequisite::Kvm => {
+                let kvm = kvm_ioctls::Kvm::new().map_err(|error| format!("/dev/kvm can't be opened: {error}"))?;
+                kvm.create_vm().map_err(|error| format!("no VM can be created: {error}"))?;
+                Ok(())
+            }
+            Prerequisite::Userfaultfd => userfaultfd(),
+            Prerequisite::Qemu => qemu(),
+            Prerequisite::Hugepages => {
+                let _one_more = hugepages::Overcommit::reserve(1)
+                    .map_err(|error| format!("nr_overcommit_hugepages can't be raised: {error}"))?;
+                sys::try_huge_page().map_err(|error| format!("no 2 MiB page can be had: {error}"))
+            }
+            Prerequisite::Root if nix::unistd::geteuid().is_root() => Ok(()),
+            Prerequisite::Root => Err(format!("running as user {}", nix::unistd::geteuid())),
+            Prerequisite::TwoCpus => match std::thread::available_parallelism() {
+                Ok(cpus) if cpus.get() >= 2 => Ok(()),
+                Ok(cpus) => Err(format!("{cpus} CPU")),
+                Err(error) => Err(error.to_string()),
+            },
+        }
+    }
+}
+
+/// Whether all of `needed` is there; records what is not. For the [`require!`](crate::require) macro.
+///
+/// # Panics
+/// If something is missing and `CI=true`.
+#[must_use]
+pub fn have(needed: &[Prerequisite]) -> bool {
+    let Some((what, reason)) = needed.iter().find_map(|&what| what.check().err().map(|reason| (what, reason))) else {
+        return true;
+    };
+    let thread = std::thread::current();
+    let line = format!("SKIPPED {}: {what:?}: {reason}", thread.name().unwrap_or("(unnamed thread)"));
+    assert_ne!(std::env::var("CI").as_deref(), Ok("true"), "{line}, and CI=true allows no skips");
+    eprintln!("{line}");
+    if let Some(path) = std::env::var_os("TESTKIT_SKIPS") {
+        let file = OpenOptions::new().create(true).append(true).open(&path);
+        let written = file.and_then(|mut file| file.write_all(format!("{line}\n").as_bytes()));
+        written.unwrap_or_else(|error| panic!("{line}, but recording that in {path:?} failed: {error}"));
+    }
+    false
+}
+
+/// Returns from the test, after recording why, unless everything named is there.
+///
+/// The names are those of [`Prerequisite`]. In a function that returns something, give the value after a semicolon:
+/// `require!(Kvm; Ok(()))`.
+#[macro_export]
+macro_rules! require {
+    ($($what:ident),+ $(,)?) => {
+        $crate::require!($($what),+; ())
+    };
+    ($($what:ident),+; $value:expr) => {
+        if !$crate::require::have(&[$($crate::require::Prerequisite::$what),+]) {
+            return $value;
+        }
+    };
+}
+
+fn userfaultfd() -> Result<(), String> {
+    let device = match File::open("/dev/userfaultfd") {
+        Ok(device) => match sys::userfaultfd_from_device(&device) {
+            Ok(_) => return Ok(()),
+            Err(error) => format!("/dev/userfaultfd: {error}"),
+        },
+        Err(error) => format!("/dev/userfaultfd: {error}"),
+    };
+    match sys::userfaultfd_from_syscall() {
+        Ok(_) => Ok(()),
+        Err(error) => Err(format!("{device}; userfaultfd(2): {error} (see /proc/sys/vm/unprivileged_userfaultfd)")),
+    }
+}
+
+fn qemu() -> Result<(), String> {
+    let status =
+        Command::new("qemu-system-x86_64").arg("--version").stdin(Stdio::null()).stdout(Stdio::null()).status();
+    match status {
+        Ok(status) if status.success() => Ok(()),
+        Ok(status) => Err(format!("qemu-system-x86_64 --version: {status}")),
+        Err(error) => Err(format!("qemu-system-x86_64: {error}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_there_is_found() {
+        assert_eq!(Prerequisite::Root.check().is_ok(), nix::unistd::geteuid().is_root());
+        assert!(have(&[]));
+    }
+
+    #[test]
+    fn skipping_returns_the_value() {
+        fn needs_root() -> u32 {
+            require!(Root; 7);
+            8
+        }
+        if !nix::unistd::geteuid().is_root() && std::env::var("CI").as_deref() != Ok("true") {
+            assert_eq!(needs_root(), 7);
+        } else if nix::unistd::geteuid().is_root() {
+            assert_eq!(needs_root(), 8);
+        }
+    }
+}
