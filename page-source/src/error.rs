@@ -4,7 +4,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use page_units::{ByteLen, FileOffset, LayoutError};
+use page_units::{ByteLen, FileOffset, LayoutError, PageRun};
 
 /// Why a source can't deliver. Cheap to clone, since one error may end many pages.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -101,6 +101,11 @@ pub enum SinkError {
         #[source]
         error: SourceError,
     },
+    /// The lent bytes are not there any more: the kernel answered `EFAULT`, as it does where a mapped file was
+    /// truncated. The source that lent them ends the run with [`PageSink::failed`](crate::PageSink::failed) and an
+    /// error that names the file.
+    #[error("the bytes to be taken are gone: {0}")]
+    Unreadable(PageRun),
     /// Whoever takes the pages was cancelled, or has ended.
     #[error("no more pages are taken: {reason}")]
     Stopped {
