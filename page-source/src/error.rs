@@ -49,6 +49,14 @@ pub enum SourceError {
         /// Where in the file.
         offset: FileOffset,
     },
+    /// The file was replaced or written to since it was opened: whatever was delivered from it can't be trusted.
+    #[error("{}: {what} changed since it was opened, so what was loaded from it can't be trusted: keep a snapshot file unchanged while a guest runs from it", path.display())]
+    Altered {
+        /// The file.
+        path: PathBuf,
+        /// What is different: size, modification time, ...
+        what: &'static str,
+    },
     /// The file can't be opened, mapped, or made sense of.
     #[error("{}: {reason}", path.display())]
     Open {

@@ -63,6 +63,13 @@ pub trait Feed: Debug + Send + Sync {
     /// Never waits for content that has to come from elsewhere: a source that can't answer from what this machine
     /// has at hand (its page cache or its disk) queues the request and answers from its own thread.
     fn request(&self, run: PageRun, urgency: Urgency);
+
+    /// Whether requests can still be answered. A source whose thread has died says so through [`PageSink::end`] if it
+    /// can; whoever waits for pages asks here now and then, so as not to wait for ever for one that could not. Once
+    /// it is `false`, pages that have been asked for and have not ended never will.
+    fn alive(&self) -> bool {
+        true
+    }
 }
 
 /// How much a request hurries.

@@ -8,11 +8,15 @@
 
 mod bytes;
 mod error;
+mod file;
 mod flow;
 mod sys;
+mod zeros;
 
 pub use bytes::PageBytes;
 pub use error::{SinkError, SourceError};
+pub use file::{FlatBlock, FlatFile};
 pub use flow::{Content, End, Feed, Flow, PageSink, PageSource, Span, Urgency};
 pub use page_units as units;
 pub use page_units::*;
+pub use zeros::is_zero;
