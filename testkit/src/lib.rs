@@ -1,6 +1,11 @@
 //! The parts that the tests of this workspace share. Not published.
 
+pub mod faults;
+pub mod gate;
 pub mod guest;
 pub mod hugepages;
+pub mod late;
+pub mod oracle;
 pub mod require;
+pub mod source;
 mod sys;
