@@ -46,13 +46,27 @@ impl Qmp {
     pub fn connect(path: &Path, limit: Duration) -> Result<Qmp, QmpError> {
         let failed = |error| QmpError::Connect { path: path.to_owned(), error: Arc::new(error) };
         let socket = UnixStream::connect(path).map_err(failed)?;
-        socket.set_write_timeout(Some(limit)).map_err(failed)?;
-        let reader = Reader::start(socket.try_clone().map_err(failed)?).map_err(failed)?;
-        let silent = QmpError::NoGreeting { path: path.to_owned() };
-        let greeting = reader.next(Instant::now() + limit).map_err(|_| silent.clone())?;
+        Qmp::over(socket, limit).map_err(|error| match error {
+            QmpError::Timeout { .. } | QmpError::Closed => QmpError::NoGreeting { path: path.to_owned() },
+            other => other,
+        })
+    }
+
+    /// The same over a socket that is connected already.
+    ///
+    /// # Errors
+    /// If QEMU is not at the other end, or does not answer in time.
+    pub fn over(socket: UnixStream, limit: Duration) -> Result<Qmp, QmpError> {
+        socket.set_write_timeout(Some(limit)).map_err(|_| QmpError::Closed)?;
+        let reader = socket.try_clone().and_then(Reader::start).map_err(|_| QmpError::Closed)?;
+        let greeting = reader.next(Instant::now() + limit).map_err(|no| match no {
+            NoMessage::TooLate => QmpError::Timeout { command: "the connection".into(), limit },
+            NoMessage::Closed => QmpError::Closed,
+        })?;
         let version = &greeting["QMP"]["version"]["qemu"];
         if version.is_null() {
-            return Err(silent);
+            let reason = "it does not begin with a QMP greeting".into();
+            return Err(QmpError::Answer { command: "the connection".into(), reason });
         }
         let part = |name: &str| version[name].as_u64().unwrap_or(0);
         let version = (part("major"), part("minor"), part("micro"));

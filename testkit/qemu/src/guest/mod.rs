@@ -1,0 +1,95 @@
+//! A guest without an operating system: machine code in an ELF file that QEMU starts with `-kernel` (through the PVH
+//! entry, on pc, q35 and microvm).
+//!
+//! It fills its memory with a pattern that depends on nothing but the address ([`Plan::word`]), then checks it for
+//! ever and counts the passes. It takes no interrupts and writes no memory but its [status page](STATUS) and its
+//! stacks. Bytes that arrive at its serial port are orders:
+//!
+//! | byte | what it does | what it answers |
+//! |---|---|---|
+//! | `?` | | `? passes errors` |
+//! | `s` | stands still: writes nothing to memory, until `g` | `s passes errors` |
+//! | `g` | goes on | `g passes errors` |
+//!
+//! Both numbers are hexadecimal; a line feed ends the answer. When it has filled its memory it says `r passes errors`
+//! by itself.
+
+mod code;
+mod elf;
+mod status;
+
+pub use status::Status;
+
+/// Guest-physical address of the page that the guest itself writes.
+pub const STATUS: u64 = 0x13_0000;
+/// Where the stacks lie: a page for each processor.
+pub const STACKS: u64 = 0x14_0000;
+/// The most processors it uses.
+pub const MOST_CPUS: u64 = 4;
+/// The lowest address of a range of [`Plan::ranges`].
+pub const LOWEST: u64 = 0x20_0000;
+
+/// The guest-physical memory that changes while the guest runs: its own page and stacks, and, under KVM only, the low
+/// memory of the firmware.
+pub const CHANGING: [(u64, u64); 3] =
+    [(STATUS, STATUS + 4096), (STACKS, STACKS + 4096 * MOST_CPUS), (0xe_0000, 0x10_0000)];
+
+/// What the guest does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// Fills memory with the pattern and checks it for ever.
+    Check,
+    /// Writes the number of the pass into the first word of each page, in ascending order, for ever: in a picture of
+    /// one instant the numbers never rise with the address, and fall once at most, by one.
+    Generations,
+}
+
+/// A guest, before it is built.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// What it does.
+    pub work: Work,
+    /// The guest-physical memory it uses, in bytes, page-aligned: at most four ranges, none below [`LOWEST`].
+    pub ranges: Vec<(u64, u64)>,
+    /// Of each `stride` pages ...
+    pub stride: u64,
+    /// ... the first `stored` have content; the others stay zero.
+    pub stored: u64,
+    /// It compares a word every so many bytes: a multiple of 8 that divides 4096.
+    pub step: u64,
+    /// How many processors it starts, at most [`MOST_CPUS`].
+    pub cpus: u64,
+}
+
+impl Plan {
+    /// A guest that checks the memory from [`LOWEST`] to `end`, a quarter of which stays zero.
+    #[must_use]
+    pub fn check(end: u64) -> Plan {
+        Plan { work: Work::Check, ranges: vec![(LOWEST, end)], stride: 8, stored: 6, step: 64, cpus: 1 }
+    }
+
+    /// The ELF file.
+    ///
+    /// # Panics
+    /// If the plan contradicts itself.
+    #[must_use]
+    pub fn build(&self) -> Vec<u8> {
+        assert!(self.ranges.len() <= 4 && (1..=MOST_CPUS).contains(&self.cpus));
+        assert!(self.ranges.iter().all(|(start, end)| *start >= LOWEST && start < end && (start | end) % 4096 == 0));
+        assert!(self.step.is_multiple_of(8) && 4096 % self.step == 0 && self.stride > 0);
+        elf::wrap(&code::image(self))
+    }
+
+    /// Whether the page that holds this address has content.
+    #[must_use]
+    pub fn is_stored(&self, address: u64) -> bool {
+        let used = self.ranges.iter().any(|(start, end)| (*start..*end).contains(&address));
+        used && (address >> 12) % self.stride < self.stored
+    }
+
+    /// The eight bytes at `address` (little endian) once memory is filled.
+    #[must_use]
+    pub fn word(address: u64) -> u64 {
+        address.wrapping_mul(code::MIX) ^ code::SEED
+    }
+}

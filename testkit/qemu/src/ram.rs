@@ -1,0 +1,60 @@
+//! All RAM of a stopped guest, compared byte for byte.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+/// The RAM of a guest at one moment, in files.
+#[derive(Debug)]
+pub struct RamDump {
+    /// Guest-physical ranges and a file for each.
+    pub(crate) ranges: Vec<((u64, u64), File)>,
+}
+
+impl RamDump {
+    /// The bytes at `address`.
+    ///
+    /// # Errors
+    /// If they are not all RAM, or the file can't be read.
+    pub fn read(&self, address: u64, into: &mut [u8]) -> io::Result<()> {
+        let end = address + into.len() as u64;
+        for ((first, last), file) in &self.ranges {
+            if *first <= address && end <= *last {
+                return file.read_exact_at(into, address - first);
+            }
+        }
+        Err(io::Error::new(io::ErrorKind::NotFound, format!("{address:#x} is not RAM")))
+    }
+}
+
+/// The first guest-physical address where the dumps differ, outside of the `ignored` ranges.
+///
+/// # Errors
+/// If a file can't be read, or the dumps cover different ranges.
+pub fn first_difference(a: &RamDump, b: &RamDump, ignored: &[(u64, u64)]) -> io::Result<Option<u64>> {
+    const CHUNK: usize = 1 << 20;
+    if a.ranges.len() != b.ranges.len() {
+        return Err(io::Error::other("the dumps cover different ranges"));
+    }
+    let (mut left, mut right) = (vec![0; CHUNK], vec![0; CHUNK]);
+    for (((first, last), file), (other, other_file)) in a.ranges.iter().zip(&b.ranges) {
+        if (*first, *last) != *other {
+            return Err(io::Error::other("the dumps cover different ranges"));
+        }
+        let mut at = *first;
+        while at < *last {
+            let n = usize::try_from(last - at).map_or(CHUNK, |left| left.min(CHUNK));
+            file.read_exact_at(&mut left[..n], at - first)?;
+            other_file.read_exact_at(&mut right[..n], at - first)?;
+            if left[..n] != right[..n] {
+                let differ = (0..n).filter(|i| left[*i] != right[*i]).map(|i| at + i as u64);
+                let mut outside = differ.filter(|byte| !ignored.iter().any(|(from, to)| (from..to).contains(&byte)));
+                if let Some(byte) = outside.next() {
+                    return Ok(Some(byte));
+                }
+            }
+            at += n as u64;
+        }
+    }
+    Ok(None)
+}
