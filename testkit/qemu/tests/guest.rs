@@ -45,7 +45,7 @@ fn fills_and_checks(setup: &Setup, plan: &Plan) {
     let moved = qemu.dump().unwrap();
     let changed = first_difference(&dump, &moved, by_kvm).unwrap();
     assert!(changed.is_some_and(|at| at >= STATUS), "{changed:x?}");
-    assert_eq!(first_difference(&dump, &moved, &CHANGING).unwrap(), None);
+    assert_eq!(first_difference(&dump, &moved, if setup.kvm { &CHANGING } else { &CHANGING[..2] }).unwrap(), None);
 }
 
 #[test]

@@ -29,10 +29,10 @@ pub const MOST_CPUS: u64 = 4;
 /// The lowest address of a range of [`Plan::ranges`].
 pub const LOWEST: u64 = 0x20_0000;
 
-/// The guest-physical memory that changes while the guest runs: its own page and stacks, and, under KVM only, the low
-/// memory of the firmware.
-pub const CHANGING: [(u64, u64); 3] =
-    [(STATUS, STATUS + 4096), (STACKS, STACKS + 4096 * MOST_CPUS), (0xe_0000, 0x10_0000)];
+/// The guest-physical memory that the guest itself changes once it is ready, then that of the firmware, which changes
+/// too under KVM.
+pub const CHANGING: [(u64, u64); 4] =
+    [(STATUS, STATUS + 4096), (STACKS, STACKS + 4096 * MOST_CPUS), (0xe_0000, 0x10_0000), (0xfffe_0000, 0x1_0000_0000)];
 
 /// What the guest does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
