@@ -1,3 +1,68 @@
-//! (being written)
+//! `cargo xtask`: the demo, the tests, the benchmarks, and what they need on the machine.
+//!
+//! It builds with Rust alone (no C library, no build script that looks for one), because it is what brings the rest.
+#![expect(clippy::print_stdout, reason = "a command-line program")]
 
-fn main() {}
+mod bench;
+mod demo;
+mod e2e;
+mod results;
+mod run;
+mod setup;
+mod test;
+mod tidy;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", about = "Tasks of this workspace")]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Resume a real guest from a snapshot, eagerly and on demand, and compare the two
+    Demo(demo::Args),
+    /// Run everything that CI runs: format, source rules, lints, tests, documentation, fuzz targets, QEMU
+    Test(test::Args),
+    /// Run the tests against a real QEMU only
+    E2e(e2e::Args),
+    /// Measure, each figure as a ratio to the floor measured in the same run
+    Bench(bench::Args),
+    /// Install what is missing on this machine (as root on Debian), or print the command that does
+    Setup(setup::Args),
+    /// Check the rules for source files that no compiler knows
+    Tidy,
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().task {
+        Task::Demo(args) => demo::run(&args),
+        Task::Test(args) => test::run(&args),
+        Task::E2e(args) => e2e::run(&args),
+        Task::Bench(args) => bench::run(&args),
+        Task::Setup(args) => setup::run(&args),
+        Task::Tidy => tidy::run(),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        super::Cli::command().debug_assert();
+    }
+}

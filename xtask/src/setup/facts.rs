@@ -1,0 +1,144 @@
+//! What is there.
+
+use std::fs::{self, OpenOptions};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use super::Need;
+use super::apt::{self, Entry};
+use super::debian::OsRelease;
+use crate::run::cargo_path;
+
+/// Everything that the plan depends on.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Facts {
+    /// Whether we may install system packages.
+    pub(crate) root: bool,
+    /// The distribution.
+    pub(crate) os: OsRelease,
+    /// Whether `apt-get` is there.
+    pub(crate) apt_get: bool,
+    /// Whether `rustup` is there.
+    pub(crate) rustup: bool,
+    /// Where apt takes packages from.
+    pub(crate) sources: Vec<Entry>,
+    /// What is there already.
+    pub(crate) present: Vec<Need>,
+}
+
+impl Facts {
+    /// Looks around.
+    pub(crate) fn gather() -> Facts {
+        let mut present = Vec::new();
+        let mut note = |need, there| {
+            if there {
+                present.push(need);
+            }
+        };
+        note(Need::Libclang, libclang());
+        note(Need::Rustfmt, runs(Command::new(cargo_path()).args(["fmt", "--version"])));
+        note(Need::Clippy, runs(Command::new(cargo_path()).args(["clippy", "--version"])));
+        note(Need::Qemu, qemu_major().is_some_and(|major| major >= 10));
+        Facts {
+            root: effective_user() == Some(0),
+            os: OsRelease::parse(&fs::read_to_string("/etc/os-release").unwrap_or_default()),
+            apt_get: runs(Command::new("apt-get").arg("--version")),
+            rustup: runs(Command::new("rustup").arg("--version")),
+            sources: apt::read_all(Path::new("/etc/apt")),
+            present,
+        }
+    }
+
+    /// Whether it is there.
+    pub(crate) fn has(&self, need: Need) -> bool {
+        self.present.contains(&need)
+    }
+}
+
+/// The devices that the product needs at run time: path, what is wrong, how to cure it.
+pub(crate) fn devices() -> impl Iterator<Item = (&'static str, Option<String>, &'static str)> {
+    [
+        ("/dev/kvm", "add yourself to its group (usually kvm), or on a virtual machine turn nested virtualisation on"),
+        ("/dev/userfaultfd", "give yourself access (chgrp, setfacl), or set vm.unprivileged_userfaultfd=1 by sysctl"),
+    ]
+    .into_iter()
+    .map(|(path, cure)| {
+        let opened = OpenOptions::new().read(true).write(true).open(path);
+        (path, opened.err().map(|error| error.to_string()), cure)
+    })
+}
+
+fn runs(command: &mut Command) -> bool {
+    let status = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status();
+    status.is_ok_and(|status| status.success())
+}
+
+fn effective_user() -> Option<u32> {
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("Uid:"))?;
+    line.split_ascii_whitespace().nth(1)?.parse().ok()
+}
+
+/// Whether bindgen will find a libclang: a shared library of that name in the directories that it looks in, and the
+/// compiler's own headers, which come in another package.
+fn libclang() -> bool {
+    if let Some(path) = std::env::var_os("LIBCLANG_PATH") {
+        return Path::new(&path).is_file() || holds_libclang(Path::new(&path));
+    }
+    let fixed = ["/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/local/lib64", "/usr/lib/x86_64-linux-gnu"];
+    let versioned =
+        fs::read_dir("/usr/lib").into_iter().flatten().flatten().map(|entry| entry.path()).filter(|path| {
+            path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with("llvm"))
+        });
+    let mut directories = fixed.iter().map(|path| path.into()).chain(versioned.map(|path| path.join("lib")));
+    directories.any(|directory| holds_libclang(&directory))
+}
+
+fn holds_libclang(directory: &Path) -> bool {
+    let Ok(entries) = fs::read_dir(directory) else { return false };
+    entries.flatten().any(|entry| entry.file_name().to_str().is_some_and(is_libclang))
+}
+
+fn is_libclang(name: &str) -> bool {
+    let Some(rest) = name.strip_prefix("libclang") else { return false };
+    let Some((version, _)) = rest.split_once(".so") else { return false };
+    version.is_empty()
+        || version.starts_with('-') && version[1..].bytes().all(|byte| byte.is_ascii_digit() || byte == b'.')
+}
+
+fn qemu_major() -> Option<u32> {
+    let output = Command::new("qemu-system-x86_64").arg("--version").stdin(Stdio::null()).output().ok()?;
+    parse_qemu_major(&String::from_utf8_lossy(&output.stdout))
+}
+
+fn parse_qemu_major(version: &str) -> Option<u32> {
+    let (_, rest) = version.split_once("version ")?;
+    rest.split('.').next()?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_libclang() {
+        for name in ["libclang.so", "libclang-14.so.1", "libclang-14.so", "libclang.so.14.0.6"] {
+            assert!(is_libclang(name), "{name}");
+        }
+        for name in ["libclang-cpp.so.14", "libclang.a", "libclang_rt.so", "clang.so"] {
+            assert!(!is_libclang(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn versions_of_qemu() {
+        assert_eq!(parse_qemu_major("QEMU emulator version 10.0.2 (Debian 1:10.0.2+ds-2)\nCopyright"), Some(10));
+        assert_eq!(parse_qemu_major("QEMU emulator version 7.2.19"), Some(7));
+        assert_eq!(parse_qemu_major("something else"), None);
+    }
+
+    #[test]
+    fn this_process_has_a_user() {
+        assert!(effective_user().is_some());
+    }
+}

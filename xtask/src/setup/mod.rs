@@ -1,0 +1,102 @@
+//! `cargo xtask setup`: what the other tasks need on this machine, found, and installed where we may.
+
+mod apt;
+mod debian;
+mod facts;
+mod plan;
+
+use crate::run::{Done, in_ci};
+use facts::Facts;
+use plan::Plan;
+
+/// Something that a task can't do without.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Need {
+    /// libclang, with which the `userfaultfd` crate reads the kernel's header while it is built.
+    Libclang,
+    /// `cargo fmt`.
+    Rustfmt,
+    /// `cargo clippy`.
+    Clippy,
+    /// `qemu-system-x86_64`, version 10 or later.
+    Qemu,
+}
+
+impl Need {
+    const ALL: [Need; 4] = [Need::Libclang, Need::Rustfmt, Need::Clippy, Need::Qemu];
+
+    fn name(self) -> &'static str {
+        match self {
+            Need::Libclang => "libclang (for the userfaultfd crate)",
+            Need::Rustfmt => "rustfmt",
+            Need::Clippy => "clippy",
+            Need::Qemu => "QEMU 10 or later (qemu-system-x86_64)",
+        }
+    }
+}
+
+/// What `setup` takes.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Only print what would be done
+    #[arg(long)]
+    dry_run: bool,
+}
+
+/// Installs all that is missing, and says what else a user has to see to.
+pub(crate) fn run(args: &Args) -> Done {
+    let facts = Facts::gather();
+    for need in Need::ALL {
+        println!("{:9} {}", if facts.has(need) { "ok" } else { "missing" }, need.name());
+    }
+    for (device, problem, cure) in facts::devices() {
+        match problem {
+            None => println!("{:9} {device}", "ok"),
+            Some(problem) => println!("{:9} {device} ({problem}): {cure}", "no access"),
+        }
+    }
+    let plan = plan::make(&facts, &Need::ALL)?;
+    if args.dry_run {
+        if !plan.is_empty() {
+            println!("\nThis would be done:\n\n  {}", plan.shell(true));
+        }
+        return Ok(());
+    }
+    carry_out(&facts, &plan)
+}
+
+/// Makes sure that everything named is there.
+///
+/// # Errors
+/// If something is missing and can't be installed from here: the error holds the command to type.
+pub(crate) fn ensure(needs: &[Need]) -> Done {
+    let facts = Facts::gather();
+    let missing: Vec<Need> = needs.iter().copied().filter(|&need| !facts.has(need)).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    for need in &missing {
+        eprintln!("Missing: {}", need.name());
+    }
+    carry_out(&facts, &plan::make(&facts, &missing)?)
+}
+
+/// As [`ensure`], but where it fails and this is not CI, says so and goes on: the tests that need it are then skipped.
+pub(crate) fn ensure_or_skip(need: Need) -> Done {
+    match ensure(&[need]) {
+        Err(error) if !in_ci() => {
+            eprintln!("Tests that need {} will be skipped: {error}", need.name());
+            Ok(())
+        }
+        done => done,
+    }
+}
+
+fn carry_out(facts: &Facts, plan: &Plan) -> Done {
+    if plan.needs_root() && !facts.root {
+        return Err(
+            format!("not running as root, so please type this, then try again:\n\n  {}\n", plan.shell(false)).into()
+        );
+    }
+    plan.execute().map_err(|error| format!("{error}\nThe whole set-up by hand:\n\n  {}\n", plan.shell(false)).into())
+}

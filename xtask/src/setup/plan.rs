@@ -1,0 +1,262 @@
+//! From what is missing to the commands that bring it.
+
+use std::fs;
+use std::process::Command;
+
+use super::Need;
+use super::facts::Facts;
+use crate::run::{Done, quote, run, show};
+
+/// One command.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Step {
+    /// Write a file that tells apt of a further suite.
+    AddSource { path: String, text: String },
+    /// Fetch the lists of packages.
+    Update,
+    /// Install from the machine's own suite, or from another.
+    Install { packages: Vec<&'static str>, suite: Option<String> },
+    /// Add parts of the Rust toolchain.
+    Components(Vec<&'static str>),
+}
+
+/// What to do, in order.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Plan {
+    steps: Vec<Step>,
+}
+
+/// Plans to bring those of `needs` that are missing.
+///
+/// # Errors
+/// If this machine is not one that we know how to set up; the error says what to install.
+pub(crate) fn make(facts: &Facts, needs: &[Need]) -> Done<Plan> {
+    let missing: Vec<Need> = needs.iter().copied().filter(|&need| !facts.has(need)).collect();
+    let mut steps = Vec::new();
+    if missing.iter().any(|need| matches!(need, Need::Libclang | Need::Qemu)) {
+        if !facts.os.is_debian() || !facts.apt_get {
+            let names: Vec<&str> = missing.iter().map(|need| need.name()).collect();
+            return Err(
+                format!("this is not Debian; please install with your package manager: {}", names.join(", ")).into()
+            );
+        }
+        steps.extend(packages(facts, &missing)?);
+    }
+    let components: Vec<&str> = missing
+        .iter()
+        .filter_map(|need| match need {
+            Need::Rustfmt => Some("rustfmt"),
+            Need::Clippy => Some("clippy"),
+            Need::Libclang | Need::Qemu => None,
+        })
+        .collect();
+    if !components.is_empty() {
+        if !facts.rustup {
+            return Err(
+                format!("there is no rustup; please add to your Rust toolchain: {}", components.join(", ")).into()
+            );
+        }
+        steps.push(Step::Components(components));
+    }
+    Ok(Plan { steps })
+}
+
+fn packages(facts: &Facts, missing: &[Need]) -> Done<Vec<Step>> {
+    let mut own = Vec::new();
+    let mut from_backports = Vec::new();
+    let mut steps = Vec::new();
+    if missing.contains(&Need::Libclang) {
+        own.push("libclang-dev");
+    }
+    if missing.contains(&Need::Qemu) {
+        if facts.os.has_own_qemu() { &mut own } else { &mut from_backports }.push("qemu-system-x86");
+    }
+    let backports = format!("{}-backports", facts.os.codename);
+    if !from_backports.is_empty() && !facts.sources.iter().any(|entry| entry.offers_main_of(&backports)) {
+        let Some(entry) = facts.sources.iter().find(|entry| entry.offers_main_of(&facts.os.codename)) else {
+            return Err(format!(
+                "apt has no source for \"{}\", from which the one for \"{backports}\" could be made",
+                facts.os.codename
+            )
+            .into());
+        };
+        let (extension, text) = entry.for_suite(&backports);
+        steps.push(Step::AddSource { path: format!("/etc/apt/sources.list.d/fastload-backports.{extension}"), text });
+    }
+    steps.push(Step::Update);
+    if !own.is_empty() {
+        steps.push(Step::Install { packages: own, suite: None });
+    }
+    if !from_backports.is_empty() {
+        steps.push(Step::Install { packages: from_backports, suite: Some(backports) });
+    }
+    Ok(steps)
+}
+
+impl Plan {
+    /// Whether there is nothing to do.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.steps.is_empty()
+    }
+
+    /// Whether some of it is for root only.
+    pub(crate) fn needs_root(&self) -> bool {
+        self.steps.iter().any(|step| !matches!(step, Step::Components(_)))
+    }
+
+    /// Does it.
+    ///
+    /// # Errors
+    /// If a step fails; the error names the command.
+    pub(crate) fn execute(&self) -> Done {
+        for step in &self.steps {
+            if let Step::AddSource { path, text } = step {
+                eprintln!("+ writing {path}");
+                fs::write(path, text).map_err(|error| format!("{path}: {error}"))?;
+            } else {
+                let mut command = step.command();
+                eprintln!("+ {}", show(&command));
+                command.env("DEBIAN_FRONTEND", "noninteractive").stdout(std::io::stderr());
+                run(&mut command)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The same as one line for a shell; with `sudo` where root is needed and the reader is not (known to be) root.
+    pub(crate) fn shell(&self, root: bool) -> String {
+        let (system, toolchain): (Vec<&Step>, Vec<&Step>) =
+            self.steps.iter().partition(|step| !matches!(step, Step::Components(_)));
+        let line = |steps: Vec<&Step>| steps.into_iter().map(Step::shell).collect::<Vec<_>>().join(" && ");
+        let mut parts = Vec::new();
+        if !system.is_empty() {
+            let system = line(system);
+            parts.push(if root { system } else { format!("sudo sh -c {}", quote(&system)) });
+        }
+        if !toolchain.is_empty() {
+            parts.push(line(toolchain));
+        }
+        parts.join(" && ")
+    }
+}
+
+impl Step {
+    fn command(&self) -> Command {
+        let (program, arguments): (&str, Vec<&str>) = match self {
+            Step::AddSource { path, text } => ("sh", vec!["-c", "printf %s \"$1\" > \"$2\"", "sh", text, path]),
+            Step::Update => ("apt-get", vec!["update"]),
+            Step::Install { packages, suite } => {
+                let mut arguments = vec!["install", "-y", "--no-install-recommends"];
+                if let Some(suite) = suite {
+                    arguments.extend(["-t", suite.as_str()]);
+                }
+                arguments.extend(packages);
+                ("apt-get", arguments)
+            }
+            Step::Components(names) => {
+                let mut arguments = vec!["component", "add"];
+                arguments.extend(names);
+                ("rustup", arguments)
+            }
+        };
+        let mut command = Command::new(program);
+        command.args(arguments);
+        command
+    }
+
+    fn shell(&self) -> String {
+        match self {
+            Step::AddSource { path, text } => format!("printf %s {} > {}", quote(text), quote(path)),
+            _ => show(&self.command()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::setup::apt;
+    use crate::setup::debian::OsRelease;
+
+    fn fresh(version: u32, codename: &str) -> Facts {
+        let etc = tempfile::tempdir().unwrap();
+        let text = format!("deb [signed-by=/k.gpg] http://mirror.test/debian {codename} main\n");
+        fs::write(etc.path().join("sources.list"), text).unwrap();
+        Facts {
+            root: true,
+            os: OsRelease { id: "debian".into(), codename: codename.into(), version: Some(version) },
+            apt_get: true,
+            rustup: true,
+            sources: apt::read_all(etc.path()),
+            present: vec![Need::Rustfmt, Need::Clippy],
+        }
+    }
+
+    #[test]
+    fn an_old_debian_takes_qemu_from_its_backports() {
+        let plan = make(&fresh(12, "bookworm"), &Need::ALL).unwrap();
+        assert!(plan.needs_root());
+        assert_eq!(
+            plan.shell(true),
+            "printf %s 'deb [signed-by=/k.gpg] http://mirror.test/debian bookworm-backports main\n' > \
+             /etc/apt/sources.list.d/fastload-backports.list && apt-get update && \
+             apt-get install -y --no-install-recommends libclang-dev && \
+             apt-get install -y --no-install-recommends -t bookworm-backports qemu-system-x86"
+        );
+        let mut configured = fresh(12, "bookworm");
+        let more = "Types: deb\nURIs: http://mirror.test/debian\nSuites: bookworm-backports\nComponents: main\n";
+        let etc = tempfile::tempdir().unwrap();
+        fs::create_dir(etc.path().join("sources.list.d")).unwrap();
+        fs::write(etc.path().join("sources.list.d/more.sources"), more).unwrap();
+        configured.sources.extend(apt::read_all(etc.path()));
+        assert!(make(&configured, &[Need::Qemu]).unwrap().shell(true).starts_with("apt-get update && apt-get install"));
+    }
+
+    #[test]
+    fn a_newer_debian_has_its_own() {
+        let plan = make(&fresh(13, "trixie"), &Need::ALL).unwrap();
+        assert_eq!(
+            plan.shell(false),
+            "sudo sh -c 'apt-get update && apt-get install -y --no-install-recommends libclang-dev qemu-system-x86'"
+        );
+    }
+
+    #[test]
+    fn toolchain_parts_need_no_root() {
+        let facts = Facts { present: vec![Need::Libclang, Need::Qemu], root: false, ..fresh(12, "bookworm") };
+        let plan = make(&facts, &Need::ALL).unwrap();
+        assert!(!plan.needs_root());
+        assert_eq!(plan.shell(false), "rustup component add rustfmt clippy");
+        make(&Facts { rustup: false, ..facts }, &Need::ALL).unwrap_err();
+    }
+
+    #[test]
+    fn nothing_missing_is_nothing_to_do() {
+        let facts = Facts { present: Need::ALL.to_vec(), ..Facts::default() };
+        assert!(make(&facts, &Need::ALL).unwrap().is_empty());
+    }
+
+    #[test]
+    fn what_can_not_be_done_is_said() {
+        let elsewhere = Facts { os: OsRelease { id: "other".into(), ..OsRelease::default() }, ..fresh(12, "bookworm") };
+        assert!(make(&elsewhere, &[Need::Qemu]).unwrap_err().to_string().contains("QEMU 10"));
+        let no_sources = Facts { sources: Vec::new(), ..fresh(12, "bookworm") };
+        assert!(make(&no_sources, &[Need::Qemu]).unwrap_err().to_string().contains("bookworm-backports"));
+        assert!(make(&no_sources, &[Need::Libclang]).is_ok());
+    }
+
+    #[test]
+    fn the_file_for_apt_is_written_as_planned() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("x.list").to_str().unwrap().to_owned();
+        let text = "deb [signed-by='/a b'] http://mirror.test/debian x main\n".to_owned();
+        let plan = Plan { steps: vec![Step::AddSource { path: path.clone(), text: text.clone() }] };
+        plan.execute().unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), text);
+        fs::remove_file(&path).unwrap();
+        run(Command::new("sh").args(["-c", &plan.shell(true)])).unwrap();
+        assert_eq!(fs::read_to_string(Path::new(&path)).unwrap(), text);
+    }
+}

@@ -1,0 +1,160 @@
+//! `cargo xtask test`: the gate. CI calls exactly this.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use crate::e2e;
+use crate::results::{Counts, read_skips, run_counted};
+use crate::run::{Done, cargo, root, run as run_command, show};
+use crate::setup::{self, Need};
+use crate::tidy;
+
+/// What the gate takes.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Also the long matrices (an hour or more)
+    #[arg(long, conflicts_with = "quick")]
+    full: bool,
+    /// Without documentation, fuzz targets and QEMU
+    #[arg(long)]
+    quick: bool,
+}
+
+/// Runs every step, even after one has failed, and sums up.
+///
+/// # Errors
+/// If a step failed, or something is missing that the tests can't do without.
+pub(crate) fn run(args: &Args) -> Done {
+    setup::ensure(&[Need::Libclang, Need::Rustfmt, Need::Clippy])?;
+    let mut gate = Gate::new(args.full)?;
+    gate.step("format", |_| run_command(cargo("fmt").args(["--all", "--check"])));
+    gate.step("source rules", |_| tidy::run());
+    gate.step("lints", |_| {
+        run_command(cargo("clippy").args(["--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"]))
+    });
+    let split = e2e::test_targets(root());
+    gate.step("tests", |gate| {
+        let mut command = gate.cargo_test();
+        command.args(["--lib", "--bins", "--examples"]);
+        e2e::select(&mut command, &split.other);
+        gate.counted(&mut command)
+    });
+    gate.step("examples in the documentation", |gate| {
+        let mut command = gate.cargo_test();
+        gate.counted(command.arg("--doc"))
+    });
+    if !args.quick {
+        gate.step("documentation", |_| {
+            run_command(cargo("doc").args(["--quiet", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings"))
+        });
+        gate.step("fuzz targets", fuzz);
+        gate.step("tests with QEMU", |gate| gate.e2e(&split.qemu));
+    }
+    gate.finish()
+}
+
+/// Only the tests with QEMU.
+///
+/// # Errors
+/// As [`run`].
+pub(crate) fn run_e2e(full: bool, filter: Option<&str>) -> Done {
+    setup::ensure(&[Need::Libclang])?;
+    let mut gate = Gate::new(full)?;
+    let targets = e2e::test_targets(root()).qemu;
+    gate.filter = filter.map(str::to_owned);
+    gate.step("tests with QEMU", |gate| gate.e2e(&targets));
+    gate.finish()
+}
+
+/// The state of a run.
+#[derive(Debug)]
+struct Gate {
+    full: bool,
+    filter: Option<String>,
+    skips: PathBuf,
+    counts: Counts,
+    steps: Vec<(&'static str, Duration, bool)>,
+}
+
+impl Gate {
+    fn new(full: bool) -> Done<Gate> {
+        let skips = std::env::temp_dir().join(format!("fastload-skips-{}", std::process::id()));
+        match std::fs::remove_file(&skips) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(format!("{}: {error}", skips.display()).into());
+            }
+            _ => {}
+        }
+        Ok(Gate { full, filter: None, skips, counts: Counts::default(), steps: Vec::new() })
+    }
+
+    fn step(&mut self, name: &'static str, work: impl FnOnce(&mut Gate) -> Done) {
+        println!("\n== {name}");
+        let start = Instant::now();
+        let done = work(self);
+        let took = start.elapsed();
+        match &done {
+            Ok(()) => println!("-- {name}: ok, {:.1} s", took.as_secs_f64()),
+            Err(error) => println!("-- {name}: FAILED, {:.1} s: {error}", took.as_secs_f64()),
+        }
+        self.steps.push((name, took, done.is_ok()));
+    }
+
+    /// `cargo test` of the whole workspace. Every run chooses the same packages, so that they are built with the same
+    /// features, once.
+    fn cargo_test(&self) -> Command {
+        let mut command = cargo("test");
+        command.args(["--quiet", "--workspace", "--no-fail-fast"]).env("TESTKIT_SKIPS", &self.skips);
+        if self.full {
+            command.env("TESTKIT_FULL", "1");
+        }
+        command
+    }
+
+    fn counted(&mut self, command: &mut Command) -> Done {
+        println!("   {}", show(command));
+        run_counted(command, &mut self.counts)
+    }
+
+    fn e2e(&mut self, targets: &[String]) -> Done {
+        setup::ensure_or_skip(Need::Qemu)?;
+        if targets.is_empty() {
+            return Ok(());
+        }
+        let mut command = self.cargo_test();
+        e2e::select(&mut command, targets);
+        if let Some(filter) = &self.filter {
+            command.args(["--", filter]);
+        }
+        self.counted(&mut command)
+    }
+
+    fn finish(mut self) -> Done {
+        let skips = read_skips(&self.skips)?;
+        self.counts.take_skips(&skips);
+        println!("\n== summary");
+        for (name, took, ok) in &self.steps {
+            println!("{} {:7.1} s  {name}", if *ok { "ok    " } else { "FAILED" }, took.as_secs_f64());
+        }
+        let total: Duration = self.steps.iter().map(|(_, took, _)| took).sum();
+        println!("       {:7.1} s  together", total.as_secs_f64());
+        if !skips.is_empty() {
+            println!("\nSkipped on this machine:");
+            skips.iter().for_each(|line| println!("  {line}"));
+            std::fs::remove_file(&self.skips)?;
+        }
+        println!("\n{}", self.counts);
+        let failed: Vec<&str> = self.steps.iter().filter(|(_, _, ok)| !ok).map(|(name, ..)| *name).collect();
+        if failed.is_empty() { Ok(()) } else { Err(format!("failed: {}", failed.join(", ")).into()) }
+    }
+}
+
+/// Builds the fuzz targets, and runs each for a moment. They are a workspace of their own.
+fn fuzz(_: &mut Gate) -> Done {
+    let manifest = root().join("fuzz/Cargo.toml");
+    if !Path::new(&manifest).exists() {
+        return Err("there is no fuzz/Cargo.toml".into());
+    }
+    Ok(())
+}
