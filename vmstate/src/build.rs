@@ -1,0 +1,395 @@
+//! Encoding state of our own as QEMU encodes its devices'.
+
+use crate::write::Put;
+use crate::{Event, SectionHeader, StreamWriter, WriteError, kind};
+
+/// The state of one device: the body of its section and the description of that body, which name each field.
+///
+/// ```
+/// use page_units::FileOffset;
+/// use vmstate::{Section, VmDesc, walk};
+///
+/// let section = Section::builder("example/cpu", 0, 1)
+///     .u64("rip", 0xfff0)
+///     .structure("cs", "example/segment", 1, |cs| cs.u16("selector", 0xf000).u64("base", 0xffff_0000))
+///     .buffer("xsave", &[0; 64])
+///     .subsection("example/cpu/nmi", 1, |nmi| nmi.bool("pending", true))
+///     .build()?;
+///
+/// let desc = VmDesc::parse(section.description_of_one().as_bytes())?;
+/// let cpu = walk(section.body(), FileOffset(0), &desc.devices[0])?;
+/// assert_eq!(cpu.field("cs")?.field("base")?.as_u64()?, 0xffff_0000);
+/// assert!(cpu.field("example/cpu/nmi")?.field("pending")?.as_bool()?);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Section {
+    name: String,
+    instance: u32,
+    version: u32,
+    body: Vec<u8>,
+    description: String,
+}
+
+impl Section {
+    /// The state of instance `instance` of the device `name`, in version `version` of its encoding.
+    #[must_use]
+    pub fn builder(name: &str, instance: u32, version: u32) -> SectionBuilder {
+        SectionBuilder { name: name.to_owned(), instance, state: StructBuilder::new(name, version) }
+    }
+
+    /// The name of the section.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Which one of that name.
+    #[must_use]
+    pub fn instance(&self) -> u32 {
+        self.instance
+    }
+
+    /// The section without header and footer.
+    #[must_use]
+    pub fn body(&self) -> &[u8] {
+        &self.body
+    }
+
+    /// Its entry in the list of devices, as JSON.
+    #[must_use]
+    pub fn description(&self) -> &str {
+        &self.description
+    }
+
+    /// A whole description with this device alone, as JSON.
+    #[must_use]
+    pub fn description_of_one(&self) -> String {
+        describe("none", [self])
+    }
+}
+
+/// Builds a [`Section`].
+#[derive(Clone, Debug)]
+pub struct SectionBuilder {
+    name: String,
+    instance: u32,
+    state: StructBuilder,
+}
+
+/// Builds the fields of a section, a structure or a subsection.
+///
+/// Fields must be added before subsections: that is their order in the stream.
+#[derive(Clone, Debug)]
+pub struct StructBuilder {
+    name: String,
+    version: u32,
+    body: Vec<u8>,
+    fields: Vec<String>,
+    subsections: Vec<(String, Vec<u8>)>,
+    error: Option<String>,
+}
+
+macro_rules! integers {
+    ($($(#[$doc:meta])* $name:ident $array:ident: $type:ty = $kind:literal;)*) => {
+        impl StructBuilder {
+            $(
+                $(#[$doc])*
+                #[must_use]
+                pub fn $name(self, name: &str, value: $type) -> StructBuilder {
+                    self.field(name, $kind, None, &value.to_be_bytes())
+                }
+
+                /// Adds an array of such numbers.
+                #[must_use]
+                pub fn $array(self, name: &str, values: &[$type]) -> StructBuilder {
+                    let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_be_bytes()).collect();
+                    self.field(name, $kind, Some(values.len()), &bytes)
+                }
+            )*
+        }
+
+        impl SectionBuilder {
+            $(
+                $(#[$doc])*
+                #[must_use]
+                pub fn $name(self, name: &str, value: $type) -> SectionBuilder {
+                    self.map(|state| state.$name(name, value))
+                }
+
+                /// Adds an array of such numbers.
+                #[must_use]
+                pub fn $array(self, name: &str, values: &[$type]) -> SectionBuilder {
+                    self.map(|state| state.$array(name, values))
+                }
+            )*
+        }
+    };
+}
+
+integers! {
+    /// Adds a number of 8 bits.
+    u8 u8s: u8 = "uint8";
+    /// Adds a number of 16 bits.
+    u16 u16s: u16 = "uint16";
+    /// Adds a number of 32 bits.
+    u32 u32s: u32 = "uint32";
+    /// Adds a number of 64 bits.
+    u64 u64s: u64 = "uint64";
+    /// Adds a signed number of 32 bits.
+    i32 i32s: i32 = "int32";
+    /// Adds a signed number of 64 bits.
+    i64 i64s: i64 = "int64";
+}
+
+impl SectionBuilder {
+    fn map(mut self, change: impl FnOnce(StructBuilder) -> StructBuilder) -> SectionBuilder {
+        self.state = change(self.state);
+        self
+    }
+
+    /// Adds a truth value, one byte.
+    #[must_use]
+    pub fn bool(self, name: &str, value: bool) -> SectionBuilder {
+        self.map(|state| state.bool(name, value))
+    }
+
+    /// Adds bytes.
+    #[must_use]
+    pub fn buffer(self, name: &str, bytes: &[u8]) -> SectionBuilder {
+        self.map(|state| state.buffer(name, bytes))
+    }
+
+    /// Adds a structure, described as `vmsd` in version `version`.
+    #[must_use]
+    pub fn structure(
+        self,
+        name: &str,
+        vmsd: &str,
+        version: u32,
+        build: impl FnOnce(StructBuilder) -> StructBuilder,
+    ) -> SectionBuilder {
+        self.map(|state| state.structure(name, vmsd, version, build))
+    }
+
+    /// Adds structures that share a name: one for each item.
+    #[must_use]
+    pub fn structures<T>(
+        self,
+        name: &str,
+        vmsd: &str,
+        version: u32,
+        items: impl IntoIterator<Item = T>,
+        build: impl FnMut(StructBuilder, T) -> StructBuilder,
+    ) -> SectionBuilder {
+        self.map(|state| state.structures(name, vmsd, version, items, build))
+    }
+
+    /// Adds a subsection: state that is there only sometimes. Its name must begin with the section's name and `/`.
+    #[must_use]
+    pub fn subsection(
+        self,
+        name: &str,
+        version: u32,
+        build: impl FnOnce(StructBuilder) -> StructBuilder,
+    ) -> SectionBuilder {
+        self.map(|state| state.subsection(name, version, build))
+    }
+
+    /// The section.
+    ///
+    /// # Errors
+    /// If a name is longer than 255 bytes, a subsection is named after something else, or a field follows a
+    /// subsection.
+    pub fn build(self) -> Result<Section, BuildError> {
+        let (name, instance) = (self.name, self.instance);
+        if name.len() > 255 {
+            return Err(BuildError(format!("the name \"{name}\" is longer than 255 bytes")));
+        }
+        let version = self.state.version;
+        let (body, fields, error) = self.state.finish();
+        if let Some(error) = error {
+            return Err(BuildError(error));
+        }
+        let description = format!("{{\"name\": {}, \"instance_id\": {instance}, {fields}}}", quoted(&name));
+        Ok(Section { name, instance, version, body, description })
+    }
+}
+
+impl StructBuilder {
+    fn new(name: &str, version: u32) -> StructBuilder {
+        StructBuilder {
+            name: name.to_owned(),
+            version,
+            body: Vec::new(),
+            fields: Vec::new(),
+            subsections: Vec::new(),
+            error: None,
+        }
+    }
+
+    fn field(mut self, name: &str, kind: &str, array: Option<usize>, bytes: &[u8]) -> StructBuilder {
+        self.body.extend_from_slice(bytes);
+        // QEMU describes no array of one element or none as an array.
+        let many =
+            array.filter(|count| *count > 1).map(|count| format!("\"array_len\": {count}, ")).unwrap_or_default();
+        let size = bytes.len() / array.unwrap_or(1).max(1);
+        if array != Some(0) {
+            self.push(format!("{{\"name\": {}, {many}\"type\": \"{kind}\", \"size\": {size}}}", quoted(name)));
+        }
+        self
+    }
+
+    fn push(&mut self, field: String) {
+        if !self.subsections.is_empty() {
+            self.error.get_or_insert_with(|| format!("\"{}\": a field after a subsection", self.name));
+        }
+        self.fields.push(field);
+    }
+
+    /// Adds a truth value, one byte.
+    #[must_use]
+    pub fn bool(self, name: &str, value: bool) -> StructBuilder {
+        self.field(name, "bool", None, &[u8::from(value)])
+    }
+
+    /// Adds bytes.
+    #[must_use]
+    pub fn buffer(self, name: &str, bytes: &[u8]) -> StructBuilder {
+        self.field(name, "buffer", None, bytes)
+    }
+
+    /// Adds a structure, described as `vmsd` in version `version`.
+    #[must_use]
+    pub fn structure(
+        mut self,
+        name: &str,
+        vmsd: &str,
+        version: u32,
+        build: impl FnOnce(StructBuilder) -> StructBuilder,
+    ) -> StructBuilder {
+        let (body, inner, error) = build(StructBuilder::new(vmsd, version)).finish();
+        self.error = self.error.or(error);
+        self.body.extend_from_slice(&body);
+        let size = body.len();
+        self.push(format!(
+            "{{\"name\": {}, \"type\": \"struct\", \"struct\": {{{inner}}}, \"size\": {size}}}",
+            quoted(name)
+        ));
+        self
+    }
+
+    /// Adds structures that share a name: one for each item.
+    #[must_use]
+    pub fn structures<T>(
+        self,
+        name: &str,
+        vmsd: &str,
+        version: u32,
+        items: impl IntoIterator<Item = T>,
+        mut build: impl FnMut(StructBuilder, T) -> StructBuilder,
+    ) -> StructBuilder {
+        items.into_iter().fold(self, |all, item| all.structure(name, vmsd, version, |one| build(one, item)))
+    }
+
+    /// Adds a subsection: state that is there only sometimes. Its name must begin with the parent's name and `/`.
+    #[must_use]
+    pub fn subsection(
+        mut self,
+        name: &str,
+        version: u32,
+        build: impl FnOnce(StructBuilder) -> StructBuilder,
+    ) -> StructBuilder {
+        let (body, description, error) = build(StructBuilder::new(name, version)).finish();
+        self.error = self.error.or(error);
+        if !name.strip_prefix(self.name.as_str()).is_some_and(|rest| rest.starts_with('/')) {
+            self.error.get_or_insert_with(|| format!("\"{name}\" is not a subsection of \"{}\"", self.name));
+        }
+        let mut bytes = vec![kind::SUBSECTION];
+        let written = bytes.counted_string(name).and_then(|()| bytes.u32(version));
+        if let Err(error) = written {
+            self.error.get_or_insert_with(|| error.to_string());
+        }
+        bytes.extend_from_slice(&body);
+        self.subsections.push((description, bytes));
+        self
+    }
+
+    /// Bytes, the members of the describing object, and what went wrong.
+    fn finish(self) -> (Vec<u8>, String, Option<String>) {
+        let mut body = self.body;
+        let mut description = format!(
+            "\"vmsd_name\": {}, \"version\": {}, \"fields\": [{}]",
+            quoted(&self.name),
+            self.version,
+            self.fields.join(", ")
+        );
+        if !self.subsections.is_empty() {
+            let all: Vec<String> = self.subsections.iter().map(|(text, _)| format!("{{{text}}}")).collect();
+            description.push_str(&format!(", \"subsections\": [{}]", all.join(", ")));
+            self.subsections.iter().for_each(|(_, bytes)| body.extend_from_slice(bytes));
+        }
+        (body, description, self.error)
+    }
+}
+
+/// A section that can't be encoded.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the state can't be encoded: {0}")]
+pub struct BuildError(String);
+
+/// Writes sections as the device state of a stream: each with header and footer, then the end of the stream, then
+/// the description of all of them.
+#[derive(Debug)]
+pub struct DeviceWriter {
+    first_id: u32,
+    sections: Vec<Section>,
+}
+
+impl DeviceWriter {
+    /// A writer that numbers its sections from `first_id` on; a stream's other sections must not have those numbers.
+    #[must_use]
+    pub fn new(first_id: u32) -> DeviceWriter {
+        DeviceWriter { first_id, sections: Vec::new() }
+    }
+
+    /// Adds a section. (Name, instance) must not repeat.
+    pub fn push(&mut self, section: Section) {
+        self.sections.push(section);
+    }
+
+    /// The bytes: sections, end of the stream, description. `machine` is the machine type of the stream's
+    /// configuration, which the description repeats.
+    ///
+    /// # Errors
+    /// If they are too many or too long for the stream.
+    pub fn finish(&self, machine: &str) -> Result<Vec<u8>, WriteError> {
+        let mut out = StreamWriter::new(Vec::new());
+        for (id, section) in (self.first_id..).zip(&self.sections) {
+            let (name, instance, version) = (section.name.clone(), section.instance, section.version);
+            out.event(&Event::SectionFull(SectionHeader { id, name, instance, version }))?;
+            out.bytes(&section.body)?;
+            out.event(&Event::Footer { id })?;
+        }
+        out.event(&Event::Eof)?;
+        out.event(&Event::VmDesc(describe(machine, &self.sections).into_bytes()))?;
+        Ok(out.into_inner())
+    }
+}
+
+/// The description as QEMU writes it.
+fn describe<'a>(machine: &str, sections: impl IntoIterator<Item = &'a Section>) -> String {
+    let devices: Vec<&str> = sections.into_iter().map(Section::description).collect();
+    format!(
+        "{{\"configuration\": {{\"vmsd_name\": \"configuration\", \"version\": 1, \"fields\": \
+         [{{\"name\": \"len\", \"type\": \"uint32\", \"size\": 4}}, \
+         {{\"name\": \"name\", \"type\": \"buffer\", \"size\": {}}}]}}, \
+         \"page_size\": 4096, \"devices\": [{}]}}",
+        machine.len(),
+        devices.join(", ")
+    )
+}
+
+fn quoted(text: &str) -> String {
+    serde_json::Value::from(text).to_string()
+}
