@@ -1,0 +1,4 @@
+//! The demo: one guest, restored twice.
+
+pub mod report;
+pub mod timeline;
