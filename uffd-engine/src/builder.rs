@@ -1,0 +1,287 @@
+//! From options to a running engine.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::thread::{Builder as Thread, JoinHandle};
+
+use page_source::{PageCount, PageSink, PageSource};
+use userfaultfd::RegisterMode;
+
+use crate::core::Core;
+use crate::descriptor::Descriptor;
+use crate::doorbell::Doorbell;
+use crate::fault::Origin;
+use crate::handler::{self, Waiter};
+use crate::loader::{self, Plan};
+use crate::options::{Background, Discards, Event, FailurePolicy, Handlers, Wait};
+use crate::pause::Pauses;
+use crate::region::{self, Backing, Region};
+use crate::staging::Staging;
+use crate::supervisor::{Observer, Supervisor};
+use crate::sys::abi::Features;
+use crate::{Engine, StartError};
+
+/// The options of an engine. See [`Engine::builder`].
+#[derive(Debug)]
+pub struct Builder {
+    regions: Vec<Region>,
+    source: Option<Arc<dyn PageSource>>,
+    descriptor: Option<Descriptor>,
+    handlers: Handlers,
+    background: Background,
+    discards: Discards,
+    policy: FailurePolicy,
+    around: PageCount,
+    staging: usize,
+    observer: Option<Observer>,
+    pauses: Pauses,
+}
+
+impl Default for Builder {
+    fn default() -> Builder {
+        Builder {
+            regions: Vec::new(),
+            source: None,
+            descriptor: None,
+            handlers: Handlers::default(),
+            background: Background::default(),
+            discards: Discards::Events,
+            policy: FailurePolicy::default(),
+            around: PageCount(1),
+            staging: 16,
+            observer: None,
+            pauses: Pauses::default(),
+        }
+    }
+}
+
+impl Builder {
+    /// A region to serve. May be called several times.
+    #[must_use]
+    pub fn region(mut self, region: Region) -> Builder {
+        self.regions.push(region);
+        self
+    }
+
+    /// Regions to serve.
+    #[must_use]
+    pub fn regions(mut self, regions: impl IntoIterator<Item = Region>) -> Builder {
+        self.regions.extend(regions);
+        self
+    }
+
+    /// Where the pages come from.
+    #[must_use]
+    pub fn source(mut self, source: Arc<dyn PageSource>) -> Builder {
+        self.source = Some(source);
+        self
+    }
+
+    /// A descriptor that came from elsewhere, on which the regions are registered already. Without one the engine
+    /// makes its own.
+    #[must_use]
+    pub fn descriptor(mut self, descriptor: Descriptor) -> Builder {
+        self.descriptor = Some(descriptor);
+        self
+    }
+
+    /// The threads that serve faults. Default: one, that blocks, unbound.
+    #[must_use]
+    pub fn handlers(mut self, handlers: Handlers) -> Builder {
+        self.handlers = handlers;
+        self
+    }
+
+    /// The threads that load in the background. Default: one.
+    #[must_use]
+    pub fn background(mut self, background: Background) -> Builder {
+        self.background = background;
+        self
+    }
+
+    /// How the engine learns of discards. Default: [`Discards::Events`]. With a descriptor from elsewhere its features
+    /// decide.
+    #[must_use]
+    pub fn discards(mut self, discards: Discards) -> Builder {
+        self.discards = discards;
+        self
+    }
+
+    /// What happens when content can't be had. Default: everything missing is poisoned.
+    #[must_use]
+    pub fn on_failure(mut self, policy: FailurePolicy) -> Builder {
+        self.policy = policy;
+        self
+    }
+
+    /// On a fault, so many pages are brought: those of its aligned window that are missing right around it. Default:
+    /// 1. More costs more for each fault, and saves faults where the guest goes through its memory in order.
+    #[must_use]
+    pub fn pages_per_fault(mut self, pages: PageCount) -> Builder {
+        self.around = pages.clamp(PageCount(1), PageCount(512));
+        self
+    }
+
+    /// Called on the engine's supervising thread with each [`Event`]. It must not drop the engine.
+    #[must_use]
+    pub fn observer(mut self, observer: impl Fn(&Event) + Send + 'static) -> Builder {
+        self.observer = Some(Observer(Box::new(observer)));
+        self
+    }
+
+    /// So many huge pages of private memory may be incomplete at a time (their content came in part). Default: 16. A
+    /// source that scatters the pages of more huge pages than that fails the engine.
+    #[must_use]
+    pub fn incomplete_huge_pages(mut self, count: usize) -> Builder {
+        self.staging = count.max(1);
+        self
+    }
+
+    /// Calls `at` at each [`PausePoint`](crate::PausePoint), on the thread that reaches it. For tests.
+    #[cfg(feature = "pause-points")]
+    #[must_use]
+    pub fn pauses(mut self, at: impl Fn(crate::PausePoint) + Send + Sync + 'static) -> Builder {
+        self.pauses = Pauses(Arc::new(at));
+        self
+    }
+
+    /// Registers the regions and begins to serve them. When it returns, faults are being served: the device state may
+    /// be loaded, and the vCPUs started.
+    ///
+    /// # Errors
+    /// If it can't: nothing is registered then, and the memory is as it was.
+    pub fn start(self) -> Result<Engine, StartError> {
+        let source = self.source.ok_or(StartError::Incomplete("an engine needs a source of pages"))?;
+        if self.regions.is_empty() {
+            return Err(StartError::Incomplete("an engine needs a region to serve"));
+        }
+        region::check(&self.regions, source.layout())?;
+        let (descriptor, made_here) = match self.descriptor {
+            Some(descriptor) => (descriptor, false),
+            None => (open(&self.regions, self.discards, self.handlers.wait)?, true),
+        };
+        let staging = Staging::new(self.staging).map_err(system("memory for huge pages"))?;
+        let core = Core::new(descriptor, self.regions, staging, self.policy, self.background.window, self.pauses);
+        let core = Arc::new(core);
+        let waiter = waiter(&core, &self.handlers)?;
+        let sink: Arc<dyn PageSink> = Arc::<Core>::clone(&core);
+        let feed = source.start(sink)?;
+        let origin = Arc::new(Origin { source, feed: Arc::from(feed), around: self.around });
+        // From here on the descriptor may hold waiting faults: an engine exists, and its drop does what is right.
+        if made_here {
+            register(&core)?;
+        }
+        let plan = Arc::new(Plan::new(&self.background));
+        let mut engine = Engine {
+            core,
+            plan,
+            waiter: Arc::new(waiter),
+            threads: Vec::new(),
+            supervisor: None,
+            origin: Some(Arc::clone(&origin)),
+        };
+        match engine.spawn(&origin, &self.handlers, &self.background, self.observer) {
+            Ok(()) => Ok(engine),
+            Err(error) => {
+                engine.abort();
+                Err(error)
+            }
+        }
+    }
+}
+
+fn system(what: &'static str) -> impl Fn(io::Error) -> StartError {
+    move |error| StartError::System { what, error }
+}
+
+/// A descriptor for these regions, with what the engine needs and no more.
+fn open(regions: &[Region], discards: Discards, wait: Wait) -> Result<Descriptor, StartError> {
+    let mut features = Features::empty();
+    for region in regions {
+        features |= region.backing.features();
+    }
+    if Descriptor::kernel_features()?.contains(Features::POISON) {
+        features |= Features::POISON;
+    }
+    if discards == Discards::Events {
+        features |= Features::EVENT_REMOVE;
+    }
+    let nonblocking = discards == Discards::Events || wait == Wait::Spin;
+    Ok(Descriptor::create(features, nonblocking)?)
+}
+
+fn waiter(core: &Core, handlers: &Handlers) -> Result<Waiter, StartError> {
+    match handlers.wait {
+        Wait::Spin => Ok(Waiter::Spin(AtomicBool::new(false))),
+        Wait::Block if core.descriptor.nonblocking() => {
+            Waiter::poll().map_err(|errno| system("an event descriptor")(errno.into()))
+        }
+        Wait::Block => {
+            let bell = Doorbell::new(&core.descriptor, handlers.cores.len());
+            Ok(Waiter::Read(bell.map_err(system("the doorbell of the fault handlers"))?))
+        }
+    }
+}
+
+/// Registers every region, or none.
+fn register(core: &Core) -> Result<(), StartError> {
+    for (done, area) in core.areas.iter().enumerate() {
+        let mode = match area.region.backing {
+            Backing::Anonymous => RegisterMode::MISSING,
+            Backing::Memfd | Backing::Hugetlb if area.region.shared => RegisterMode::MISSING | RegisterMode::MINOR,
+            Backing::Memfd => RegisterMode::MISSING | RegisterMode::MINOR,
+            Backing::Hugetlb => RegisterMode::MISSING,
+        };
+        let (start, length) = (area.region.start, area.region.len());
+        if let Err(error) = core.descriptor.register(start, length, mode) {
+            for earlier in &core.areas[..done] {
+                let _ = core.descriptor.unregister(earlier.region.start, earlier.region.len());
+            }
+            return Err(StartError::Register { start, length, error });
+        }
+    }
+    Ok(())
+}
+
+impl Engine {
+    fn spawn(
+        &mut self,
+        origin: &Arc<Origin>,
+        handlers: &Handlers,
+        background: &Background,
+        observer: Option<Observer>,
+    ) -> Result<(), StartError> {
+        let supervisor = Supervisor {
+            core: Arc::clone(&self.core),
+            plan: Arc::clone(&self.plan),
+            origin: Arc::clone(origin),
+            observer,
+            reported: vec![false; self.core.areas.len()],
+        };
+        self.supervisor = Some(spawn("uffd-supervisor".into(), move || supervisor.run())?);
+        for (number, &cpu) in handlers.cores.iter().enumerate() {
+            let (core, waiter, origin) = (Arc::clone(&self.core), Arc::clone(&self.waiter), Arc::clone(origin));
+            self.waiter.joining();
+            let thread = spawn(format!("uffd-fault-{number}"), move || handler::run(&core, &waiter, &origin, cpu));
+            match thread {
+                Ok(thread) => self.threads.push(thread),
+                Err(error) => {
+                    self.waiter.left(&self.core);
+                    return Err(error);
+                }
+            }
+        }
+        for number in 0..background.threads {
+            let cpu = background.cores.get(number % background.cores.len().max(1)).copied();
+            let (core, plan, origin) = (Arc::clone(&self.core), Arc::clone(&self.plan), Arc::clone(origin));
+            let thread = spawn(format!("uffd-load-{number}"), move || loader::run(&core, &plan, &origin, cpu))?;
+            self.threads.push(thread);
+        }
+        Ok(())
+    }
+}
+
+fn spawn(name: String, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, StartError> {
+    Thread::new().name(name).spawn(body).map_err(system("a thread of the engine"))
+}

@@ -1,0 +1,191 @@
+//! What all threads of an engine share: the regions with their page states. It is the sink of the pages, and it knows
+//! no source, so that a feed that holds it makes no cycle.
+
+use std::thread::ThreadId;
+
+use page_source::{BlockId, ByteLen, HostAddr, PageCount, PageIndex, PageRun};
+use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use crate::descriptor::Descriptor;
+use crate::hints::Hints;
+use crate::options::FailurePolicy;
+use crate::outstanding::Outstanding;
+use crate::pause::Pauses;
+use crate::region::Region;
+use crate::staging::Staging;
+use crate::state::StateMap;
+use crate::stats::Counters;
+use crate::status::Status;
+use crate::waiting::Waiting;
+
+/// A region with the states of its granules.
+#[derive(Debug)]
+pub(crate) struct Area {
+    pub(crate) region: Region,
+    pub(crate) states: StateMap,
+    /// 4 KiB pages per granule.
+    pub(crate) granule: PageCount,
+}
+
+/// A granule of an area: the number of the area, and the granule's number in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Place {
+    pub(crate) area: usize,
+    pub(crate) granule: usize,
+}
+
+#[derive(Debug)]
+pub(crate) struct Core {
+    pub(crate) descriptor: Descriptor,
+    pub(crate) areas: Vec<Area>,
+    /// The areas by their first address.
+    by_address: Vec<(HostAddr, usize)>,
+    pub(crate) status: Status,
+    pub(crate) counters: Counters,
+    pub(crate) outstanding: Outstanding,
+    pub(crate) hints: Hints,
+    pub(crate) staging: Staging,
+    pub(crate) policy: FailurePolicy,
+    pub(crate) pauses: Pauses,
+    /// With events: held shared from a claim to the end of its install, and alone while events are read.
+    gate: Option<RwLock<()>>,
+    /// The threads that read events: an install that must be tried again after an event was read can't wait there.
+    readers: RwLock<Vec<ThreadId>>,
+    /// Faults that such a thread has to serve again.
+    pub(crate) deferred: Mutex<Vec<Place>>,
+    /// When the faults were read that wait for a late source.
+    pub(crate) waiting: Waiting,
+}
+
+impl Core {
+    pub(crate) fn new(
+        descriptor: Descriptor,
+        regions: Vec<Region>,
+        staging: Staging,
+        policy: FailurePolicy,
+        window: PageCount,
+        pauses: Pauses,
+    ) -> Core {
+        let gated = descriptor.features().contains(crate::Features::EVENT_REMOVE);
+        let areas: Vec<Area> = regions
+            .into_iter()
+            .map(|region| Area {
+                states: StateMap::new(region.granules()),
+                granule: region.backing.granule().pages(),
+                region,
+            })
+            .collect();
+        let mut by_address: Vec<_> = areas.iter().enumerate().map(|(i, area)| (area.region.start, i)).collect();
+        by_address.sort_unstable();
+        Core {
+            descriptor,
+            areas,
+            by_address,
+            status: Status::default(),
+            counters: Counters::new(),
+            outstanding: Outstanding::new(window),
+            hints: Hints::default(),
+            staging,
+            policy,
+            pauses,
+            gate: gated.then(RwLock::default),
+            readers: RwLock::default(),
+            deferred: Mutex::default(),
+            waiting: Waiting::default(),
+        }
+    }
+
+    /// Held from a claim to the end of its install.
+    pub(crate) fn installing(&self) -> Option<RwLockReadGuard<'_, ()>> {
+        self.gate.as_ref().map(RwLock::read)
+    }
+
+    /// Held while events are read and applied.
+    pub(crate) fn reading(&self) -> Option<RwLockWriteGuard<'_, ()>> {
+        self.gate.as_ref().map(RwLock::write)
+    }
+
+    /// Whether discards are reported by the kernel.
+    pub(crate) fn gated(&self) -> bool {
+        self.gate.is_some()
+    }
+
+    /// How much one install covers at most: little where the readers of events wait for it.
+    pub(crate) fn longest_install(&self) -> usize {
+        if self.gated() { 16 } else { 256 }
+    }
+
+    pub(crate) fn on_reader_thread(&self) -> bool {
+        let me = std::thread::current().id();
+        self.readers.read().contains(&me)
+    }
+
+    /// This thread reads events from now on.
+    pub(crate) fn reads_events(&self) {
+        self.readers.write().push(std::thread::current().id());
+    }
+
+    /// Lets the regions go: what is missing is ordinary memory then, and whoever waits goes on.
+    pub(crate) fn unregister(&self) {
+        for area in &self.areas {
+            let run = area.region.run;
+            if let Err(error) = self.descriptor.unregister(area.region.start, area.region.len()) {
+                // The owner unmapped it, or is gone: nobody waits there any more.
+                log::debug!("unregistering {run} failed: {error}");
+            }
+        }
+    }
+
+    /// The granule that holds an address.
+    pub(crate) fn locate(&self, addr: HostAddr) -> Option<Place> {
+        let after = self.by_address.partition_point(|&(start, _)| start <= addr);
+        let (start, area) = *self.by_address.get(after.checked_sub(1)?)?;
+        let granule = ByteLen((addr - start).0 / self.areas[area].granule.to_bytes().0).get();
+        (granule < self.areas[area].states.len()).then_some(Place { area, granule })
+    }
+
+    /// The parts of a run that lie in areas: each with the number of its area.
+    pub(crate) fn parts(&self, run: PageRun) -> impl Iterator<Item = (usize, PageRun)> {
+        self.areas
+            .iter()
+            .enumerate()
+            .map(move |(i, area)| (i, area.region.run.intersect(run)))
+            .filter(|(_, part)| !part.is_empty())
+    }
+}
+
+impl Area {
+    /// The address of a granule.
+    pub(crate) fn addr(&self, granule: usize) -> HostAddr {
+        self.region.start + self.len_of(granule)
+    }
+
+    /// The length of so many granules.
+    pub(crate) fn len_of(&self, granules: usize) -> ByteLen {
+        ByteLen(granules as u64 * self.granule.to_bytes().0)
+    }
+
+    /// The first page of a granule.
+    pub(crate) fn page(&self, granule: usize) -> PageIndex {
+        self.region.run.first + PageCount(granule as u64 * self.granule.0)
+    }
+
+    /// The pages of some granules.
+    pub(crate) fn pages(&self, first: usize, granules: usize) -> PageRun {
+        PageRun::new(self.block(), self.page(first), PageCount(granules as u64 * self.granule.0))
+    }
+
+    /// The granule that holds a page.
+    pub(crate) fn granule_of(&self, page: PageIndex) -> usize {
+        crate::region::granule_of(&self.region, page)
+    }
+
+    pub(crate) fn block(&self) -> BlockId {
+        self.region.run.block
+    }
+
+    /// Whether one page is one granule.
+    pub(crate) fn small(&self) -> bool {
+        self.granule.0 == 1
+    }
+}

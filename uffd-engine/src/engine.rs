@@ -1,0 +1,195 @@
+//! A running engine.
+
+use std::fmt;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use page_source::PageRun;
+
+use crate::core::Core;
+use crate::fault::Origin;
+use crate::handler::Waiter;
+use crate::loader::Plan;
+use crate::stats::Stats;
+use crate::status::{Outcome, Task};
+use crate::sys::memory;
+use crate::{Builder, EngineError};
+
+/// Serves guest memory on demand, and brings in the rest in the background.
+///
+/// # Dropping
+/// Dropping an engine that is not complete poisons everything that is missing, since without it the kernel would give
+/// zeros without a word; then it ends its threads. An engine that is complete has nothing left to do: its memory is
+/// ordinary memory, and dropping it changes nothing.
+pub struct Engine {
+    pub(crate) core: Arc<Core>,
+    pub(crate) plan: Arc<Plan>,
+    pub(crate) waiter: Arc<Waiter>,
+    pub(crate) threads: Vec<JoinHandle<()>>,
+    pub(crate) supervisor: Option<JoinHandle<()>>,
+    pub(crate) origin: Option<Arc<Origin>>,
+}
+
+/// How an engine became complete.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Completion {
+    /// From the start of the engine until the last page was in.
+    pub after: Duration,
+    /// What it did.
+    pub stats: Stats,
+}
+
+/// Why a range could not be given back.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DiscardError {
+    /// Not (entirely) inside the engine's regions, or not whole granules.
+    #[error("{0} is not inside the regions of this engine, in whole granules")]
+    Outside(PageRun),
+    /// The memory belongs to another process, which discards for itself.
+    #[error("the memory belongs to another process")]
+    Foreign,
+    /// The system call failed.
+    #[error("giving {run} back failed: {error}")]
+    System {
+        /// The pages.
+        run: PageRun,
+        /// What the system said.
+        #[source]
+        error: std::io::Error,
+    },
+}
+
+impl Engine {
+    /// An engine to be configured.
+    #[must_use]
+    pub fn builder() -> Builder {
+        Builder::default()
+    }
+
+    /// Waits until every page is in.
+    ///
+    /// With [`Background::off`](crate::Background::off), or while the background is paused, that may be never.
+    ///
+    /// # Errors
+    /// If the engine has failed. What was missing then is poisoned.
+    pub fn wait(&self) -> Result<Completion, EngineError> {
+        self.finished(self.core.status.wait(None)).unwrap_or(Err(EngineError::Cancelled))
+    }
+
+    /// As [`wait`](Engine::wait), for a limited time: `None` if it has not ended by then.
+    pub fn wait_for(&self, time: Duration) -> Option<Result<Completion, EngineError>> {
+        self.finished(self.core.status.wait(Instant::now().checked_add(time)))
+    }
+
+    /// How it ended, if it has.
+    #[must_use]
+    pub fn outcome(&self) -> Option<Result<Completion, EngineError>> {
+        self.finished(self.core.status.outcome())
+    }
+
+    fn finished(&self, outcome: Option<Outcome>) -> Option<Result<Completion, EngineError>> {
+        Some(match outcome? {
+            Outcome::Complete(after) => Ok(Completion { after, stats: self.stats() }),
+            Outcome::Failed(error) => Err(error),
+        })
+    }
+
+    /// Gives up an engine that could not start whole: the memory is let go as it is.
+    pub(crate) fn abort(&self) {
+        if self.core.status.begin_completion() {
+            self.core.unregister();
+            self.core.status.end(Outcome::Failed(EngineError::Cancelled));
+            self.core.status.tell(Task::Fail(EngineError::Cancelled));
+        }
+    }
+
+    /// What it has done so far.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        self.core.counters.snapshot()
+    }
+
+    /// Stops loading in the background after the requests that are under way. Faults are served as before.
+    pub fn pause_background(&self) {
+        self.plan.pause(true);
+    }
+
+    /// Goes on loading in the background.
+    pub fn resume_background(&self) {
+        self.plan.pause(false);
+        self.core.outstanding.wake();
+    }
+
+    /// Fails the engine: poisons what is missing, tells the observer, and returns when that is done. Nothing happens
+    /// if it has ended already.
+    pub fn cancel(&self) {
+        self.core.status.fail(EngineError::Cancelled);
+        self.core.status.wait(None);
+    }
+
+    /// Gives pages back to the host: they read as zero from now on, whatever the snapshot holds. The one way to do so
+    /// with [`Discards::Announced`](crate::Discards::Announced), and allowed with events too.
+    ///
+    /// Waits for installs of these pages that are under way.
+    ///
+    /// # Errors
+    /// If the pages are not whole granules of this engine's regions, the memory is another process's, or the system
+    /// refuses.
+    pub fn discard(&self, run: PageRun) -> Result<(), DiscardError> {
+        if self.core.descriptor.foreign() {
+            return Err(DiscardError::Foreign);
+        }
+        let parts: Vec<_> = self.core.parts(run).collect();
+        let covered: u64 = parts.iter().map(|(_, part)| part.pages.0).sum();
+        let whole = |&(area, part): &(usize, PageRun)| {
+            let area = &self.core.areas[area];
+            let from = part.first - area.region.run.first;
+            from.0.is_multiple_of(area.granule.0) && part.pages.0.is_multiple_of(area.granule.0)
+        };
+        if covered != run.pages.0 || !parts.iter().all(whole) {
+            return Err(DiscardError::Outside(run));
+        }
+        for (number, part) in parts {
+            let area = &self.core.areas[number];
+            let first = area.granule_of(part.first);
+            let granules = page_source::ByteLen(part.pages.0 / area.granule.0).get();
+            for granule in first..first + granules {
+                while area.states.get(granule).state == crate::state::State::InFlight {
+                    std::thread::yield_now();
+                }
+                self.core.remove_granule(number, granule);
+            }
+            memory::give_back(area.addr(first), part.len(), area.region.shared)
+                .map_err(|error| DiscardError::System { run: part, error })?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Engine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Engine").field("outcome", &self.core.status.outcome()).finish_non_exhaustive()
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        // Poison first: then nobody waits for a page any more, and nobody gets a wrong one.
+        self.cancel();
+        self.waiter.stop();
+        for thread in self.threads.drain(..).chain(self.supervisor.take()) {
+            if thread.join().is_err() {
+                log::error!("a thread of the engine had panicked");
+            }
+        }
+        // The last owner of the feed: its threads end here, and do not call us any more.
+        self.origin = None;
+        if self.core.staging.cannot_poison.load(std::sync::atomic::Ordering::Acquire) {
+            log::error!("this kernel can't poison pages: the descriptor stays open, and what is missing stays blocked");
+            std::mem::forget(Arc::clone(&self.core));
+        }
+    }
+}

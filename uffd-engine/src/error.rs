@@ -1,0 +1,139 @@
+//! Why an engine can't start, and why one failed.
+
+use std::io;
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use page_source::{ByteLen, HostAddr, PageRun, SourceError};
+
+use crate::Features;
+
+/// Why there is no userfaultfd.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum OpenError {
+    /// Neither way is permitted.
+    #[error(
+        "no userfaultfd: /dev/userfaultfd: {device}; the system call: {syscall}. Give this user read and write access \
+         to /dev/userfaultfd, or CAP_SYS_PTRACE, or set the sysctl vm.unprivileged_userfaultfd=1"
+    )]
+    NotPermitted {
+        /// What the device node said.
+        device: io::Error,
+        /// What the system call said.
+        syscall: io::Error,
+    },
+    /// The kernel lacks something.
+    #[error("this kernel's userfaultfd lacks {missing:?} (it has {available:?})")]
+    Unsupported {
+        /// What it lacks.
+        missing: Features,
+        /// What it has.
+        available: Features,
+    },
+    /// The handshake with the kernel failed: the descriptor is none, or spent.
+    #[error("the handshake with the kernel (UFFDIO_API) failed: {0}")]
+    Handshake(#[source] io::Error),
+    /// A descriptor that was handed over can't be used.
+    #[error("the descriptor handed over can't be used: {0}")]
+    Handover(#[source] io::Error),
+}
+
+/// Why an engine can't start. Nothing was registered then.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// There is no descriptor.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// A region can't be.
+    #[error("region at {start}, {length} bytes: {reason}")]
+    Region {
+        /// Where it begins.
+        start: HostAddr,
+        /// Its length.
+        length: ByteLen,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The kernel refused to register a region.
+    #[error("registering the region at {start}, {length} bytes, with userfaultfd failed: {error}")]
+    Register {
+        /// Where it begins.
+        start: HostAddr,
+        /// Its length.
+        length: ByteLen,
+        /// What the kernel said.
+        #[source]
+        error: userfaultfd::Error,
+    },
+    /// The source can't be started.
+    #[error("the source of the pages can't be started: {0}")]
+    Source(#[from] SourceError),
+    /// A thread, an event descriptor or memory is missing.
+    #[error("{what}: {error}")]
+    System {
+        /// What was to be made.
+        what: &'static str,
+        /// What the system said.
+        #[source]
+        error: io::Error,
+    },
+    /// The builder lacks something.
+    #[error("{0}")]
+    Incomplete(&'static str),
+}
+
+/// Why an engine failed after it had started. What was missing then is poisoned: see [`FailurePolicy`].
+///
+/// [`FailurePolicy`]: crate::FailurePolicy
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EngineError {
+    /// The source has no content for some pages.
+    #[error("{run}: {error}")]
+    Source {
+        /// The pages.
+        run: PageRun,
+        /// What the source says.
+        #[source]
+        error: SourceError,
+    },
+    /// The source ended before it had delivered everything, or can't vouch for what it delivered.
+    #[error("the source of the pages broke: {0}")]
+    Broken(#[source] SourceError),
+    /// The kernel refused to install pages.
+    #[error("installing {run} at {at} failed: {errno}")]
+    Install {
+        /// The pages.
+        run: PageRun,
+        /// Where.
+        at: HostAddr,
+        /// What the kernel said.
+        errno: Errno,
+    },
+    /// Pages of a huge granule could not be put together.
+    #[error("putting together the huge page of {run} failed: {error}")]
+    Staging {
+        /// The pages.
+        run: PageRun,
+        /// What the system said.
+        #[source]
+        error: Arc<io::Error>,
+    },
+    /// The process that owns the memory is gone.
+    #[error("the process that owns the guest's memory is gone")]
+    OwnerGone,
+    /// A page fault at an address that belongs to no region.
+    #[error("a page fault at {0}, which belongs to no region of this engine")]
+    StrayFault(HostAddr),
+    /// Reading page faults failed.
+    #[error("reading page faults failed: {0}")]
+    Events(Errno),
+    /// A thread of the engine panicked.
+    #[error("a thread of the engine died: {0}")]
+    ThreadDied(&'static str),
+    /// The engine was cancelled or dropped before it was complete.
+    #[error("the engine was cancelled before all pages were there")]
+    Cancelled,
+}

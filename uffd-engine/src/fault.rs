@@ -1,0 +1,264 @@
+//! Serving one page fault.
+
+use std::time::Instant;
+
+use nix::errno::Errno;
+use page_source::{Feed, HostAddr, PageCount, PageRun, PageSource, Urgency};
+
+use crate::EngineError;
+use crate::core::{Core, Place};
+use crate::install::Content;
+use crate::pause::PausePoint;
+use crate::region::Backing;
+use crate::state::State;
+use crate::stats::bump;
+use crate::status::Task;
+use crate::sys::abi::UFFD_PAGEFAULT_FLAG_MINOR;
+use crate::sys::ops::{self, Done};
+
+/// Where content comes from, as a handler sees it.
+#[derive(Debug)]
+pub(crate) struct Origin {
+    pub(crate) source: std::sync::Arc<dyn PageSource>,
+    pub(crate) feed: std::sync::Arc<dyn Feed>,
+    /// So many pages are asked for at a time, around the fault.
+    pub(crate) around: PageCount,
+}
+
+/// Zeros are installed in ranges of up to so many 4 KiB pages around a fault: one costs little more than the other.
+const ZERO_AROUND: usize = 16;
+
+impl Core {
+    /// A fault that a handler has read at `since`.
+    pub(crate) fn fault(&self, origin: &Origin, addr: HostAddr, flags: u64, since: Instant) {
+        self.pauses.at(PausePoint::FaultRead);
+        if self.counters.fault(since) {
+            self.status.tell(Task::FirstFault);
+        }
+        let Some(place) = self.locate(addr) else {
+            return self.status.fail(EngineError::StrayFault(addr));
+        };
+        if self.serve(origin, place, flags & UFFD_PAGEFAULT_FLAG_MINOR != 0, false) {
+            self.counters.resolved(since);
+        } else {
+            self.waiting.insert(place, since);
+            let state = self.areas[place.area].states.get(place.granule).state;
+            if state == State::Present
+                && let Some(since) = self.waiting.remove(place)
+            {
+                self.counters.resolved(since);
+            }
+        }
+    }
+
+    /// Serves the faults again that could not be served before an event was read. Answers whether some are left.
+    pub(crate) fn serve_deferred(&self, origin: &Origin) -> bool {
+        let places = std::mem::take(&mut *self.deferred.lock());
+        for &place in &places {
+            self.serve(origin, place, false, true);
+        }
+        !self.deferred.lock().is_empty()
+    }
+
+    /// Brings what a fault needs. `true` if whoever waited goes on already.
+    fn serve(&self, origin: &Origin, place: Place, minor: bool, again: bool) -> bool {
+        let area = &self.areas[place.area];
+        if minor {
+            return self.serve_cached(place);
+        }
+        loop {
+            let entry = area.states.get(place.granule);
+            return match entry.state {
+                // Whoever installs it wakes its waiters, ours among them.
+                State::InFlight => true,
+                // A fault on a page that is there is real: what was installed may have been dropped by a discard that
+                // was read before. If it is there after all, the kernel says so, and it is woken.
+                State::Present => self.serve_lost(place),
+                State::Zero | State::Removed => {
+                    bump(&self.counters.demand_zero_faults, 1);
+                    self.serve_zeros(origin, place)
+                }
+                State::Poisoned => {
+                    self.poison_in_kernel(place.area, place.granule);
+                    true
+                }
+                State::Missing if self.status.failing() => {
+                    self.poison(place.area, place.granule, 1);
+                    true
+                }
+                State::Missing if self.is_zero(origin, place) => {
+                    if area.states.mark_zero(place.granule).requested {
+                        self.answered(area.granule.0);
+                    }
+                    continue;
+                }
+                State::Missing => {
+                    if entry.wanted && entry.requested && !again {
+                        return false;
+                    }
+                    let Some(before) = area.states.request(place.granule, true) else { continue };
+                    if !before {
+                        self.outstanding.requested(area.granule.0);
+                    }
+                    origin.feed.request(self.around(origin, place), Urgency::Demand);
+                    self.hints.push(place);
+                    area.states.get(place.granule).state == State::Present
+                }
+            };
+        }
+    }
+
+    fn is_zero(&self, origin: &Origin, place: Place) -> bool {
+        let area = &self.areas[place.area];
+        let span = origin.source.run_at(area.block(), area.page(place.granule));
+        span.content == page_source::Content::Zero && span.pages >= area.granule
+    }
+
+    /// The pages to ask for: the granule, and what is Missing right around it in the same aligned window.
+    fn around(&self, origin: &Origin, place: Place) -> PageRun {
+        let area = &self.areas[place.area];
+        let window = page_source::ByteLen(origin.around.0).get();
+        if window <= 1 || !area.small() {
+            return area.pages(place.granule, 1);
+        }
+        let start = place.granule - place.granule % window;
+        let end = (start + window).min(area.states.len());
+        let missing = |granule: &usize| {
+            let asked = area.states.request(*granule, false);
+            if asked == Some(false) {
+                self.outstanding.requested(area.granule.0);
+            }
+            asked == Some(false)
+        };
+        let before = (start..place.granule).rev().take_while(missing).count();
+        let after = (place.granule + 1..end).take_while(missing).count();
+        area.pages(place.granule - before, before + 1 + after)
+    }
+
+    /// Zeros for a granule, and for what is zero right around it.
+    fn serve_zeros(&self, origin: &Origin, place: Place) -> bool {
+        let area = &self.areas[place.area];
+        let gate = self.installing();
+        if !area.states.claim_zero(place.granule) {
+            return true;
+        }
+        let mut first = place.granule;
+        let mut claimed = 1;
+        if area.small() {
+            let start = place.granule - place.granule % ZERO_AROUND;
+            let end = (start + ZERO_AROUND).min(area.states.len());
+            let more = |granule: &usize| self.claim_known_zero(origin, Place { granule: *granule, ..place });
+            let before = (start..place.granule).rev().take_while(more).count();
+            claimed += before + (place.granule + 1..end).take_while(more).count();
+            first -= before;
+        }
+        let done = self.install_zeros(Place { granule: first, ..place }, claimed);
+        drop(gate);
+        matches!(done, Ok(n) if n == claimed)
+    }
+
+    fn claim_known_zero(&self, origin: &Origin, place: Place) -> bool {
+        let states = &self.areas[place.area].states;
+        match states.get(place.granule).state {
+            State::Zero => states.claim_zero(place.granule),
+            State::Missing if self.is_zero(origin, place) => {
+                let was = states.mark_zero(place.granule);
+                if was.requested {
+                    self.answered(1);
+                }
+                states.claim_zero(place.granule)
+            }
+            _ => false,
+        }
+    }
+
+    /// A page that the map says is there. Zeros, unless the kernel has something.
+    fn serve_lost(&self, place: Place) -> bool {
+        let area = &self.areas[place.area];
+        let (addr, len) = (area.addr(place.granule), area.len_of(1));
+        let fd = self.descriptor.fd();
+        let done = match area.region.backing {
+            Backing::Hugetlb => ops::copy(fd, addr.0, self.staging.zeros(), len.0),
+            Backing::Anonymous | Backing::Memfd => ops::zeropage(fd, addr.0, len.0),
+        };
+        match done {
+            Done::All => bump(&self.counters.zero_installed, area.granule.0),
+            Done::Failed(Errno::EAGAIN) | Done::Part(_) => {
+                self.deferred.lock().push(place);
+                return false;
+            }
+            // It is there, or the region is being unregistered: nobody has to wait.
+            Done::Failed(_) => drop(self.descriptor.wake(addr, len)),
+        }
+        true
+    }
+
+    /// A minor fault: the file behind the memory holds the page, and it only has to be mapped.
+    fn serve_cached(&self, place: Place) -> bool {
+        bump(&self.counters.minor_faults, 1);
+        let states = &self.areas[place.area].states;
+        let entry = states.get(place.granule);
+        let _gate = self.installing();
+        match entry.state {
+            State::InFlight => true,
+            // Its pages are being gathered in the file; it is mapped when they are all there.
+            State::Missing if self.staging.gathering(place) => {
+                states.request(place.granule, true);
+                false
+            }
+            State::Missing | State::Zero | State::Removed
+                if states.claim(place.granule) || states.claim_zero(place.granule) =>
+            {
+                self.install(place, 1, Content::Cached).is_ok_and(|done| done == 1)
+            }
+            State::Poisoned => {
+                self.poison_in_kernel(place.area, place.granule);
+                true
+            }
+            _ => {
+                let area = &self.areas[place.area];
+                let (addr, len) = (area.addr(place.granule), area.len_of(1));
+                let done = ops::map_cached(self.descriptor.fd(), addr.0, len.0);
+                if matches!(done, Done::Failed(Errno::EAGAIN)) {
+                    self.deferred.lock().push(place);
+                    return false;
+                }
+                if done != Done::All {
+                    drop(self.descriptor.wake(addr, len));
+                }
+                true
+            }
+        }
+    }
+
+    /// The guest gave a range back: what was there is gone, and reads as zeros. Held: [`Core::reading`].
+    pub(crate) fn removed(&self, start: HostAddr, end: HostAddr) {
+        self.pauses.at(PausePoint::DiscardRead);
+        for (number, area) in self.areas.iter().enumerate() {
+            let range = area.region.range();
+            let (from, to) = (start.max(range.start), end.min(range.end));
+            if from >= to {
+                continue;
+            }
+            let granule = area.granule.to_bytes().0;
+            let first = page_source::ByteLen((from - range.start).0 / granule).get();
+            let last = page_source::ByteLen((to - range.start).0.div_ceil(granule)).get();
+            for at in first..last {
+                self.remove_granule(number, at);
+            }
+        }
+    }
+
+    pub(crate) fn remove_granule(&self, number: usize, granule: usize) {
+        let area = &self.areas[number];
+        if area.states.remove(granule) {
+            if area.states.unrequest(granule) {
+                self.answered(area.granule.0);
+            }
+            if !area.small() {
+                self.staging.settled(Place { area: number, granule }, None);
+            }
+            bump(&self.counters.removed, area.granule.0);
+        }
+    }
+}

@@ -1,0 +1,177 @@
+//! The threads that read page faults.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::unistd::Pid;
+use page_source::HostAddr;
+
+use crate::EngineError;
+use crate::core::Core;
+use crate::doorbell::Doorbell;
+use crate::fault::Origin;
+use crate::sys::abi::{Message, UFFD_EVENT_PAGEFAULT, UFFD_EVENT_REMOVE, UFFD_EVENT_UNMAP};
+use crate::sys::ops;
+
+/// So many messages are read at a time at most.
+const BATCH: usize = 64;
+
+/// How handlers wait, and how they are stopped.
+#[derive(Debug)]
+pub(crate) enum Waiter {
+    /// In `read`; a doorbell stops them.
+    Read(Doorbell),
+    /// In `poll`; an event descriptor, which stays readable, stops them all.
+    Poll(EventFd),
+    /// Not at all.
+    Spin(AtomicBool),
+}
+
+/// What a handler was woken for.
+enum Woken {
+    Messages(usize),
+    Stop,
+}
+
+impl Waiter {
+    pub(crate) fn poll() -> nix::Result<Waiter> {
+        Ok(Waiter::Poll(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?))
+    }
+
+    /// A handler is about to start.
+    pub(crate) fn joining(&self) {
+        if let Waiter::Read(bell) = self {
+            bell.joining();
+        }
+    }
+
+    /// A handler has ended, or did not start.
+    pub(crate) fn left(&self, core: &Core) {
+        if let Waiter::Read(bell) = self {
+            bell.left(&core.descriptor);
+        }
+    }
+
+    /// Makes every handler end after the fault it is at.
+    pub(crate) fn stop(&self) {
+        match self {
+            Waiter::Read(bell) => bell.ring(),
+            Waiter::Poll(event) => {
+                if let Err(errno) = event.write(1) {
+                    log::error!("waking the fault handlers failed: {errno}");
+                }
+            }
+            Waiter::Spin(stop) => stop.store(true, Ordering::Release),
+        }
+    }
+
+    /// Waits for messages (not at all if `again`, since there is something to try again) and reads them. Events are
+    /// read and applied while no install is under way.
+    fn next(&self, core: &Core, messages: &mut [Message], again: bool) -> Result<Woken, Errno> {
+        match self {
+            Waiter::Read(_) => {}
+            Waiter::Poll(event) => {
+                let timeout = if again { PollTimeout::ZERO } else { PollTimeout::NONE };
+                if wait_readable(core, event.as_fd(), timeout)? {
+                    return Ok(Woken::Stop);
+                }
+            }
+            Waiter::Spin(stop) => {
+                if stop.load(Ordering::Acquire) {
+                    return Ok(Woken::Stop);
+                }
+                std::hint::spin_loop();
+            }
+        }
+        let alone = core.reading();
+        let count = match ops::read(core.descriptor.fd(), messages) {
+            Ok(count) => count,
+            Err(Errno::EAGAIN | Errno::EINTR) => 0,
+            Err(errno) => return Err(errno),
+        };
+        for message in &messages[..count] {
+            if matches!(message.event, UFFD_EVENT_REMOVE | UFFD_EVENT_UNMAP) {
+                core.removed(HostAddr(message.word0), HostAddr(message.word1));
+            }
+        }
+        drop(alone);
+        Ok(Woken::Messages(count))
+    }
+}
+
+/// Waits until there is a message; `true` if it is time to stop.
+fn wait_readable(core: &Core, stop: BorrowedFd<'_>, timeout: PollTimeout) -> Result<bool, Errno> {
+    let mut fds = [PollFd::new(core.descriptor.fd(), PollFlags::POLLIN), PollFd::new(stop, PollFlags::POLLIN)];
+    match poll(&mut fds, timeout) {
+        Ok(_) | Err(Errno::EINTR) => Ok(fds[1].any().unwrap_or(false)),
+        Err(errno) => Err(errno),
+    }
+}
+
+/// Says that a handler has ended, however it did.
+struct Leaving {
+    core: Arc<Core>,
+    waiter: Arc<Waiter>,
+}
+
+impl Drop for Leaving {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.core.status.fail(EngineError::ThreadDied("a fault handler panicked"));
+        }
+        self.waiter.left(&self.core);
+    }
+}
+
+/// Runs a handler on this thread until it is stopped.
+pub(crate) fn run(core: &Arc<Core>, waiter: &Arc<Waiter>, origin: &Origin, cpu: Option<usize>) {
+    let _leaving = Leaving { core: Arc::clone(core), waiter: Arc::clone(waiter) };
+    core.reads_events();
+    bind(cpu);
+    let mut messages = [Message::default(); BATCH];
+    let mut again = false;
+    loop {
+        let count = match waiter.next(core, &mut messages, again) {
+            Ok(Woken::Messages(count)) => count,
+            Ok(Woken::Stop) => return,
+            Err(errno) => return core.status.fail(EngineError::Events(errno)),
+        };
+        let since = Instant::now();
+        let mut stop = false;
+        for message in messages[..count].iter().filter(|message| message.event == UFFD_EVENT_PAGEFAULT) {
+            let addr = HostAddr(message.word1);
+            if let Waiter::Read(bell) = &**waiter
+                && bell.answer(&core.descriptor, addr)
+            {
+                stop = true;
+                continue;
+            }
+            core.fault(origin, addr, message.word0, since);
+        }
+        if stop {
+            return;
+        }
+        if again || !core.deferred.lock().is_empty() {
+            again = core.serve_deferred(origin);
+            if again {
+                // Whoever discards has to run before the kernel lets us install anything.
+                std::thread::yield_now();
+            }
+        }
+    }
+}
+
+/// Binds this thread to a core, if that exists.
+pub(crate) fn bind(cpu: Option<usize>) {
+    let Some(cpu) = cpu else { return };
+    let mut set = CpuSet::new();
+    if let Err(errno) = set.set(cpu).and_then(|()| sched_setaffinity(Pid::from_raw(0), &set)) {
+        log::warn!("binding a thread of the engine to core {cpu} failed: {errno}");
+    }
+}

@@ -1,0 +1,237 @@
+//! The threads that bring in what nobody has asked for: around recent faults first, then the rest in order.
+//!
+//! The cursor only decides where to look next. Whether everything is there is read from the page states.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use page_source::{ByteLen, Content, PageCount, PageRun, Urgency};
+use parking_lot::Mutex;
+
+use crate::EngineError;
+use crate::core::{Core, Place};
+use crate::fault::Origin;
+use crate::handler::bind;
+use crate::options::Background;
+use crate::state::State;
+use crate::stats::bump;
+use crate::status::Task;
+
+/// After a fault, so many pages from there on come next.
+const AFTER_FAULT: PageCount = PageCount(512);
+/// A pause of a loader whose rate is limited ends at least this often, to look for a change.
+const NAP: Duration = Duration::from_millis(5);
+
+/// What the loaders of one engine share.
+#[derive(Debug)]
+pub(crate) struct Plan {
+    cursor: Mutex<Cursor>,
+    paused: AtomicBool,
+    piece: PageCount,
+    rate: Option<Mutex<Bucket>>,
+    active: Mutex<usize>,
+}
+
+#[derive(Debug, Default)]
+struct Cursor {
+    area: usize,
+    granule: usize,
+}
+
+/// A token bucket: it may be overdrawn by one piece, and is then paid back by waiting.
+#[derive(Debug)]
+struct Bucket {
+    per_second: f64,
+    bytes: f64,
+    at: Instant,
+}
+
+impl Bucket {
+    fn take(&mut self, len: ByteLen) {
+        self.refill();
+        self.bytes -= to_f64(len.0);
+    }
+
+    fn refill(&mut self) {
+        let now = Instant::now();
+        let most = self.per_second / 100.0;
+        self.bytes = (self.bytes + self.per_second * (now - self.at).as_secs_f64()).min(most);
+        self.at = now;
+    }
+
+    fn debt(&mut self) -> Option<Duration> {
+        self.refill();
+        (self.bytes < 0.0).then(|| Duration::from_secs_f64((-self.bytes / self.per_second).min(3600.0)))
+    }
+}
+
+/// Exact up to 2^53, which is more than any rate.
+#[expect(clippy::cast_precision_loss, reason = "a rate needs no more than 53 bits")]
+fn to_f64(n: u64) -> f64 {
+    n as f64
+}
+
+impl Plan {
+    pub(crate) fn new(options: &Background) -> Plan {
+        Plan {
+            cursor: Mutex::default(),
+            paused: AtomicBool::new(options.paused),
+            piece: options.piece,
+            rate: options
+                .rate
+                .map(|rate| Mutex::new(Bucket { per_second: to_f64(rate.0.max(1)), bytes: 0.0, at: Instant::now() })),
+            active: Mutex::new(options.threads),
+        }
+    }
+
+    pub(crate) fn pause(&self, paused: bool) {
+        self.paused.store(paused, Ordering::SeqCst);
+    }
+
+    /// Begins again at the start: something was still missing.
+    pub(crate) fn rewind(&self) {
+        *self.cursor.lock() = Cursor::default();
+    }
+
+    /// The next pages to look at. `None` if the cursor has seen all of them.
+    fn next(&self, core: &Core, origin: &Origin) -> Option<(usize, PageRun)> {
+        if let Some(Place { area, granule }) = core.hints.pop() {
+            let rest = core.areas[area].pages(granule, core.areas[area].states.len() - granule);
+            return Some((area, rest.split_at(AFTER_FAULT).0));
+        }
+        let mut cursor = self.cursor.lock();
+        loop {
+            let area = core.areas.get(cursor.area)?;
+            if cursor.granule >= area.states.len() {
+                *cursor = Cursor { area: cursor.area + 1, granule: 0 };
+                continue;
+            }
+            let page = area.page(cursor.granule);
+            let span = origin.source.run_at(area.block(), page);
+            let granules = ByteLen(span.pages.0 / area.granule.0).get().min(area.states.len() - cursor.granule);
+            match span.content {
+                Content::Zero if granules > 0 => {
+                    bump(&core.counters.zero_skipped, granules as u64 * area.granule.0);
+                    cursor.granule += granules;
+                }
+                // What a source does not know before it was asked is often known for a long way after one page.
+                Content::Unknown
+                    if area.small() && core.areas[cursor.area].states.get(cursor.granule).state == State::Missing =>
+                {
+                    let one = PageRun::single(area.block(), page);
+                    let number = cursor.area;
+                    cursor.granule += 1;
+                    if self.unknown_stays_unknown(core, origin, number, one) {
+                        let take = self.granules(area.granule).min(granules.max(1)) - 1;
+                        let first = cursor.granule;
+                        cursor.granule += take;
+                        return Some((number, area.pages(first, take)));
+                    }
+                }
+                Content::Zero | Content::Stored | Content::Unknown => {
+                    let take = self.granules(area.granule).min(granules.max(1));
+                    let first = cursor.granule;
+                    cursor.granule += take;
+                    return Some((cursor.area, area.pages(first, take)));
+                }
+            }
+        }
+    }
+
+    /// Asks for one page; `true` if the source does not know more after that than before.
+    fn unknown_stays_unknown(&self, core: &Core, origin: &Origin, area: usize, one: PageRun) -> bool {
+        request(core, origin, area, one, PageCount(1));
+        origin.source.run_at(one.block, one.first).content == Content::Unknown
+    }
+
+    /// One turn of a loader, in granules.
+    fn granules(&self, granule: PageCount) -> usize {
+        ByteLen(self.piece.0 / granule.0).get().max(1)
+    }
+
+    /// Why a loader has to wait now, if it has: for how long at most.
+    fn hold(&self, core: &Core) -> Option<Option<Duration>> {
+        if self.paused.load(Ordering::SeqCst) || !core.outstanding.room() {
+            return Some(None);
+        }
+        let debt = self.rate.as_ref()?.lock().debt()?;
+        Some(Some(debt.min(NAP)))
+    }
+}
+
+/// Requests what of a run is Missing, in runs of at most `piece` pages.
+fn request(core: &Core, origin: &Origin, number: usize, run: PageRun, piece: PageCount) -> ByteLen {
+    let area = &core.areas[number];
+    let end = area.granule_of(run.first) + ByteLen(run.pages.0 / area.granule.0).get();
+    let most = ByteLen(piece.0 / area.granule.0).get().max(1);
+    let mut at = area.granule_of(run.first);
+    let mut asked = ByteLen(0);
+    while at < end {
+        // Asked for already, by a fault or in an earlier turn: it will come.
+        let fresh = |granule: &usize| area.states.request(*granule, false) == Some(false);
+        let count = (at..end.min(at + most)).take_while(fresh).count();
+        if count == 0 {
+            at += 1;
+            continue;
+        }
+        let pages = area.pages(at, count);
+        core.outstanding.requested(pages.pages.0);
+        origin.feed.request(pages, Urgency::Background);
+        asked += pages.len();
+        at += count;
+    }
+    asked
+}
+
+/// Fails the engine if a loader dies.
+struct Leaving<'a>(&'a Core);
+
+impl Drop for Leaving<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.status.fail(EngineError::ThreadDied("a background loader panicked"));
+        }
+    }
+}
+
+/// Runs a loader on this thread until the engine has ended.
+pub(crate) fn run(core: &Arc<Core>, plan: &Plan, origin: &Origin, cpu: Option<usize>) {
+    let _leaving = Leaving(core);
+    bind(cpu);
+    while core.status.running() {
+        if let Some(at_most) = plan.hold(core) {
+            core.outstanding.sleep(at_most, || !core.status.running() || plan.hold(core).is_none());
+            continue;
+        }
+        match plan.next(core, origin) {
+            Some((area, run)) => {
+                let asked = request(core, origin, area, run, plan.piece);
+                if let Some(rate) = &plan.rate {
+                    rate.lock().take(asked);
+                }
+            }
+            None => idle(core, plan),
+        }
+    }
+}
+
+/// The cursor has seen everything. The last loader to notice has the map checked; all wait for what comes of it.
+fn idle(core: &Core, plan: &Plan) {
+    let last = {
+        let mut active = plan.active.lock();
+        *active -= 1;
+        *active == 0
+    };
+    if last {
+        core.outstanding.set_all_requested(true);
+        if core.outstanding.none() {
+            core.status.tell(Task::Check);
+        }
+    }
+    let more = || plan.cursor.lock().area < core.areas.len();
+    while core.status.running() && !more() {
+        core.outstanding.sleep(None, || !core.status.running() || more());
+    }
+    *plan.active.lock() += 1;
+}

@@ -1,0 +1,224 @@
+//! The engine as a sink of pages.
+
+use std::sync::Arc;
+
+use page_source::{End, Flow, PageBytes, PageCount, PageRun, PageSink, SinkError, SourceError};
+
+use crate::EngineError;
+use crate::core::{Core, Place};
+use crate::install::{Content, stopped};
+use crate::options::FailurePolicy;
+use crate::staging::Whole;
+use crate::state::State;
+use crate::stats::bump;
+use crate::status::{Task, source_error};
+
+impl PageSink for Core {
+    fn data(&self, run: PageRun, bytes: PageBytes<'_>) -> Flow {
+        if bytes.len() != run.len() {
+            let reason = format!("{} bytes were delivered for {run}", bytes.len());
+            let error = SourceError::Stopped { reason: reason.clone() };
+            self.status.fail(EngineError::Source { run, error });
+            return Flow::Break(SinkError::Stopped { reason });
+        }
+        for (number, part) in self.parts(run) {
+            if !self.status.running() {
+                return Flow::Break(stopped());
+            }
+            let bytes = bytes.slice((part.first - run.first).to_bytes(), part.len());
+            let area = &self.areas[number];
+            if area.small() {
+                self.install_bytes(number, area.granule_of(part.first), count(part.pages), bytes)?;
+            } else {
+                self.gather(number, part, Some(bytes))?;
+            }
+        }
+        Flow::Continue(())
+    }
+
+    fn zero(&self, run: PageRun) -> Flow {
+        for (number, part) in self.parts(run) {
+            if !self.status.running() {
+                return Flow::Break(stopped());
+            }
+            if self.areas[number].small() {
+                for page in part.iter() {
+                    self.zero_granule(number, self.areas[number].granule_of(page))?;
+                }
+            } else {
+                self.gather(number, part, None)?;
+            }
+        }
+        Flow::Continue(())
+    }
+
+    fn failed(&self, run: PageRun, error: SourceError) -> Flow {
+        for (number, part) in self.parts(run) {
+            if !self.status.running() {
+                return Flow::Break(stopped());
+            }
+            let error = source_error(part, error.clone());
+            if self.policy == FailurePolicy::PoisonMissing {
+                self.status.fail(error);
+                return Flow::Break(stopped());
+            }
+            let area = &self.areas[number];
+            let first = area.granule_of(part.first);
+            let last = area.granule_of(part.first + (part.pages - PageCount(1)));
+            for granule in first..=last {
+                self.staging.settled(Place { area: number, granule }, None);
+            }
+            self.poison(number, first, last - first + 1);
+            self.status.tell(Task::PagesFailed(error));
+        }
+        Flow::Continue(())
+    }
+
+    fn end(&self, end: End) {
+        match end {
+            End::Complete => self.rest_is_zero(),
+            End::Broken(error) => self.status.fail(EngineError::Broken(error)),
+        }
+    }
+}
+
+impl Core {
+    /// One granule is zero. Installed only if somebody waits for it.
+    fn zero_granule(&self, number: usize, granule: usize) -> Flow {
+        let area = &self.areas[number];
+        let was = area.states.mark_zero(granule);
+        if was.state != State::Missing {
+            self.not_taken(number, granule);
+            return Flow::Continue(());
+        }
+        if was.wanted {
+            self.wanted_zero(Place { area: number, granule })?;
+        } else {
+            bump(&self.counters.zero_skipped, area.granule.0);
+        }
+        if was.requested {
+            self.answered(area.granule.0);
+        }
+        Flow::Continue(())
+    }
+
+    fn wanted_zero(&self, place: Place) -> Flow {
+        loop {
+            let gate = self.installing();
+            if !self.areas[place.area].states.claim_zero(place.granule) {
+                return Flow::Continue(());
+            }
+            let done = self.install_zeros(place, 1);
+            drop(gate);
+            match done {
+                Ok(0) => {}
+                Ok(_) => return Flow::Continue(()),
+                Err(error) => return Flow::Break(error),
+            }
+        }
+    }
+
+    /// Pieces of huge granules.
+    fn gather(&self, number: usize, part: PageRun, bytes: Option<PageBytes<'_>>) -> Flow {
+        let area = &self.areas[number];
+        let mut rest = part;
+        while !rest.is_empty() {
+            let granule = area.granule_of(rest.first);
+            let whole = area.pages(granule, 1);
+            let (here, after) = rest.split_at(whole.end() - rest.first);
+            let piece = bytes.map(|bytes| bytes.slice((here.first - part.first).to_bytes(), here.len()));
+            rest = after;
+            if here == whole && !self.staging.gathering(Place { area: number, granule }) {
+                match piece {
+                    Some(piece) => self.install_bytes(number, granule, 1, piece)?,
+                    None => self.zero_granule(number, granule)?,
+                }
+                continue;
+            }
+            self.add_piece(number, granule, whole, here, piece)?;
+        }
+        Flow::Continue(())
+    }
+
+    fn add_piece(
+        &self,
+        number: usize,
+        granule: usize,
+        whole: PageRun,
+        here: PageRun,
+        piece: Option<PageBytes<'_>>,
+    ) -> Flow {
+        let area = &self.areas[number];
+        let place = Place { area: number, granule };
+        if !matches!(area.states.get(granule).state, State::Missing | State::Zero) {
+            self.not_taken(number, granule);
+            return Flow::Continue(());
+        }
+        let alias = area.region.alias.map(|alias| alias + area.len_of(granule));
+        let first = here.first - whole.first;
+        match self.staging.add(place, count(first), count(here.pages), piece, alias) {
+            Ok(None) => Flow::Continue(()),
+            Ok(Some(content)) => self.install_whole(place, content),
+            Err(error)
+                if piece.is_some_and(|piece| piece.as_slice().is_none())
+                    && error.kind() != std::io::ErrorKind::Other =>
+            {
+                Flow::Break(SinkError::Unreadable(here))
+            }
+            Err(error) => {
+                self.status.fail(EngineError::Staging { run: here, error: Arc::new(error) });
+                Flow::Break(stopped())
+            }
+        }
+    }
+
+    fn install_whole(&self, place: Place, content: Whole) -> Flow {
+        let area = &self.areas[place.area];
+        let mut done = Flow::Continue(());
+        loop {
+            let gate = self.installing();
+            if !area.states.claim(place.granule) {
+                self.not_taken(place.area, place.granule);
+                break;
+            }
+            let installed = match &content {
+                Whole::Buffer(buffer) => self.install(place, 1, Content::Bytes(PageBytes::from_slice(buffer.bytes()))),
+                Whole::InFile => self.install(place, 1, Content::Cached),
+            };
+            drop(gate);
+            match installed {
+                Ok(0) => {}
+                Ok(_) => break,
+                Err(error) => {
+                    done = Flow::Break(error);
+                    break;
+                }
+            }
+        }
+        let buffer = match content {
+            Whole::Buffer(buffer) => Some(buffer),
+            Whole::InFile => None,
+        };
+        self.staging.settled(place, buffer);
+        done
+    }
+
+    /// The source has delivered everything: what is still Missing is zero.
+    fn rest_is_zero(&self) {
+        for number in 0..self.areas.len() {
+            for granule in 0..self.areas[number].states.len() {
+                if self.areas[number].states.get(granule).state == State::Missing
+                    && self.zero_granule(number, granule).is_break()
+                {
+                    return;
+                }
+            }
+        }
+        self.status.tell(Task::Check);
+    }
+}
+
+/// A number of pages that are in memory.
+fn count(pages: PageCount) -> usize {
+    page_source::ByteLen(pages.0).get()
+}

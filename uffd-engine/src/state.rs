@@ -1,0 +1,235 @@
+//! The state of each granule of a region: one atomic byte, and one path that wins a claim.
+//!
+//! ```text
+//! Missing -> InFlight -> Present            installed
+//! Missing -> Zero -> InFlight -> Present    known to be zero; installed only when somebody touches it
+//! InFlight -> Missing                       the install did not happen; try again
+//! any but Poisoned -> Removed -> InFlight -> Present (as zero)
+//! Missing, InFlight -> Poisoned             fail closed
+//! ```
+
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use crate::sys::memory::zeroed_table;
+
+/// Where a granule stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum State {
+    /// Nobody has brought it yet.
+    Missing,
+    /// An install is under way.
+    InFlight,
+    /// The guest has it.
+    Present,
+    /// It is zero, and not installed.
+    Zero,
+    /// The guest gave it back: it reads as zero.
+    Removed,
+    /// Its content can't be had: any access is an error.
+    Poisoned,
+}
+
+const STATES: [State; 8] = [
+    State::Missing,
+    State::InFlight,
+    State::Present,
+    State::Zero,
+    State::Removed,
+    State::Poisoned,
+    State::Poisoned,
+    State::Poisoned,
+];
+const STATE: u8 = 0b111;
+/// A request for it is on its way to the source.
+const REQUESTED: u8 = 1 << 3;
+/// Somebody stands still until it comes.
+const WANTED: u8 = 1 << 4;
+
+/// A granule's state with its marks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Entry {
+    pub(crate) state: State,
+    pub(crate) requested: bool,
+    pub(crate) wanted: bool,
+}
+
+fn decode(byte: u8) -> Entry {
+    Entry { state: STATES[usize::from(byte & STATE)], requested: byte & REQUESTED != 0, wanted: byte & WANTED != 0 }
+}
+
+/// The states of a region's granules. Costs no memory where nothing has happened yet.
+#[derive(Debug)]
+pub(crate) struct StateMap {
+    granules: Box<[AtomicU8]>,
+}
+
+impl StateMap {
+    pub(crate) fn new(granules: usize) -> StateMap {
+        StateMap { granules: zeroed_table(granules) }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.granules.len()
+    }
+
+    pub(crate) fn get(&self, granule: usize) -> Entry {
+        decode(self.granules[granule].load(Ordering::Acquire))
+    }
+
+    /// Missing or Zero becomes InFlight, and the caller is the one who installs it.
+    pub(crate) fn claim(&self, granule: usize) -> bool {
+        self.change(granule, |entry| matches!(entry.state, State::Missing | State::Zero), State::InFlight)
+    }
+
+    /// Anything that reads as zero becomes InFlight, and the caller installs zeros.
+    pub(crate) fn claim_zero(&self, granule: usize) -> bool {
+        self.change(granule, |entry| matches!(entry.state, State::Zero | State::Removed), State::InFlight)
+    }
+
+    /// The state of a granule that the caller has claimed; drops both marks, and says what they were.
+    pub(crate) fn settle(&self, granule: usize, state: State) -> Entry {
+        let keep = if state == State::Missing { WANTED | REQUESTED } else { 0 };
+        let byte = &self.granules[granule];
+        let mut old = byte.load(Ordering::Relaxed);
+        loop {
+            let new = state as u8 | old & keep;
+            match byte.compare_exchange_weak(old, new, Ordering::AcqRel, Ordering::Relaxed) {
+                Ok(_) => return decode(old),
+                Err(now) => old = now,
+            }
+        }
+    }
+
+    /// Missing becomes Zero. Answers what it was before.
+    pub(crate) fn mark_zero(&self, granule: usize) -> Entry {
+        let byte = &self.granules[granule];
+        let mut old = byte.load(Ordering::Relaxed);
+        loop {
+            let was = decode(old);
+            if was.state != State::Missing {
+                return was;
+            }
+            let new = State::Zero as u8 | old & WANTED;
+            match byte.compare_exchange_weak(old, new, Ordering::AcqRel, Ordering::Relaxed) {
+                Ok(_) => return was,
+                Err(now) => old = now,
+            }
+        }
+    }
+
+    /// Missing, Present, Zero or Removed becomes Removed; `false` if an install is under way.
+    pub(crate) fn remove(&self, granule: usize) -> bool {
+        let entry = self.get(granule);
+        match entry.state {
+            State::InFlight => false,
+            State::Poisoned | State::Removed => true,
+            State::Missing | State::Present | State::Zero => {
+                self.change(granule, |now| !matches!(now.state, State::InFlight | State::Poisoned), State::Removed)
+            }
+        }
+    }
+
+    /// Missing becomes Poisoned.
+    pub(crate) fn poison(&self, granule: usize) -> bool {
+        self.change(granule, |entry| entry.state == State::Missing, State::Poisoned)
+    }
+
+    /// Marks a Missing granule as requested and, for a fault, as wanted. `None` if it is not Missing any more;
+    /// otherwise whether a request was on its way already.
+    pub(crate) fn request(&self, granule: usize, wanted: bool) -> Option<bool> {
+        let byte = &self.granules[granule];
+        let marks = if wanted { REQUESTED | WANTED } else { REQUESTED };
+        let mut old = byte.load(Ordering::Relaxed);
+        loop {
+            let was = decode(old);
+            if was.state != State::Missing {
+                return None;
+            }
+            match byte.compare_exchange_weak(old, old | marks, Ordering::AcqRel, Ordering::Relaxed) {
+                Ok(_) => return Some(was.requested),
+                Err(now) => old = now,
+            }
+        }
+    }
+
+    /// Forgets that a request was on its way; says whether one was.
+    pub(crate) fn unrequest(&self, granule: usize) -> bool {
+        self.granules[granule].fetch_and(!REQUESTED, Ordering::AcqRel) & REQUESTED != 0
+    }
+
+    fn change(&self, granule: usize, allowed: impl Fn(Entry) -> bool, to: State) -> bool {
+        let byte = &self.granules[granule];
+        let mut old = byte.load(Ordering::Relaxed);
+        loop {
+            if !allowed(decode(old)) {
+                return false;
+            }
+            let new = to as u8 | old & !STATE;
+            match byte.compare_exchange_weak(old, new, Ordering::AcqRel, Ordering::Relaxed) {
+                Ok(_) => return true,
+                Err(now) => old = now,
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_bytes_say_what_they_mean() {
+        for state in STATES {
+            assert_eq!(STATES[usize::from(state as u8)], state);
+        }
+    }
+
+    #[test]
+    fn one_path_wins_a_claim() {
+        let map = StateMap::new(4);
+        let wins: usize = std::thread::scope(|scope| {
+            let tries: Vec<_> = (0..4).map(|_| scope.spawn(|| (0..4).filter(|&g| map.claim(g)).count())).collect();
+            tries.into_iter().map(|t| t.join().unwrap()).sum()
+        });
+        assert_eq!(wins, 4);
+    }
+
+    #[test]
+    fn zero_is_remembered_and_may_still_be_wanted() {
+        let map = StateMap::new(2);
+        assert_eq!(map.request(0, true), Some(false));
+        let was = map.mark_zero(0);
+        assert!(was.requested && was.wanted);
+        assert_eq!(map.get(0), Entry { state: State::Zero, requested: false, wanted: true });
+        assert_eq!(map.request(0, true), None);
+        assert!(map.claim_zero(0) && !map.claim_zero(1));
+        assert_eq!(map.mark_zero(0).state, State::InFlight);
+    }
+
+    #[test]
+    fn removed_stays_removed_until_a_zero_is_installed() {
+        let map = StateMap::new(2);
+        assert!(map.remove(0));
+        assert!(!map.claim(0), "the old content is gone");
+        assert!(map.claim_zero(0));
+        assert!(!map.remove(0), "an install is under way");
+        map.settle(0, State::Present);
+        assert!(map.remove(0));
+        assert!(map.poison(1) && !map.claim(1) && map.remove(1));
+        assert_eq!(map.get(1).state, State::Poisoned);
+    }
+
+    #[test]
+    fn marks_survive_a_failed_install_and_end_with_a_good_one() {
+        let map = StateMap::new(1);
+        assert_eq!(map.request(0, false), Some(false));
+        assert_eq!(map.request(0, true), Some(true));
+        assert!(map.claim(0));
+        map.settle(0, State::Missing);
+        assert_eq!(map.get(0), Entry { state: State::Missing, requested: true, wanted: true });
+        assert!(map.claim(0));
+        let was = map.settle(0, State::Present);
+        assert!(was.wanted && was.requested);
+        assert_eq!(map.get(0), Entry { state: State::Present, requested: false, wanted: false });
+    }
+}

@@ -1,0 +1,137 @@
+//! What the threads of an engine tell its supervisor, and what the supervisor tells everybody.
+
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::{Duration, Instant};
+
+use page_source::PageRun;
+use parking_lot::{Condvar, Mutex};
+
+use crate::EngineError;
+
+/// How far an engine is.
+#[derive(Clone, Debug)]
+pub(crate) enum Outcome {
+    Complete(Duration),
+    Failed(EngineError),
+}
+
+/// Something for the supervisor to do.
+#[derive(Debug)]
+pub(crate) enum Task {
+    FirstFault,
+    PagesFailed(EngineError),
+    Check,
+    Fail(EngineError),
+}
+
+#[derive(Debug, Default)]
+struct Inbox {
+    first_fault: bool,
+    check: bool,
+    failed_pages: Vec<EngineError>,
+    failure: Option<EngineError>,
+}
+
+const RUNNING: u8 = 0;
+const COMPLETING: u8 = 1;
+const FAILING: u8 = 2;
+const ENDED: u8 = 3;
+
+/// The state of the whole: read everywhere, without a lock.
+#[derive(Debug, Default)]
+pub(crate) struct Status {
+    phase: AtomicU8,
+    inbox: Mutex<Inbox>,
+    arrived: Condvar,
+    outcome: Mutex<Option<Outcome>>,
+    ended: Condvar,
+}
+
+/// So many errors of single pages are kept until the observer has seen them.
+const MAX_FAILED_PAGES: usize = 64;
+
+impl Status {
+    /// Nothing has ended or is about to.
+    pub(crate) fn running(&self) -> bool {
+        self.phase.load(Ordering::Acquire) == RUNNING
+    }
+
+    /// What is missing is about to be poisoned, or is.
+    pub(crate) fn failing(&self) -> bool {
+        self.phase.load(Ordering::Acquire) == FAILING
+    }
+
+    /// From here on the engine is complete or failing; `false` if it was no longer running.
+    pub(crate) fn begin_completion(&self) -> bool {
+        self.phase.compare_exchange(RUNNING, COMPLETING, Ordering::AcqRel, Ordering::Acquire).is_ok()
+    }
+
+    /// Stops all installs; the supervisor will poison what is missing. The first error is the one that is told.
+    pub(crate) fn fail(&self, error: EngineError) {
+        let begun = self.phase.compare_exchange(RUNNING, FAILING, Ordering::AcqRel, Ordering::Acquire).is_ok();
+        if begun {
+            self.tell(Task::Fail(error));
+        }
+    }
+
+    pub(crate) fn tell(&self, task: Task) {
+        let mut inbox = self.inbox.lock();
+        match task {
+            Task::FirstFault => inbox.first_fault = true,
+            Task::Check => inbox.check = true,
+            Task::PagesFailed(error) if inbox.failed_pages.len() < MAX_FAILED_PAGES => inbox.failed_pages.push(error),
+            Task::PagesFailed(_) => {}
+            Task::Fail(error) => inbox.failure = Some(error),
+        }
+        self.arrived.notify_one();
+    }
+
+    /// The next thing to do, in order of urgency. Waits for it.
+    pub(crate) fn next_task(&self) -> Task {
+        let mut inbox = self.inbox.lock();
+        loop {
+            if let Some(error) = inbox.failure.take() {
+                return Task::Fail(error);
+            }
+            if std::mem::take(&mut inbox.first_fault) {
+                return Task::FirstFault;
+            }
+            if let Some(error) = inbox.failed_pages.pop() {
+                return Task::PagesFailed(error);
+            }
+            if std::mem::take(&mut inbox.check) {
+                return Task::Check;
+            }
+            self.arrived.wait(&mut inbox);
+        }
+    }
+
+    pub(crate) fn end(&self, outcome: Outcome) {
+        let mut slot = self.outcome.lock();
+        self.phase.store(ENDED, Ordering::Release);
+        slot.get_or_insert(outcome);
+        self.ended.notify_all();
+    }
+
+    pub(crate) fn outcome(&self) -> Option<Outcome> {
+        self.outcome.lock().clone()
+    }
+
+    /// Waits for the end, at most until `deadline`.
+    pub(crate) fn wait(&self, deadline: Option<Instant>) -> Option<Outcome> {
+        let mut slot = self.outcome.lock();
+        while slot.is_none() {
+            match deadline {
+                None => self.ended.wait(&mut slot),
+                Some(at) if self.ended.wait_until(&mut slot, at).timed_out() => break,
+                Some(_) => {}
+            }
+        }
+        slot.clone()
+    }
+}
+
+/// An error that a source gave for some pages.
+pub(crate) fn source_error(run: PageRun, error: page_source::SourceError) -> EngineError {
+    EngineError::Source { run, error }
+}

@@ -1,0 +1,180 @@
+//! The thread that decides how an engine ends, and that tells its observer.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use page_source::Content;
+
+use crate::core::{Area, Core};
+use crate::fault::Origin;
+use crate::loader::Plan;
+use crate::options::Event;
+use crate::pause::PausePoint;
+use crate::state::State;
+use crate::status::{Outcome, Task};
+use crate::sys::ops;
+use crate::{EngineError, stats};
+
+/// Whom the engine tells.
+pub(crate) struct Observer(pub(crate) Box<dyn Fn(&Event) + Send>);
+
+impl fmt::Debug for Observer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Observer")
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct Supervisor {
+    pub(crate) core: Arc<Core>,
+    pub(crate) plan: Arc<Plan>,
+    pub(crate) origin: Arc<Origin>,
+    pub(crate) observer: Option<Observer>,
+    /// The areas that have been reported complete.
+    pub(crate) reported: Vec<bool>,
+}
+
+impl Supervisor {
+    /// Runs until the engine has ended.
+    pub(crate) fn run(mut self) {
+        loop {
+            match self.core.status.next_task() {
+                Task::FirstFault => {
+                    let after = self.core.counters.time_to_first_fault().unwrap_or_default();
+                    self.tell(&Event::FirstFault { after });
+                }
+                Task::PagesFailed(error) => self.tell(&Event::PagesFailed(error)),
+                Task::Check => {
+                    if self.check() {
+                        return;
+                    }
+                }
+                Task::Fail(error) => return self.fail(error),
+            }
+        }
+    }
+
+    fn tell(&self, event: &Event) {
+        log::debug!("{event:?}");
+        if let Some(observer) = &self.observer {
+            (observer.0)(event);
+        }
+    }
+
+    /// Ends the engine if nothing is missing any more.
+    fn check(&mut self) -> bool {
+        let mut missing = false;
+        for number in 0..self.core.areas.len() {
+            if self.reported[number] {
+                continue;
+            }
+            if self.lacks(number) {
+                missing = true;
+            } else {
+                self.reported[number] = true;
+                self.tell(&Event::RegionComplete { run: self.core.areas[number].region.run });
+            }
+        }
+        if missing {
+            // What was requested has been answered, and yet something is missing: an install was undone. Once more.
+            self.core.outstanding.set_all_requested(false);
+            self.plan.rewind();
+            self.core.outstanding.wake();
+            return false;
+        }
+        if let Err(error) = self.origin.source.verify() {
+            self.core.status.fail(EngineError::Broken(error));
+            return false;
+        }
+        if !self.core.status.begin_completion() {
+            return false;
+        }
+        self.core.pauses.at(PausePoint::Completing);
+        let after = self.core.counters.complete();
+        self.core.unregister();
+        self.core.status.end(Outcome::Complete(after));
+        self.core.outstanding.wake();
+        self.tell(&Event::Complete { after });
+        true
+    }
+
+    /// Whether content of an area is still missing, by its page states.
+    fn lacks(&self, number: usize) -> bool {
+        let area = &self.core.areas[number];
+        self.spans(area).any(|(first, granules)| {
+            (first..first + granules)
+                .any(|granule| matches!(area.states.get(granule).state, State::Missing | State::InFlight))
+        })
+    }
+
+    /// The granules of an area that are not known to be zero: the first of a span, and how many.
+    fn spans<'a>(&'a self, area: &'a Area) -> impl Iterator<Item = (usize, usize)> + 'a {
+        let mut at = 0;
+        std::iter::from_fn(move || {
+            while at < area.states.len() {
+                let span = self.origin.source.run_at(area.block(), area.page(at));
+                let granules = page_source::ByteLen(span.pages.0 / area.granule.0).get();
+                let left = area.states.len() - at;
+                let first = at;
+                if span.content == Content::Zero && granules > 0 {
+                    at += granules.min(left);
+                    continue;
+                }
+                let granules = granules.clamp(1, left);
+                at += granules;
+                return Some((first, granules));
+            }
+            None
+        })
+    }
+
+    /// Poisons what is missing, tells the VMM, and lets the memory go: what is zero then reads as zero.
+    fn fail(&self, error: EngineError) {
+        log::error!("{error}");
+        self.core.outstanding.wake();
+        for area in 0..self.core.areas.len() {
+            self.poison_missing(area);
+        }
+        if !self.core.staging.cannot_poison.load(Ordering::Acquire) {
+            self.core.unregister();
+        }
+        self.core.status.end(Outcome::Failed(error.clone()));
+        self.tell(&Event::Failed(error));
+    }
+
+    fn poison_missing(&self, number: usize) {
+        let area = &self.core.areas[number];
+        let spans: Vec<_> = self.spans(area).collect();
+        for (first, granules) in spans {
+            let mut at = first;
+            while at < first + granules {
+                let run = (at..first + granules).take_while(|&granule| area.states.poison(granule)).count();
+                if run > 0 {
+                    self.poison_range(number, at, run);
+                    at += run;
+                    continue;
+                }
+                // Whoever installs it sees that the engine has failed, and ends soon: either way.
+                if area.states.get(at).state == State::InFlight {
+                    std::thread::yield_now();
+                    continue;
+                }
+                at += usize::from(area.states.get(at).state != State::Missing);
+            }
+        }
+    }
+
+    /// In one call where nothing is in the way.
+    fn poison_range(&self, number: usize, first: usize, granules: usize) {
+        let area = &self.core.areas[number];
+        let (addr, len) = (area.addr(first), area.len_of(granules));
+        if ops::poison(self.core.descriptor.fd(), addr.0, len.0) == ops::Done::All {
+            stats::bump(&self.core.counters.poisoned, granules as u64 * area.granule.0);
+            return;
+        }
+        for granule in first..first + granules {
+            self.core.poison_in_kernel(number, granule);
+        }
+    }
+}

@@ -1,0 +1,108 @@
+//! Raw memory: tables that cost nothing until they are used, scratch pages, discards.
+
+use std::io;
+use std::num::NonZeroUsize;
+use std::ptr::NonNull;
+use std::sync::atomic::AtomicU8;
+
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munmap};
+use page_source::{ByteLen, HostAddr};
+
+/// `len` zero bytes, as atomics. A large table is not touched: the kernel gives it zero pages as they are used.
+pub(crate) fn zeroed_table(len: usize) -> Box<[AtomicU8]> {
+    let table = vec![0u8; len].into_boxed_slice();
+    // SAFETY: `AtomicU8` has the size, alignment and bit validity of `u8`, and the box is the only owner.
+    unsafe { Box::from_raw(Box::into_raw(table) as *mut [AtomicU8]) }
+}
+
+/// Private anonymous memory of this process, unmapped when dropped.
+#[derive(Debug)]
+pub(crate) struct Scratch {
+    start: NonNull<libc::c_void>,
+    len: NonZeroUsize,
+}
+
+// SAFETY: it is memory, owned; only addresses are handed out.
+unsafe impl Send for Scratch {}
+// SAFETY: as above.
+unsafe impl Sync for Scratch {}
+
+impl Scratch {
+    /// `len` bytes (rounded up to a page by the kernel), never touched here: reading gives zeros.
+    pub(crate) fn new(len: ByteLen) -> io::Result<Scratch> {
+        let len = NonZeroUsize::new(len.get()).ok_or(io::ErrorKind::InvalidInput)?;
+        let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
+        // SAFETY: a fresh mapping at an address of the kernel's choosing.
+        let start = unsafe { mmap_anonymous(None, len, protection, flags) }?;
+        Ok(Scratch { start, len })
+    }
+
+    pub(crate) fn addr(&self) -> HostAddr {
+        HostAddr(self.start.as_ptr() as u64)
+    }
+
+    pub(crate) fn as_ptr(&self) -> *const u8 {
+        self.start.as_ptr().cast()
+    }
+
+    /// Reads the first byte: a page fault if it is missing.
+    pub(crate) fn touch(&self) -> u8 {
+        // SAFETY: mapped and readable for as long as `self` lives.
+        unsafe { self.as_ptr().read_volatile() }
+    }
+
+    /// All of it.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        // SAFETY: the mapping, which `self` owns and lends; writers need `&mut self`.
+        unsafe { std::slice::from_raw_parts(self.as_ptr(), self.len.get()) }
+    }
+
+    /// `len` bytes from `at` on, for one writer.
+    ///
+    /// # Panics
+    /// If they are not inside.
+    pub(crate) fn bytes_mut(&mut self, at: usize, len: usize) -> &mut [u8] {
+        assert!(at <= self.len.get() && len <= self.len.get() - at, "outside the scratch memory");
+        let from = self.start.as_ptr().cast::<u8>().wrapping_add(at);
+        // SAFETY: inside the mapping (just checked), which `self` owns and lends mutably.
+        unsafe { std::slice::from_raw_parts_mut(from, len) }
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours, and nothing borrows from it any more.
+        if let Err(error) = unsafe { munmap(self.start, self.len.get()) } {
+            log::warn!("unmapping scratch memory failed: {error}");
+        }
+    }
+}
+
+/// Gives a range of this process back: `MADV_DONTNEED` drops private pages, `MADV_REMOVE` punches the file behind
+/// shared ones.
+pub(crate) fn give_back(start: HostAddr, len: ByteLen, shared: bool) -> io::Result<()> {
+    let advice = if shared { MmapAdvise::MADV_REMOVE } else { MmapAdvise::MADV_DONTNEED };
+    let at = std::ptr::with_exposed_provenance_mut(len_of(start));
+    let Some(at) = NonNull::new(at) else { return Err(io::ErrorKind::InvalidInput.into()) };
+    // SAFETY: the range lies in a region that its owner registered, promising that the engine may discard there.
+    unsafe { madvise(at, len.get(), advice) }?;
+    Ok(())
+}
+
+/// Copies into the unregistered alias of a granule that nobody can see yet.
+///
+/// # Errors
+/// If the bytes (of a mapped file) can't be read.
+pub(crate) fn write_alias(at: HostAddr, bytes: &page_source::PageBytes<'_>) -> io::Result<()> {
+    let len = bytes.len().get();
+    let at: *mut u8 = std::ptr::with_exposed_provenance_mut(len_of(at));
+    // SAFETY: the owner of the region promised (see `Region::with_alias`) that the alias is writable memory of the
+    // region's length, and the granule is in filling, so that nobody else reads or writes it.
+    let to = unsafe { std::slice::from_raw_parts_mut(at, len) };
+    bytes.copy_to(to)
+}
+
+fn len_of(addr: HostAddr) -> usize {
+    ByteLen(addr.0).get()
+}

@@ -1,0 +1,74 @@
+//! One function per ioctl on guest memory. None of them is unsafe to call: the kernel checks every address, and the
+//! memory they change is memory that its owner registered for exactly that.
+
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use nix::errno::Errno;
+
+use super::abi::{self, Copy, Fill, Message, Range};
+
+/// What an install did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Done {
+    /// All of it.
+    All,
+    /// The first so many bytes; try again with the rest.
+    Part(u64),
+    /// Nothing, and why.
+    Failed(Errno),
+}
+
+/// The outcome of an ioctl whose out-field says (signed!) how many bytes were done.
+fn done(status: i32, out: i64, len: u64) -> Done {
+    if status == 0 {
+        return Done::All;
+    }
+    let errno = Errno::last();
+    match u64::try_from(out) {
+        Ok(0) => Done::Failed(errno),
+        Ok(bytes) if bytes < len => Done::Part(bytes),
+        Ok(_) => Done::All,
+        Err(_) => Done::Failed(errno),
+    }
+}
+
+/// `UFFDIO_COPY`. `from` is read by the kernel only: an address that is gone is `EFAULT`.
+pub(crate) fn copy(fd: BorrowedFd<'_>, to: u64, from: *const u8, len: u64) -> Done {
+    let mut arg = Copy { dst: to, src: from as u64, len, mode: 0, copy: 0 };
+    // SAFETY: `arg` is the structure this ioctl reads and writes; the addresses in it are checked by the kernel.
+    let status = unsafe { libc::ioctl(fd.as_raw_fd(), abi::UFFDIO_COPY, &raw mut arg) };
+    done(status, arg.copy, len)
+}
+
+fn fill(fd: BorrowedFd<'_>, number: u64, start: u64, len: u64) -> Done {
+    let mut arg = Fill { range: Range { start, len }, mode: 0, done: 0 };
+    // SAFETY: `arg` is the structure that all three ioctls read and write; the kernel checks the range in it.
+    let status = unsafe { libc::ioctl(fd.as_raw_fd(), number, &raw mut arg) };
+    done(status, arg.done, len)
+}
+
+/// `UFFDIO_ZEROPAGE`: not on hugetlbfs.
+pub(crate) fn zeropage(fd: BorrowedFd<'_>, start: u64, len: u64) -> Done {
+    fill(fd, abi::UFFDIO_ZEROPAGE, start, len)
+}
+
+/// `UFFDIO_CONTINUE`: maps pages that the file behind shared memory holds already.
+pub(crate) fn map_cached(fd: BorrowedFd<'_>, start: u64, len: u64) -> Done {
+    fill(fd, abi::UFFDIO_CONTINUE, start, len)
+}
+
+/// `UFFDIO_POISON`: any access is an error from now on, also after the descriptor was closed.
+pub(crate) fn poison(fd: BorrowedFd<'_>, start: u64, len: u64) -> Done {
+    fill(fd, abi::UFFDIO_POISON, start, len)
+}
+
+/// Reads as many messages as are there and fit.
+pub(crate) fn read(fd: BorrowedFd<'_>, messages: &mut [Message]) -> Result<usize, Errno> {
+    let bytes = size_of_val(messages);
+    // SAFETY: the kernel writes at most `bytes` bytes of plain integers into the slice.
+    let n = unsafe { libc::read(fd.as_raw_fd(), messages.as_mut_ptr().cast(), bytes) };
+    match usize::try_from(n) {
+        Ok(n) => Ok(n / size_of::<Message>()),
+        Err(_) => Err(Errno::last()),
+    }
+}

@@ -1,0 +1,179 @@
+//! Memory to be served, and a look at every byte of it.
+#![allow(dead_code, reason = "each test file uses its part")]
+
+use std::io::{self, IoSliceMut};
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::uio::{RemoteIoVec, process_vm_readv};
+use nix::unistd::Pid;
+use page_source::{BlockId, ByteLen, HostAddr, Layout, PageIndex, PageRun, PageSource};
+use testkit::oracle::Oracle;
+use uffd_engine::{Backing, Builder, Engine, Region};
+use vm_memory::mmap::{MmapRegionBuilder, NewBitmap};
+use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
+
+pub const PAGE: usize = 4096;
+pub const HUGE: usize = 2 << 20;
+
+/// What the memory of a test is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Anonymous,
+    MemfdShared,
+    MemfdPrivate,
+    HugetlbPrivate,
+    HugetlbShared,
+    HugetlbAlias,
+}
+
+pub const SMALL_KINDS: [Kind; 3] = [Kind::Anonymous, Kind::MemfdShared, Kind::MemfdPrivate];
+pub const HUGE_KINDS: [Kind; 3] = [Kind::HugetlbPrivate, Kind::HugetlbShared, Kind::HugetlbAlias];
+
+/// A mapping for each RAM block.
+pub struct Memory {
+    pub kind: Kind,
+    pub layout: Layout,
+    pub maps: Vec<MmapRegion>,
+    aliases: Vec<Option<MmapRegion>>,
+}
+
+fn map(len: usize, flags: i32, file: Option<FileOffset>) -> MmapRegion {
+    let builder = MmapRegionBuilder::new_with_bitmap(len, <()>::with_len(len))
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(flags);
+    let builder = match file {
+        Some(file) => builder.with_file_offset(file),
+        None => builder,
+    };
+    builder.build().expect("memory for a test")
+}
+
+impl Memory {
+    pub fn new(kind: Kind, layout: &Layout) -> Memory {
+        let mut aliases = Vec::new();
+        let maps = layout
+            .blocks()
+            .iter()
+            .map(|block| {
+                // An empty block still needs an address.
+                let len = block.length().get().max(PAGE);
+                let mut alias = None;
+                let memfd = |flags| {
+                    let file = std::fs::File::from(memfd_create("test", flags).unwrap());
+                    file.set_len(len as u64).unwrap();
+                    FileOffset::new(file, 0)
+                };
+                let huge = || memfd(MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB);
+                let private = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
+                let map = match kind {
+                    Kind::Anonymous => map(len, private | libc::MAP_ANONYMOUS, None),
+                    Kind::MemfdShared => map(len, libc::MAP_SHARED, Some(memfd(MFdFlags::empty()))),
+                    Kind::MemfdPrivate => map(len, private, Some(memfd(MFdFlags::empty()))),
+                    Kind::HugetlbPrivate => map(len, private | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB, None),
+                    Kind::HugetlbShared => map(len, libc::MAP_SHARED, Some(huge())),
+                    Kind::HugetlbAlias => {
+                        let file = huge();
+                        alias = Some(map(len, libc::MAP_SHARED, Some(file.clone())));
+                        map(len, libc::MAP_SHARED, Some(file))
+                    }
+                };
+                aliases.push(alias);
+                map
+            })
+            .collect();
+        Memory { kind, layout: layout.clone(), maps, aliases }
+    }
+
+    pub fn regions(&self) -> Vec<Region> {
+        self.layout
+            .runs()
+            .filter(|run| !run.is_empty())
+            .map(|run| {
+                let (backing, shared) = match self.kind {
+                    Kind::Anonymous => (Backing::Anonymous, false),
+                    Kind::MemfdShared => (Backing::Memfd, true),
+                    Kind::MemfdPrivate => (Backing::Memfd, false),
+                    Kind::HugetlbPrivate => (Backing::Hugetlb, false),
+                    Kind::HugetlbShared | Kind::HugetlbAlias => (Backing::Hugetlb, true),
+                };
+                let region = Region::new(self.addr(run.block), run, backing).with_shared(shared);
+                match &self.aliases[run.block.0 as usize] {
+                    Some(alias) => region.with_alias(HostAddr(alias.as_ptr() as u64)),
+                    None => region,
+                }
+            })
+            .collect()
+    }
+
+    pub fn addr(&self, block: BlockId) -> HostAddr {
+        HostAddr(self.maps[block.0 as usize].as_ptr() as u64)
+    }
+
+    pub fn engine(&self, source: Arc<dyn PageSource>) -> Builder {
+        Engine::builder().regions(self.regions()).source(source)
+    }
+
+    /// Reads a page as the kernel does for a system call: a page fault if it is missing, `EFAULT` if it is poisoned.
+    pub fn read(&self, block: BlockId, page: PageIndex) -> io::Result<Vec<u8>> {
+        let mut bytes = vec![0; PAGE];
+        let base = usize::try_from((self.addr(block) + page.byte_offset()).0).unwrap();
+        let remote = [RemoteIoVec { base, len: PAGE }];
+        let n = process_vm_readv(Pid::this(), &mut [IoSliceMut::new(&mut bytes)], &remote)?;
+        if n == PAGE { Ok(bytes) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
+    }
+
+    /// Reads a page with plain loads.
+    pub fn load(&self, block: BlockId, page: PageIndex) -> Vec<u8> {
+        let mut bytes = vec![0; PAGE];
+        let slice = self.maps[block.0 as usize].as_volatile_slice();
+        slice.read_slice(&mut bytes, page.byte_offset().get()).unwrap();
+        bytes
+    }
+
+    pub fn store(&self, block: BlockId, page: PageIndex, bytes: &[u8]) {
+        let slice = self.maps[block.0 as usize].as_volatile_slice();
+        slice.write_slice(bytes, page.byte_offset().get()).unwrap();
+    }
+
+    /// Compares every byte.
+    pub fn assert_equals(&self, oracle: &Oracle) {
+        for run in self.layout.runs() {
+            for page in run.iter() {
+                let one = PageRun::single(run.block, page);
+                assert!(self.load(run.block, page) == oracle.run(one), "{one} differs");
+            }
+        }
+    }
+
+    /// Bytes of the mappings that are resident.
+    pub fn resident(&self) -> ByteLen {
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let mut sum = 0;
+        let mut inside = false;
+        for line in smaps.lines() {
+            if let Some((range, _)) = line.split_once(' ')
+                && let Some((start, _)) = range.split_once('-')
+                && let Ok(start) = u64::from_str_radix(start, 16)
+            {
+                inside = self.maps.iter().any(|map| {
+                    let from = map.as_ptr() as u64;
+                    (from..from + map.size() as u64).contains(&start)
+                });
+            } else if inside && let Some(rest) = line.strip_prefix("Rss:") {
+                sum += rest.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10;
+            }
+        }
+        ByteLen(sum)
+    }
+}
+
+/// Something that is kept open as long as a test runs.
+pub fn fd_count() -> usize {
+    std::fs::read_dir("/proc/self/fd").unwrap().count()
+}
+
+pub fn raw(fd: &impl AsRawFd) -> i32 {
+    fd.as_raw_fd()
+}

@@ -1,0 +1,201 @@
+//! Memory served from a source equals the source, whatever the memory is made of and in whatever order it is touched.
+
+mod common;
+
+use std::sync::Arc;
+
+use common::{HUGE_KINDS, Kind, Memory, SMALL_KINDS};
+use page_source::{ByteLen, Layout, PageCount, PageIndex, PageRun, PageSize, PageSource, RamBlock};
+use proptest::prelude::*;
+use rand::rngs::StdRng;
+use rand::seq::SliceRandom;
+use rand::{RngExt, SeedableRng};
+use testkit::hugepages::Overcommit;
+use testkit::late::LateSource;
+use testkit::oracle::Oracle;
+use testkit::source::MemorySource;
+use uffd_engine::{Background, Discards, Event, Handlers, Wait};
+
+fn one_block(pages: u64) -> Layout {
+    Layout::new(vec![RamBlock::new("ram", PageCount(pages).to_bytes(), PageSize::SMALL).unwrap()]).unwrap()
+}
+
+/// Touches every page in a random order from `threads` threads, each with every page, comparing it.
+fn touch_all(memory: &Memory, oracle: &Oracle, seed: u64, threads: u64) {
+    std::thread::scope(|scope| {
+        for thread in 0..threads {
+            scope.spawn(move || {
+                let mut pages: Vec<PageRun> = memory
+                    .layout
+                    .runs()
+                    .flat_map(|run| run.iter().map(move |page| PageRun::single(run.block, page)))
+                    .collect();
+                pages.shuffle(&mut StdRng::seed_from_u64(seed + thread));
+                for page in pages {
+                    assert!(memory.load(page.block, page.first) == oracle.run(page), "{page} differs");
+                }
+            });
+        }
+    });
+}
+
+#[derive(Clone, Debug)]
+struct Case {
+    seed: u64,
+    kind: Kind,
+    source: u8,
+    stored: u8,
+    handlers: usize,
+    wait: Wait,
+    discards: Discards,
+    background: usize,
+    around: u64,
+    touchers: u64,
+}
+
+fn source(case: &Case, oracle: &Arc<Oracle>) -> Arc<dyn PageSource> {
+    let oracle = Arc::clone(oracle);
+    match case.source {
+        0 => Arc::new(MemorySource::new(oracle)),
+        1 => Arc::new(MemorySource::new(oracle).knowing_nothing()),
+        2 => Arc::new(LateSource::new(oracle, case.seed).with_threads(2)),
+        _ => Arc::new(LateSource::new(oracle, case.seed).with_unasked(true)),
+    }
+}
+
+fn run(case: &Case, layout: Layout) {
+    let oracle = Arc::new(Oracle::random(case.seed, layout, case.stored));
+    let memory = Memory::new(case.kind, oracle.layout());
+    let background = Background::default().with_piece(PageCount(64)).with_window(PageCount(256));
+    let engine = memory
+        .engine(source(case, &oracle))
+        .handlers(Handlers::threads(case.handlers).waiting(case.wait))
+        .background(if case.background == 0 { Background::off() } else { background.with_threads(case.background) })
+        .discards(case.discards)
+        .pages_per_fault(PageCount(case.around))
+        .start()
+        .unwrap();
+    touch_all(&memory, &oracle, case.seed, case.touchers);
+    if case.background > 0 {
+        let stats = engine.wait().unwrap().stats;
+        let stored = oracle.layout().runs().flat_map(|run| oracle.kinds(run).collect::<Vec<_>>());
+        let stored: u64 = stored.filter(|(_, zero)| !zero).map(|(run, _)| run.pages.0).sum();
+        if case.kind != Kind::MemfdPrivate && PageSize::SMALL == kind_granule(case.kind) {
+            assert_eq!(stats.demand_pages + stats.background_pages, stored, "{stats:?}");
+        }
+    }
+    drop(engine);
+    memory.assert_equals(&oracle);
+}
+
+fn kind_granule(kind: Kind) -> PageSize {
+    if HUGE_KINDS.contains(&kind) { PageSize::HUGE } else { PageSize::SMALL }
+}
+
+fn cases(kinds: &'static [Kind]) -> impl Strategy<Value = Case> {
+    let wait = prop_oneof![4 => Just(Wait::Block), 1 => Just(Wait::Spin)];
+    let discards = prop_oneof![Just(Discards::Events), Just(Discards::Announced)];
+    let choices = (any::<u64>(), prop::sample::select(kinds), 0..4u8, any::<u8>());
+    let threads = (1..3usize, wait, discards, 1..3usize, prop::sample::select(&[1u64, 4, 16][..]), 0..3u64);
+    (choices, threads).prop_map(
+        |((seed, kind, source, stored), (handlers, wait, discards, background, around, touchers))| Case {
+            seed,
+            kind,
+            source,
+            stored,
+            handlers,
+            wait,
+            discards,
+            background,
+            around,
+            touchers,
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, max_shrink_iters: 32, ..ProptestConfig::default() })]
+
+    #[test]
+    fn every_byte_of_small_pages_is_the_sources(case in cases(&SMALL_KINDS)) {
+        testkit::require!(Userfaultfd => Ok(()));
+        run(&case, Oracle::random_layout(case.seed, 1500));
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 16, max_shrink_iters: 8, ..ProptestConfig::default() })]
+
+    #[test]
+    fn every_byte_of_huge_pages_is_the_sources(case in cases(&HUGE_KINDS)) {
+        testkit::require!(Userfaultfd, Hugepages => Ok(()));
+        let _pages = Overcommit::reserve(8).unwrap();
+        let mut random = StdRng::seed_from_u64(case.seed);
+        run(&case, one_block(512 * random.random_range(1..=4)));
+    }
+}
+
+#[test]
+fn without_background_only_what_is_touched_comes() {
+    testkit::require!(Userfaultfd);
+    let oracle = Arc::new(Oracle::random(7, one_block(4096), 200));
+    let memory = Memory::new(Kind::Anonymous, oracle.layout());
+    let source = Arc::new(MemorySource::new(Arc::clone(&oracle)));
+    let engine = memory.engine(source).background(Background::off()).start().unwrap();
+    let run = oracle.layout().runs().next().unwrap();
+    for page in run.iter().step_by(64) {
+        assert!(memory.load(run.block, page) == oracle.run(PageRun::single(run.block, page)));
+    }
+    let stats = engine.stats();
+    assert!(engine.outcome().is_none());
+    assert!(stats.demand_faults <= 64 && stats.background_pages == 0, "{stats:?}");
+    assert_eq!(stats.latency.count, stats.demand_faults);
+    assert!(memory.resident() <= ByteLen(64 * 64 << 10), "{:?}", memory.resident());
+}
+
+#[test]
+fn zero_pages_are_never_installed_in_the_background() {
+    testkit::require!(Userfaultfd);
+    let oracle = Arc::new(Oracle::zero(one_block(1 << 18)));
+    let memory = Memory::new(Kind::Anonymous, oracle.layout());
+    let engine = memory.engine(Arc::new(MemorySource::new(Arc::clone(&oracle)))).start().unwrap();
+    let stats = engine.wait().unwrap().stats;
+    assert_eq!((stats.zero_pages_skipped, stats.zero_pages_installed, stats.bytes), (1 << 18, 0, ByteLen(0)));
+    assert_eq!(memory.resident(), ByteLen(0));
+    assert!(memory.load(page_source::BlockId(0), PageIndex(77)).iter().all(|&byte| byte == 0));
+}
+
+#[test]
+fn the_observer_hears_of_the_first_fault_and_of_completion() {
+    testkit::require!(Userfaultfd);
+    let oracle = Arc::new(Oracle::random(1, one_block(512), 255));
+    let memory = Memory::new(Kind::Anonymous, oracle.layout());
+    let (tell, heard) = std::sync::mpsc::channel();
+    let engine = memory
+        .engine(Arc::new(MemorySource::new(Arc::clone(&oracle))))
+        .background(Background::default().paused())
+        .observer(move |event| tell.send(event.clone()).unwrap())
+        .start()
+        .unwrap();
+    memory.load(page_source::BlockId(0), PageIndex(9));
+    assert!(matches!(heard.recv().unwrap(), Event::FirstFault { .. }));
+    assert!(engine.outcome().is_none());
+    engine.resume_background();
+    assert!(matches!(heard.recv().unwrap(), Event::RegionComplete { run } if run.pages == PageCount(512)));
+    assert!(matches!(heard.recv().unwrap(), Event::Complete { .. }));
+    let done = engine.wait().unwrap();
+    assert_eq!(done.stats.time_to_complete, Some(done.after));
+}
+
+#[test]
+fn a_rate_limits_the_background_and_not_the_demand() {
+    testkit::require!(Userfaultfd);
+    let oracle = Arc::new(Oracle::random(3, one_block(2048), 255));
+    let memory = Memory::new(Kind::Anonymous, oracle.layout());
+    let rate = Background::default().with_rate(ByteLen(1)).with_piece(PageCount(16));
+    let engine = memory.engine(Arc::new(MemorySource::new(Arc::clone(&oracle)))).background(rate).start().unwrap();
+    touch_all(&memory, &oracle, 5, 1);
+    assert!(engine.stats().background_pages <= 16 + 16, "one piece, then a debt of days: {:?}", engine.stats());
+    drop(engine);
+    memory.assert_equals(&oracle);
+}
