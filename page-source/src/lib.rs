@@ -10,6 +10,8 @@ mod bytes;
 mod error;
 mod file;
 mod flow;
+#[cfg(feature = "postcopy")]
+pub mod postcopy;
 mod sys;
 mod zeros;
 

@@ -1,0 +1,192 @@
+//! How to serve, and what came of it.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::time::Duration;
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use page_units::{ByteLen, PageCount};
+
+/// How to serve.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Options {
+    /// Push what nobody asked for (default: yes). Without, only [`Control::drain`] brings the end.
+    pub background: bool,
+    /// Answer requests on a connection of their own. The destination must have been told so (capability
+    /// `postcopy-preempt`).
+    pub preempt: bool,
+    /// Without [`preempt`](Options::preempt): how much of the background may lie between us and the destination, where
+    /// a request has to wait behind it (default: 256 KiB). After a request it is a quarter of that for a while.
+    pub window: ByteLen,
+    /// How long the destination may be silent where it has nothing to do but answer (default: 60 s).
+    pub patience: Duration,
+}
+
+impl Default for Options {
+    fn default() -> Options {
+        Options { background: true, preempt: false, window: ByteLen(256 << 10), patience: Duration::from_secs(60) }
+    }
+}
+
+/// How far a server is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
+pub enum Phase {
+    /// Not connected, or the connection is being set up.
+    Opening,
+    /// The destination loads its devices.
+    Loading,
+    /// The devices are loaded and the guest is started (unless it is to stay paused).
+    Started,
+    /// Everything was sent.
+    Finishing,
+}
+
+/// Numbers of a server at work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Progress {
+    /// How far it is.
+    pub phase: Phase,
+    /// Pages that the destination asked for, as often as it did.
+    pub requested: PageCount,
+    /// Pages with content that were sent because they were asked for.
+    pub demand: PageCount,
+    /// Pages with content that were sent in the background.
+    pub background: PageCount,
+    /// Zero pages that were sent: only those that were asked for (or share a huge page with content).
+    pub zero: PageCount,
+    /// Pages that the destination had already, when resumed.
+    pub received_before: PageCount,
+}
+
+/// What a server did, when all is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Report {
+    /// The final numbers.
+    pub progress: Progress,
+    /// Bytes sent, all channels together.
+    pub sent: ByteLen,
+    /// From the call until the devices were loaded; `None` when resumed.
+    pub to_started: Option<Duration>,
+    /// From the call until the destination said that it has everything.
+    pub to_complete: Duration,
+}
+
+/// A handle on a server at work, for other threads.
+#[derive(Clone, Debug)]
+pub struct Control {
+    pub(super) shared: Arc<Shared>,
+}
+
+impl Control {
+    pub(super) fn new() -> io::Result<Control> {
+        let event = || EventFd::from_value_and_flags(0, EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC);
+        let shared = Shared {
+            session: Bell { event: event()?, waiting: AtomicBool::new(true) },
+            pusher: Bell { event: event()?, waiting: AtomicBool::new(true) },
+            drain: AtomicBool::new(false),
+            stop: AtomicBool::new(false),
+            counters: Counters::default(),
+        };
+        Ok(Control { shared: Arc::new(shared) })
+    }
+
+    /// Sends the rest even if the background was switched off, then ends.
+    pub fn drain(&self) {
+        self.shared.drain.store(true, Ordering::Release);
+        self.shared.pusher.ring();
+    }
+
+    /// Ends at once. If the guest had been started it waits for its missing pages until another server resumes.
+    pub fn stop(&self) {
+        self.shared.stop.store(true, Ordering::Release);
+        self.shared.session.ring();
+        self.shared.pusher.ring();
+    }
+
+    /// How far it is.
+    #[must_use]
+    pub fn progress(&self) -> Progress {
+        self.shared.counters.progress()
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Shared {
+    pub(super) session: Bell,
+    pub(super) pusher: Bell,
+    pub(super) drain: AtomicBool,
+    pub(super) stop: AtomicBool,
+    pub(super) counters: Counters,
+}
+
+/// Wakes a thread out of `poll`, at the cost of a system call only if it waits.
+#[derive(Debug)]
+pub(super) struct Bell {
+    event: EventFd,
+    waiting: AtomicBool,
+}
+
+impl Bell {
+    pub(super) fn ring(&self) {
+        if self.waiting.swap(false, Ordering::SeqCst) {
+            // Fails only if the counter overflows: then it is readable, which is what is wanted.
+            let _ = self.event.write(1);
+        }
+    }
+
+    /// The owner is about to wait: whatever it has looked at before may have changed, and must be looked at again.
+    pub(super) fn listen(&self) {
+        self.waiting.store(true, Ordering::SeqCst);
+    }
+
+    /// The owner has waited.
+    pub(super) fn hush(&self) {
+        self.waiting.store(false, Ordering::SeqCst);
+        // Nothing to read is all right.
+        let _ = self.event.read();
+    }
+
+    pub(super) fn fd(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
+    }
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Counters {
+    pub(super) phase: AtomicU8,
+    pub(super) requested: AtomicU64,
+    pub(super) demand: AtomicU64,
+    pub(super) background: AtomicU64,
+    pub(super) zero: AtomicU64,
+    pub(super) received_before: AtomicU64,
+}
+
+impl Counters {
+    pub(super) fn enter(&self, phase: Phase) {
+        self.phase.store(phase as u8, Ordering::Release);
+    }
+
+    pub(super) fn started(&self) -> bool {
+        self.phase.load(Ordering::Acquire) >= Phase::Started as u8
+    }
+
+    fn progress(&self) -> Progress {
+        let pages = |counter: &AtomicU64| PageCount(counter.load(Ordering::Relaxed));
+        let phases = [Phase::Opening, Phase::Loading, Phase::Started, Phase::Finishing];
+        let phase = usize::from(self.phase.load(Ordering::Acquire));
+        Progress {
+            phase: phases.get(phase).copied().unwrap_or(Phase::Finishing),
+            requested: pages(&self.requested),
+            demand: pages(&self.demand),
+            background: pages(&self.background),
+            zero: pages(&self.zero),
+            received_before: pages(&self.received_before),
+        }
+    }
+}

@@ -1,0 +1,348 @@
+//! The sink: what the source pushes goes into the socket, each page once.
+
+use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::thread::{self, ThreadId};
+
+use page_units::{BlockId, ByteLen, PageCount, PageIndex, PageRun};
+use parking_lot::{Mutex, RwLock};
+
+use super::assembly::{Assemblies, Assembly};
+use super::channel::Channel;
+use super::credit::Credit;
+use super::opening::{begin_part, end_of_stream, end_part};
+use super::options::{Options, Phase, Shared};
+use super::pages::{BlockPages, Pages};
+use super::{ServeError, record};
+use crate::{End, Flow, PageBytes, PageSink, SinkError, SourceError};
+
+/// The most pages in one message: what a request may have to wait for.
+const PIECE: PageCount = PageCount(32);
+/// A thread of the source waits while more than this is kept for the kernel.
+const BACKLOG: ByteLen = ByteLen(256 << 10);
+
+/// Everything that the threads of a server share.
+#[derive(Debug)]
+pub(super) struct Outlet {
+    pub(super) to: String,
+    pub(super) options: Options,
+    pub(super) shared: Arc<Shared>,
+    pub(super) pages: Pages,
+    pub(super) main: Channel,
+    /// The second connection, with preempt.
+    pub(super) fast: OnceLock<Channel>,
+    /// Only where the kernel does not limit what is under way.
+    pub(super) credit: Option<Credit>,
+    /// Held while a message with a PING is put in, so that its position is right.
+    pinging: Mutex<()>,
+    /// Read while pages are on their way into a channel; true once the end was sent.
+    ended: RwLock<bool>,
+    /// No more pages: the server is being dismantled.
+    over: AtomicBool,
+    failure: Mutex<Option<ServeError>>,
+    /// The source has said that what it has not sent is zero.
+    source_complete: AtomicBool,
+    /// The granule after the last request, for the background.
+    pub(super) follow: Mutex<Option<(BlockId, u64)>>,
+    /// Requests so far.
+    pub(super) requests: AtomicU64,
+    assemblies: Assemblies,
+    /// The server's own threads, which never wait here.
+    pub(super) own_threads: [OnceLock<ThreadId>; 2],
+}
+
+/// Records on their way.
+#[derive(Default)]
+struct Outgoing {
+    main: Vec<u8>,
+    fast: Vec<u8>,
+}
+
+impl Outgoing {
+    fn record(&mut self, fast: bool, block: &BlockPages, page: u64, content: Option<&[u8]>) {
+        let to = if fast { &mut self.fast } else { &mut self.main };
+        let mut same = !to.is_empty();
+        if !fast && !same {
+            begin_part(to);
+            same = false;
+        }
+        match content {
+            Some(content) => record::push_page(to, &block.name, page, same, content),
+            None => record::push_zero(to, &block.name, page, same),
+        }
+    }
+}
+
+impl Outlet {
+    pub(super) fn new(to: String, options: Options, shared: Arc<Shared>, pages: Pages, main: Channel) -> Outlet {
+        let credit = (!main.socket().is_local()).then(Credit::default);
+        main.limit_buffer(options.window);
+        Outlet {
+            to,
+            options,
+            shared,
+            pages,
+            main,
+            fast: OnceLock::new(),
+            credit,
+            pinging: Mutex::default(),
+            ended: RwLock::new(false),
+            over: AtomicBool::new(false),
+            failure: Mutex::default(),
+            source_complete: AtomicBool::new(false),
+            follow: Mutex::default(),
+            requests: AtomicU64::new(0),
+            assemblies: Assemblies::default(),
+            own_threads: Default::default(),
+        }
+    }
+
+    pub(super) fn started(&self) -> bool {
+        self.shared.counters.started()
+    }
+
+    /// No more pages are taken, because all is done or something failed.
+    pub(super) fn is_over(&self) -> bool {
+        self.over.load(Ordering::SeqCst) || self.shared.stop.load(Ordering::Acquire)
+    }
+
+    pub(super) fn dismantle(&self) {
+        self.over.store(true, Ordering::SeqCst);
+        self.shared.pusher.ring();
+        self.shared.session.ring();
+    }
+
+    /// Ends the server with an error, unless it has one.
+    pub(super) fn fail(&self, error: ServeError) {
+        self.failure.lock().get_or_insert(error);
+        self.dismantle();
+    }
+
+    pub(super) fn failure(&self) -> Option<ServeError> {
+        self.failure.lock().clone()
+    }
+
+    pub(super) fn has_ended(&self) -> bool {
+        *self.ended.read()
+    }
+
+    /// Sends the end, if everything that has to be before it is: the caller has found nothing left to send. Whether
+    /// it did.
+    pub(super) fn send_end(&self) -> bool {
+        let mut ended = self.ended.write();
+        if self.pages.has_unanswered() {
+            return false;
+        }
+        if !*ended {
+            *ended = true;
+            self.main.send(&end_of_stream());
+            self.shared.counters.enter(Phase::Finishing);
+        }
+        true
+    }
+
+    /// Whether the source will send nothing more, and all the rest is zero.
+    pub(super) fn is_source_complete(&self) -> bool {
+        self.source_complete.load(Ordering::SeqCst)
+    }
+
+    /// Pages of 4 KiB each: with content, or zero.
+    fn post_small(&self, block: &BlockPages, run: PageRun, content: Option<&[u8]>) {
+        let ended = self.ended.read();
+        let mut out = Outgoing::default();
+        let (mut demand, mut background) = (0, 0);
+        for (at, page) in run.iter().enumerate() {
+            self.pages.answered(block, page.0);
+            if content.is_none() {
+                block.zero.set(page.0);
+            }
+            let wanted = block.wanted.get(page.0);
+            let fast = wanted && self.fast.get().is_some();
+            // Zero pages go only where they are waited for, and nothing follows the end on the main connection.
+            if (content.is_none() && !wanted) || (*ended && !fast) || !block.sent.set(page.0) {
+                continue;
+            }
+            let bytes = content.and_then(|content| content.get(at * 4096..(at + 1) * 4096));
+            out.record(fast, block, page.0, bytes);
+            *(if wanted { &mut demand } else { &mut background }) += 1;
+        }
+        self.count(content.is_none(), demand, background);
+        self.post(out);
+    }
+
+    /// A huge page.
+    fn post_huge(&self, block: &BlockPages, granule: u64, assembly: &Assembly) {
+        let ended = self.ended.read();
+        self.pages.answered(block, granule);
+        if assembly.is_zero() {
+            block.zero.set(granule);
+        }
+        let wanted = block.wanted.get(granule);
+        let fast = wanted && self.fast.get().is_some();
+        if (assembly.is_zero() && !wanted) || (*ended && !fast) || !block.sent.set(granule) {
+            return;
+        }
+        let mut out = Outgoing::default();
+        for (page, content) in (granule * block.per_granule..).zip(assembly.pages()) {
+            out.record(fast, block, page, content);
+            self.count(content.is_none(), u64::from(wanted), u64::from(!wanted));
+        }
+        self.post(out);
+    }
+
+    fn count(&self, zero: bool, demand: u64, background: u64) {
+        let counters = &self.shared.counters;
+        if zero {
+            counters.zero.fetch_add(demand + background, Ordering::Relaxed);
+        } else {
+            counters.demand.fetch_add(demand, Ordering::Relaxed);
+            counters.background.fetch_add(background, Ordering::Relaxed);
+        }
+    }
+
+    fn post(&self, mut out: Outgoing) {
+        if let Some(fast) = self.fast.get().filter(|_| !out.fast.is_empty()) {
+            fast.send(&out.fast);
+            if fast.kept() > 0 {
+                self.shared.session.ring();
+            }
+        }
+        if !out.main.is_empty() {
+            end_part(&mut out.main);
+            match &self.credit {
+                None => self.main.send(&out.main),
+                Some(credit) => {
+                    let _in_order = self.pinging.lock();
+                    let number = credit.ping(self.main.position() + out.main.len() as u64);
+                    push_ping(&mut out.main, number);
+                    self.main.send(&out.main);
+                }
+            }
+        }
+        self.shared.pusher.ring();
+    }
+
+    /// Takes a part of a run that lies in one block; `content` is as long as the run.
+    fn take(&self, run: PageRun, content: Option<PageBytes<'_>>) -> Flow {
+        let Some(block) = self.pages.block(run.block) else { return self.outside(run) };
+        if run.end().0 > block.granules * block.per_granule {
+            return self.outside(run);
+        }
+        let unreadable = |run| ControlFlow::Break(SinkError::Unreadable(run));
+        let mut from = ByteLen(0);
+        if block.per_granule == 1 {
+            let mut bytes = Vec::new();
+            for piece in run.pieces(PIECE) {
+                if let Some(content) = content {
+                    bytes.resize(piece.len().get(), 0);
+                    if content.slice(from, piece.len()).copy_to(&mut bytes).is_err() {
+                        return unreadable(piece);
+                    }
+                }
+                self.post_small(block, piece, content.map(|_| bytes.as_slice()));
+                from += piece.len();
+            }
+            return ControlFlow::Continue(());
+        }
+        let mut rest = run;
+        while !rest.is_empty() {
+            let granule = rest.first.0 / block.per_granule;
+            let left = (granule + 1) * block.per_granule - rest.first.0;
+            let (piece, after) = rest.split_at(PageCount(left));
+            rest = after;
+            let within = usize::try_from(piece.first.0 % block.per_granule).unwrap_or(0);
+            let size = usize::try_from(block.per_granule).unwrap_or(0);
+            let part = (within, usize::try_from(piece.pages.0).unwrap_or(0));
+            let bytes = content.map(|content| content.slice(from, piece.len()));
+            from += piece.len();
+            if block.sent.get(granule) {
+                continue;
+            }
+            match self.assemblies.add(run.block, granule, size, part, bytes) {
+                Err(_) => return unreadable(piece),
+                Ok(None) => {}
+                Ok(Some(whole)) => self.post_huge(block, granule, &whole),
+            }
+        }
+        ControlFlow::Continue(())
+    }
+
+    fn outside(&self, run: PageRun) -> Flow {
+        let reason = format!("the source sent {run}, which does not exist");
+        let error = SourceError::Stopped { reason };
+        self.fail(ServeError::Source { error, started: self.started() });
+        self.go_on()
+    }
+
+    fn go_on(&self) -> Flow {
+        if self.is_over() {
+            return ControlFlow::Break(SinkError::Stopped { reason: "the destination takes no more pages".into() });
+        }
+        ControlFlow::Continue(())
+    }
+
+    /// Holds up a thread of the source that is faster than the destination, unless somebody waits for these pages.
+    fn slow_down(&self, run: PageRun) {
+        let me = thread::current().id();
+        if self.own_threads.iter().any(|own| own.get() == Some(&me)) {
+            return;
+        }
+        let wanted = |block: &BlockPages| run.iter().any(|page| block.wanted.get(page.0 / block.per_granule));
+        if self.pages.block(run.block).is_some_and(wanted) {
+            return;
+        }
+        while self.main.kept() > BACKLOG.get() && self.main.error().is_none() && !self.is_over() {
+            self.main.wait_below(BACKLOG);
+        }
+    }
+}
+
+fn push_ping(to: &mut Vec<u8>, number: u32) {
+    to.extend_from_slice(&[vmstate::kind::COMMAND, 0, 2, 0, 4]);
+    to.extend_from_slice(&number.to_be_bytes());
+}
+
+impl PageSink for Outlet {
+    fn data(&self, run: PageRun, bytes: PageBytes<'_>) -> Flow {
+        self.go_on()?;
+        self.slow_down(run);
+        self.take(run, Some(bytes))?;
+        self.go_on()
+    }
+
+    fn zero(&self, run: PageRun) -> Flow {
+        self.go_on()?;
+        self.take(run, None)?;
+        self.go_on()
+    }
+
+    fn failed(&self, run: PageRun, error: SourceError) -> Flow {
+        let needed = |block: &BlockPages| run.iter().any(|page| !block.sent.get(page.0 / block.per_granule));
+        if self.pages.block(run.block).is_none_or(needed) {
+            self.fail(ServeError::Source { error, started: self.started() });
+        }
+        self.go_on()
+    }
+
+    fn end(&self, end: End) {
+        match end {
+            End::Complete => {
+                self.source_complete.store(true, Ordering::SeqCst);
+                for (id, block) in (0..).map(BlockId).zip(&self.pages.blocks) {
+                    let waiting = (0..block.granules).filter(|at| block.wanted.get(*at) && !block.sent.get(*at));
+                    for granule in waiting {
+                        let first = PageIndex(granule * block.per_granule);
+                        // Stops only if all is over.
+                        let _ = self.take(PageRun::new(id, first, PageCount(block.per_granule)), None);
+                    }
+                }
+                self.shared.pusher.ring();
+            }
+            End::Broken(error) if !self.has_ended() => {
+                self.fail(ServeError::Source { error, started: self.started() });
+            }
+            End::Broken(_) => {}
+        }
+    }
+}

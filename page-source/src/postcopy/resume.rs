@@ -1,0 +1,37 @@
+//! Going on after a broken connection: the destination says what it has.
+
+use vmstate::Command;
+
+use super::ServeError;
+use super::opening::commands;
+use super::options::Phase;
+use super::return_path::{Message, ReturnPathError};
+use super::session::Session;
+
+impl Session<'_> {
+    /// A conversation that goes on from where another server left it. There is no header, and the guest runs.
+    pub(super) fn resume(&mut self) -> Result<(), ServeError> {
+        self.outlet.shared.counters.enter(Phase::Started);
+        let layout = self.layout;
+        let blocks = || layout.iter().filter(|(_, block)| block.length().0 > 0);
+        let ask: Vec<Command> =
+            blocks().map(|(_, block)| Command::RecvBitmap { block: block.name().to_owned() }).collect();
+        self.outlet.main.send(&commands(&ask)?);
+        for (id, block) in blocks() {
+            let name = block.name();
+            let answer = |message: &Message| matches!(message, Message::Received { block, .. } if block == name);
+            if let Message::Received { bits, .. } = self.wait_for("which pages it has", answer)? {
+                self.note_received(id, &bits)?;
+            }
+        }
+        if self.outlet.options.preempt {
+            self.open_fast()?;
+        }
+        self.outlet.main.send(&commands(&[Command::PostcopyResume])?);
+        let answer = self.wait_for("POSTCOPY_RESUME", |message| matches!(message, Message::ResumeAck(_)))?;
+        if answer != Message::ResumeAck(1) {
+            return Err(self.protocol(ReturnPathError::Unexpected("a RESUME_ACK that refuses")));
+        }
+        Ok(())
+    }
+}

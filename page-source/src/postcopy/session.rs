@@ -1,0 +1,293 @@
+//! The conversation with the destination: sets up, answers requests, waits for the last word.
+
+use std::collections::VecDeque;
+use std::io::{self, ErrorKind, Read};
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use page_units::{BlockId, ByteLen, PAGE_SIZE, PageIndex, PageRun};
+
+use super::channel::Channel;
+use super::opening::{PING_LOADED, PING_OPEN};
+use super::options::Phase;
+use super::outlet::Outlet;
+use super::pages::{granules_of, run_of};
+use super::return_path::{Decoder, Message, ReturnPathError};
+use super::{Address, Opening, ServeError};
+use crate::{Content, Feed, Layout, PageSink, PageSource, Urgency};
+
+/// How often it is checked that the source is alive.
+const LOOK: Duration = Duration::from_millis(500);
+
+pub(super) struct Session<'a> {
+    pub(super) outlet: &'a Outlet,
+    pub(super) source: &'a dyn PageSource,
+    pub(super) feed: &'a dyn Feed,
+    pub(super) layout: &'a Layout,
+    pub(super) address: &'a Address,
+    decoder: Decoder,
+    /// Messages that came before their time.
+    pub(super) backlog: VecDeque<Message>,
+    /// The block of the last request.
+    block: Option<BlockId>,
+    buffer: Vec<u8>,
+}
+
+impl<'a> Session<'a> {
+    pub(super) fn new(
+        outlet: &'a Outlet,
+        source: &'a dyn PageSource,
+        feed: &'a dyn Feed,
+        layout: &'a Layout,
+        address: &'a Address,
+    ) -> Session<'a> {
+        let largest = layout.blocks().iter().map(|block| block.pages().0).max().unwrap_or(0);
+        let decoder = Decoder::new(ByteLen(largest.div_ceil(64) * 8));
+        let (backlog, buffer) = (VecDeque::new(), vec![0; 1 << 16]);
+        Session { outlet, source, feed, layout, address, decoder, backlog, block: None, buffer }
+    }
+
+    /// A conversation from the beginning. Returns when the devices were loaded.
+    pub(super) fn open(&mut self, opening: &Opening) -> Result<(), ServeError> {
+        let (head, package) = (opening.head(self.layout)?, opening.package()?);
+        self.outlet.main.send(&head);
+        if self.outlet.options.preempt {
+            // The destination tells the connections apart by their order.
+            self.wait_for("the first PING", |message| *message == Message::Pong(PING_OPEN))?;
+            self.open_fast()?;
+        }
+        self.outlet.main.send(&package);
+        self.outlet.shared.pusher.ring();
+        self.outlet.shared.counters.enter(Phase::Loading);
+        Ok(())
+    }
+
+    pub(super) fn open_fast(&self) -> Result<(), ServeError> {
+        let connected = self.address.connect();
+        let socket = connected.map_err(|error| connect_error(self.address, error))?;
+        // Set once only: each server makes one session.
+        let _ = self.outlet.fast.set(Channel::new(socket));
+        Ok(())
+    }
+
+    /// Answers until the destination has everything. Returns when the devices were loaded.
+    pub(super) fn serve(&mut self) -> Result<Option<Instant>, ServeError> {
+        let mut loaded = None;
+        loop {
+            let Some(message) = self.next(None)? else { continue };
+            match message {
+                Message::Request { block, start, length } => self.request(block, start, length)?,
+                Message::Pong(PING_LOADED) => {
+                    loaded.get_or_insert_with(Instant::now);
+                    self.outlet.shared.counters.enter(Phase::Started);
+                    self.outlet.shared.pusher.ring();
+                }
+                Message::Pong(number) => {
+                    if self.outlet.credit.as_ref().is_some_and(|credit| credit.pong(number)) {
+                        self.outlet.shared.pusher.ring();
+                    }
+                }
+                Message::Shut(0) if self.outlet.has_ended() => return Ok(loaded),
+                Message::Shut(0) => return Err(self.broken("it ended before it had all pages")),
+                Message::Shut(code) => return Err(ServeError::Refused { to: self.outlet.to.clone(), code }),
+                Message::SwitchoverAck => {}
+                Message::Received { .. } => return Err(self.protocol(ReturnPathError::Unexpected("RECV_BITMAP"))),
+                Message::ResumeAck(_) => return Err(self.protocol(ReturnPathError::Unexpected("RESUME_ACK"))),
+            }
+        }
+    }
+
+    /// The pages that the destination waits for.
+    fn request(&mut self, name: Option<String>, start: u64, length: u32) -> Result<(), ServeError> {
+        let outlet = self.outlet;
+        let id = match &name {
+            Some(name) => outlet.pages.find(name).map(|(id, _)| id),
+            None => self.block,
+        };
+        let no_block = || self.protocol(ReturnPathError::Block(name.clone().unwrap_or_default()));
+        let id = id.ok_or_else(no_block)?;
+        let block = outlet.pages.block(id).ok_or_else(no_block)?;
+        self.block = Some(id);
+        let size = block.per_granule * PAGE_SIZE;
+        let end = start.checked_add(length.into()).filter(|end| *end <= block.granules * size);
+        let aligned = length > 0 && start.is_multiple_of(size) && u64::from(length).is_multiple_of(size);
+        let Some(end) = end.filter(|_| aligned) else {
+            let block = block.name.clone();
+            return Err(self.protocol(ReturnPathError::Range { block, start, length }));
+        };
+        outlet.requests.fetch_add(1, Ordering::Relaxed);
+        outlet.shared.counters.requested.fetch_add((end - start) / PAGE_SIZE, Ordering::Relaxed);
+        *outlet.follow.lock() = Some((id, end / size));
+        let mut open: Option<(u64, u64)> = None;
+        for granule in start / size..end / size {
+            block.wanted.set(granule);
+            // What was sent is on its way, and what is known to be zero needs no source.
+            if block.sent.get(granule) {
+                continue;
+            }
+            let run = run_of(id, block, granule, granule + 1);
+            if block.zero.get(granule) || outlet.is_source_complete() || self.is_zero(run) {
+                // Stops only if all is over, which is seen elsewhere.
+                let _ = outlet.zero(run);
+                continue;
+            }
+            match &mut open {
+                Some((_, last)) if *last == granule => *last += 1,
+                _ => {
+                    if let Some((first, last)) = open.replace((granule, granule + 1)) {
+                        self.feed.request(run_of(id, block, first, last), Urgency::Demand);
+                    }
+                }
+            }
+        }
+        if let Some((first, last)) = open {
+            self.feed.request(run_of(id, block, first, last), Urgency::Demand);
+        }
+        Ok(())
+    }
+
+    fn is_zero(&self, run: PageRun) -> bool {
+        let span = self.source.run_at(run.block, run.first);
+        span.content == Content::Zero && span.pages >= run.pages
+    }
+
+    /// Waits for an answer; other messages are kept for later.
+    pub(super) fn wait_for(
+        &mut self,
+        what: &'static str,
+        mut is_it: impl FnMut(&Message) -> bool,
+    ) -> Result<Message, ServeError> {
+        let until = Instant::now() + self.outlet.options.patience;
+        let mut others = VecDeque::new();
+        loop {
+            match self.next(Some(until))? {
+                Some(message) if is_it(&message) => {
+                    others.append(&mut self.backlog);
+                    self.backlog = others;
+                    return Ok(message);
+                }
+                Some(message) => others.push_back(message),
+                None => return Err(ServeError::Silent { to: self.outlet.to.clone(), what }),
+            }
+        }
+    }
+
+    /// The next message; `None` when the time is over.
+    fn next(&mut self, until: Option<Instant>) -> Result<Option<Message>, ServeError> {
+        if let Some(message) = self.backlog.pop_front() {
+            return Ok(Some(message));
+        }
+        loop {
+            if let Some(message) = self.decoder.next_message().map_err(|error| self.protocol(error))? {
+                return Ok(Some(message));
+            }
+            if self.fill()? {
+                continue;
+            }
+            self.check()?;
+            let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+            if left.is_some_and(|left| left.is_zero()) {
+                return Ok(None);
+            }
+            self.wait(left.unwrap_or(LOOK).min(LOOK));
+        }
+    }
+
+    /// Takes what has come; whether anything had.
+    fn fill(&mut self) -> Result<bool, ServeError> {
+        match self.outlet.main.socket().read(&mut self.buffer) {
+            Ok(0) => Err(self.broken("QEMU closed it: it has ended, or paused the migration")),
+            Ok(n) => {
+                self.decoder.take(self.buffer.get(..n).unwrap_or_default());
+                Ok(true)
+            }
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => Ok(false),
+            Err(error) => Err(self.broken(&error.to_string())),
+        }
+    }
+
+    fn check(&self) -> Result<(), ServeError> {
+        if let Some(error) = self.outlet.failure() {
+            return Err(error);
+        }
+        let started = self.outlet.started();
+        if self.outlet.is_over() {
+            return Err(ServeError::Stopped { started });
+        }
+        if let Some(error) = self.outlet.main.error() {
+            return Err(self.broken(&error.to_string()));
+        }
+        if !self.feed.alive() && !self.outlet.has_ended() {
+            let reason = "it can't deliver any more".to_owned();
+            let error = crate::SourceError::Peer { peer: "the source of the pages".to_owned(), reason };
+            return Err(ServeError::Source { error, started });
+        }
+        // When it is all over the destination shuts this connection down at a moment of its choosing.
+        match self.outlet.fast.get().and_then(Channel::error).filter(|_| !self.outlet.has_ended()) {
+            Some(error) => Err(self.broken(&format!("the second connection: {error}"))),
+            None => Ok(()),
+        }
+    }
+
+    fn wait(&self, longest: Duration) {
+        let bell = &self.outlet.shared.session;
+        bell.listen();
+        if self.outlet.is_over() {
+            bell.hush();
+            return;
+        }
+        let mut fds = vec![
+            PollFd::new(bell.fd(), PollFlags::POLLIN),
+            PollFd::new(self.outlet.main.socket().as_fd(), PollFlags::POLLIN),
+        ];
+        if let Some(fast) = self.outlet.fast.get().filter(|fast| fast.kept() > 0) {
+            fds.push(PollFd::new(fast.socket().as_fd(), PollFlags::POLLOUT));
+        }
+        // Interrupted or not: everything is looked at again.
+        let _ = poll(&mut fds, PollTimeout::try_from(longest).unwrap_or(PollTimeout::ZERO));
+        bell.hush();
+        if let Some(fast) = self.outlet.fast.get() {
+            fast.flush();
+        }
+    }
+
+    pub(super) fn broken(&self, reason: &str) -> ServeError {
+        ServeError::Broken { to: self.outlet.to.clone(), reason: reason.to_owned(), started: self.outlet.started() }
+    }
+
+    pub(super) fn protocol(&self, error: ReturnPathError) -> ServeError {
+        ServeError::Protocol { to: self.outlet.to.clone(), error, started: self.outlet.started() }
+    }
+
+    /// Notes that the destination has pages already: a bit for each page of a block.
+    pub(super) fn note_received(&self, id: BlockId, bits: &[u8]) -> Result<(), ServeError> {
+        let Some(block) = self.outlet.pages.block(id) else { return Ok(()) };
+        let pages = block.granules * block.per_granule;
+        if bits.len() as u64 != pages.div_ceil(64) * 8 {
+            return Err(self.protocol(ReturnPathError::BitmapLength(ByteLen::of(bits.len()))));
+        }
+        let has = |page: PageIndex| {
+            let byte = usize::try_from(page.0 / 8).ok().and_then(|at| bits.get(at));
+            byte.is_some_and(|byte| byte >> (page.0 % 8) & 1 == 1)
+        };
+        for granule in 0..block.granules {
+            let run = run_of(id, block, granule, granule + 1);
+            debug_assert_eq!(granules_of(block, run), (granule, granule + 1));
+            let there = run.iter().filter(|page| has(*page)).count() as u64;
+            if there == block.per_granule {
+                block.sent.set(granule);
+                self.outlet.shared.counters.received_before.fetch_add(there, Ordering::Relaxed);
+            } else if there > 0 {
+                return Err(self.protocol(ReturnPathError::Unexpected("a bitmap with a part of a huge page")));
+            }
+        }
+        Ok(())
+    }
+}
+
+pub(super) fn connect_error(address: &Address, error: io::Error) -> ServeError {
+    ServeError::Connect { to: address.to_string(), error: Arc::new(error) }
+}
