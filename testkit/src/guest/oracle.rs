@@ -38,6 +38,12 @@ impl Walker {
         Walker { program, position, counter: 0, checksum: program.seed, signals: 0 }
     }
 
+    /// The program.
+    #[must_use]
+    pub fn program(&self) -> &Program {
+        &self.program
+    }
+
     /// Steps done.
     #[must_use]
     pub fn counter(&self) -> u64 {

@@ -1,0 +1,323 @@
+//! Guest memory: RAM blocks, where they lie in guest-physical memory, and where in this process.
+
+use std::fs::File;
+use std::io;
+
+use kvm_ioctls::VmFd;
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use page_source::{
+    BlockId, ByteLen, GuestAddr, HostAddr, Layout, LayoutError, PAGE_SIZE, PageIndex, PageRun, PageSize, RamBlock,
+};
+use uffd_engine::{Backing, Region};
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
+};
+
+use crate::sys;
+
+/// Guest memory as `vm-memory` has it.
+pub type Memory = GuestMemoryMmap<()>;
+
+/// A RAM block to allocate, and where the guest sees it. A block may be seen in several pieces, as a PC's RAM is
+/// around the hole below 4 GiB.
+#[derive(Clone, Debug)]
+pub struct RamSpec {
+    name: String,
+    pieces: Vec<(GuestAddr, ByteLen)>,
+}
+
+impl RamSpec {
+    /// A block of that name, with no memory yet.
+    #[must_use]
+    pub fn new(name: impl Into<String>) -> RamSpec {
+        RamSpec { name: name.into(), pieces: Vec::new() }
+    }
+
+    /// The next `length` bytes of the block are at `guest`.
+    #[must_use]
+    pub fn at(mut self, guest: GuestAddr, length: ByteLen) -> RamSpec {
+        self.pieces.push((guest, length));
+        self
+    }
+
+    /// Memory of `length` bytes as PCs have it: up to 3 GiB from 0 on, the rest from 4 GiB on.
+    #[must_use]
+    pub fn pc(name: impl Into<String>, length: ByteLen) -> RamSpec {
+        let low = length.min(ByteLen(3 << 30));
+        let spec = RamSpec::new(name).at(GuestAddr(0), low);
+        if length > low { spec.at(GuestAddr(4 << 30), length - low) } else { spec }
+    }
+}
+
+/// A part of a RAM block that is contiguous everywhere.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Piece {
+    /// Where the guest sees it.
+    pub guest: GuestAddr,
+    /// Where it is mapped here.
+    pub host: HostAddr,
+    /// Which pages of which block.
+    pub run: PageRun,
+    /// What it is made of.
+    pub backing: Backing,
+    /// Whether the mapping is shared.
+    pub shared: bool,
+}
+
+impl Piece {
+    fn len(&self) -> ByteLen {
+        self.run.len()
+    }
+}
+
+/// All RAM of a guest.
+#[derive(Debug)]
+pub struct GuestRam {
+    memory: Memory,
+    layout: Layout,
+    pieces: Vec<Piece>,
+    /// Second mappings of shared huge pages, by piece.
+    aliases: Vec<Option<MmapRegion<()>>>,
+}
+
+/// Why guest memory can't be had.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum MemoryError {
+    /// The blocks are impossible.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// The pieces overlap or are empty.
+    #[error("guest memory can't be put together: {0}")]
+    Collection(String),
+    /// The system refused memory.
+    #[error("{length} bytes of {backing:?} memory for RAM block \"{block}\" can't be had: {reason}")]
+    Allocate {
+        /// The block.
+        block: String,
+        /// How much.
+        length: ByteLen,
+        /// Of what kind.
+        backing: Backing,
+        /// What the system said.
+        reason: String,
+    },
+    /// KVM refused a memory slot.
+    #[error("KVM refuses {length} bytes of RAM at guest-physical {guest}: {error}")]
+    Slot {
+        /// Where.
+        guest: GuestAddr,
+        /// How much.
+        length: ByteLen,
+        /// What KVM said.
+        #[source]
+        error: io::Error,
+    },
+}
+
+impl GuestRam {
+    /// Allocates memory, which is all zero and costs nothing until it is touched.
+    ///
+    /// # Errors
+    /// If the blocks overlap or are not whole pages of the backing, or there is no such memory to be had.
+    pub fn allocate(specs: &[RamSpec], backing: Backing) -> Result<GuestRam, MemoryError> {
+        let mut blocks = Vec::new();
+        let mut regions = Vec::new();
+        for (spec, id) in specs.iter().zip(0..) {
+            let length = spec.pieces.iter().try_fold(ByteLen(0), |sum, piece| sum.checked_add(piece.1));
+            let length = length.ok_or(LayoutError::TooLarge)?;
+            let block = RamBlock::new(&spec.name, length, backing.granule())?;
+            let failed =
+                |error: String| MemoryError::Allocate { block: spec.name.clone(), length, backing, reason: error };
+            let file = file_of(&block, backing).map_err(|error| failed(error.to_string()))?;
+            let mut offset = ByteLen(0);
+            for &(guest, len) in &spec.pieces {
+                if len.0 == 0 || !(len.0 | guest.0).is_multiple_of(backing.granule().bytes().0) {
+                    return Err(failed(format!("{len} bytes at guest-physical {guest} are not whole pages")));
+                }
+                let map = || map(len, file.as_ref(), offset, backing);
+                let region = map().map_err(|error| failed(error.to_string()))?;
+                let alias = match backing {
+                    Backing::Hugetlb => Some(map().map_err(|error| failed(error.to_string()))?),
+                    Backing::Anonymous | Backing::Memfd => None,
+                };
+                let run = PageRun::new(BlockId(id), PageIndex::at_byte(offset), len.to_pages());
+                regions.push((guest, run, region, alias));
+                offset += len;
+            }
+            blocks.push(block);
+        }
+        let layout = Layout::new(blocks)?;
+        let shared = backing != Backing::Anonymous;
+        let mut pieces = Vec::new();
+        let mut aliases = Vec::new();
+        let mut mapped = Vec::new();
+        regions.sort_by_key(|(guest, ..)| *guest);
+        for (guest, run, region, alias) in regions {
+            pieces.push(Piece { guest, host: HostAddr(region.as_ptr().addr() as u64), run, backing, shared });
+            let region = GuestRegionMmap::new(region, GuestAddress(guest.0));
+            mapped.push(region.ok_or_else(|| MemoryError::Collection(format!("{guest} is too high")))?);
+            aliases.push(alias);
+        }
+        let memory = Memory::from_regions(mapped).map_err(|error| MemoryError::Collection(error.to_string()))?;
+        Ok(GuestRam { memory, layout, pieces, aliases })
+    }
+
+    /// Takes memory that a VMM has already: each region is a RAM block of its own, named by `name`.
+    ///
+    /// # Errors
+    /// If names repeat, or a region is not whole pages.
+    pub fn adopt(memory: Memory, name: impl Fn(GuestAddr) -> String) -> Result<GuestRam, MemoryError> {
+        let mut blocks = Vec::new();
+        let mut pieces = Vec::new();
+        for (region, id) in memory.iter().zip(0..) {
+            let guest = GuestAddr(region.start_addr().0);
+            let shared = region.flags() & libc::MAP_SHARED != 0;
+            let backing = match (region.is_hugetlbfs(), region.file_offset()) {
+                (Some(true), _) => Backing::Hugetlb,
+                (_, Some(_)) => Backing::Memfd,
+                (_, None) => Backing::Anonymous,
+            };
+            let block = RamBlock::new(name(guest), ByteLen(region.len()), backing.granule())?;
+            let run = PageRun::new(BlockId(id), PageIndex(0), block.pages());
+            let host = HostAddr(region.as_ptr().addr() as u64);
+            blocks.push(block);
+            pieces.push(Piece { guest, host, run, backing, shared });
+        }
+        let aliases = pieces.iter().map(|_| None).collect();
+        Ok(GuestRam { layout: Layout::new(blocks)?, memory, pieces, aliases })
+    }
+
+    /// The memory itself. Reading a page that is still missing waits until the engine has brought it.
+    #[must_use]
+    pub fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// The RAM blocks.
+    #[must_use]
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Where the blocks are, in the order of guest-physical addresses.
+    #[must_use]
+    pub fn pieces(&self) -> &[Piece] {
+        &self.pieces
+    }
+
+    /// The regions for an engine whose source has the RAM blocks `source`, found by name: a source may count its
+    /// blocks in another order, and have others besides.
+    ///
+    /// # Errors
+    /// If a block is missing there, or its length is another one.
+    pub fn regions(&self, source: &Layout) -> Result<Vec<Region>, MemoryError> {
+        let mut numbers = Vec::new();
+        for block in self.layout.blocks() {
+            let found = source.find(block.name()).ok_or_else(|| {
+                MemoryError::Collection(format!("the snapshot has no RAM block \"{}\"", block.name()))
+            })?;
+            if found.1.length() != block.length() {
+                return Err(MemoryError::Collection(format!(
+                    "RAM block \"{}\" is {} bytes long, in the snapshot {}",
+                    block.name(),
+                    block.length(),
+                    found.1.length()
+                )));
+            }
+            numbers.push(found.0);
+        }
+        let regions = self.pieces.iter().zip(&self.aliases).map(|(piece, alias)| {
+            let number = usize::try_from(piece.run.block.0).ok().and_then(|at| numbers.get(at)).copied();
+            let run = PageRun { block: number.unwrap_or(piece.run.block), ..piece.run };
+            let region = Region::new(piece.host, run, piece.backing).with_shared(piece.shared);
+            match alias {
+                Some(alias) => region.with_alias(HostAddr(alias.as_ptr().addr() as u64)),
+                None => region,
+            }
+        });
+        Ok(regions.collect())
+    }
+
+    /// Gives the memory to a VM: one slot per piece, numbered from 0 on. Do it **before** creating an irqchip: after
+    /// that the first slot costs KVM milliseconds.
+    ///
+    /// The memory must stay mapped for as long as the VM runs; a [`Machine`](crate::Machine) sees to it.
+    ///
+    /// # Errors
+    /// If KVM refuses.
+    pub fn set_slots(&self, vm: &VmFd) -> Result<(), MemoryError> {
+        for (piece, slot) in self.pieces.iter().zip(0..) {
+            sys::set_slot(vm, slot, piece.guest, piece.host, piece.len()).map_err(|error| MemoryError::Slot {
+                guest: piece.guest,
+                length: piece.len(),
+                error,
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Whether there is RAM at that address.
+    #[must_use]
+    pub fn contains(&self, guest: GuestAddr) -> bool {
+        self.to_host(guest).is_some()
+    }
+
+    /// Where a guest-physical address is in this process.
+    #[must_use]
+    pub fn to_host(&self, guest: GuestAddr) -> Option<HostAddr> {
+        let piece = self.pieces.iter().find(|piece| piece.guest <= guest && guest - piece.guest < piece.len())?;
+        Some(piece.host + (guest - piece.guest))
+    }
+
+    /// Which guest-physical address an address of this process is.
+    #[must_use]
+    pub fn to_guest(&self, host: HostAddr) -> Option<GuestAddr> {
+        let piece = self.pieces.iter().find(|piece| piece.host <= host && host - piece.host < piece.len())?;
+        Some(piece.guest + (host - piece.host))
+    }
+
+    /// The guest-physical address of a page of a block.
+    #[must_use]
+    pub fn page_to_guest(&self, block: BlockId, page: PageIndex) -> Option<GuestAddr> {
+        let piece = self.pieces.iter().find(|piece| piece.run.block == block && piece.run.contains(page))?;
+        Some(piece.guest + (page - piece.run.first).to_bytes())
+    }
+}
+
+fn file_of(block: &RamBlock, backing: Backing) -> io::Result<Option<File>> {
+    let flags = match backing {
+        Backing::Anonymous => return Ok(None),
+        Backing::Memfd => MFdFlags::MFD_CLOEXEC,
+        Backing::Hugetlb => MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB,
+    };
+    debug_assert!(block.page_size() != PageSize::HUGE || backing == Backing::Hugetlb);
+    debug_assert!(block.length().0.is_multiple_of(PAGE_SIZE));
+    let file = File::from(memfd_create(block.name(), flags)?);
+    file.set_len(block.length().0)?;
+    Ok(Some(file))
+}
+
+fn map(
+    len: ByteLen,
+    file: Option<&File>,
+    offset: ByteLen,
+    backing: Backing,
+) -> Result<MmapRegion<()>, Box<dyn std::error::Error>> {
+    let builder = MmapRegionBuilder::new_with_bitmap(len.get(), ())
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_hugetlbfs(backing == Backing::Hugetlb);
+    let builder = match file {
+        None => builder.with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE),
+        Some(file) => {
+            // Huge pages are reserved: there is an error here instead of a signal later.
+            let lazily = if backing == Backing::Hugetlb { 0 } else { libc::MAP_NORESERVE };
+            builder
+                .with_mmap_flags(libc::MAP_SHARED | lazily)
+                .with_file_offset(FileOffset::new(file.try_clone()?, offset.0))
+        }
+    };
+    Ok(builder.build()?)
+}

@@ -1,0 +1,104 @@
+//! CPU features that a guest has seen and a host may lack.
+
+use kvm_bindings::kvm_cpuid_entry2;
+
+/// One register of feature bits. (Intel SDM volume 2, CPUID; AMD APM volume 3, appendix E.)
+struct Features {
+    leaf: u32,
+    subleaf: u32,
+    register: &'static str,
+    of: fn(&kvm_cpuid_entry2) -> u32,
+    /// Names from bit 0 on, separated by spaces; `-` for a bit without a name. A `!` before the name: the bit shows
+    /// what the guest has switched on or what the VMM provides, not what the host can do.
+    names: &'static str,
+}
+
+const FEATURES: &[Features] = &[
+    Features {
+        leaf: 1,
+        subleaf: 0,
+        register: "ecx",
+        of: |entry| entry.ecx,
+        names: "sse3 pclmulqdq dtes64 !monitor ds_cpl vmx smx est tm2 ssse3 cid sdbg fma cx16 xtpr pdcm - pcid dca \
+                sse4_1 sse4_2 !x2apic movbe popcnt !tsc_deadline aes xsave !osxsave avx f16c rdrand !hypervisor",
+    },
+    Features {
+        leaf: 1,
+        subleaf: 0,
+        register: "edx",
+        of: |entry| entry.edx,
+        names: "fpu vme de pse tsc msr pae mce cx8 !apic - sep mtrr pge mca cmov pat pse36 pn clflush - dts acpi mmx \
+                fxsr sse sse2 ss !ht tm ia64 pbe",
+    },
+    Features {
+        leaf: 7,
+        subleaf: 0,
+        register: "ebx",
+        of: |entry| entry.ebx,
+        names: "fsgsbase tsc_adjust sgx bmi1 hle avx2 fdp_excptn smep bmi2 erms invpcid rtm cqm zero_fcs_fds mpx rdt \
+                avx512f avx512dq rdseed adx smap avx512ifma - clflushopt clwb intel_pt avx512pf avx512er avx512cd \
+                sha_ni avx512bw avx512vl",
+    },
+    Features {
+        leaf: 7,
+        subleaf: 0,
+        register: "ecx",
+        of: |entry| entry.ecx,
+        names: "prefetchwt1 avx512vbmi umip pku !ospke waitpkg avx512_vbmi2 shstk gfni vaes vpclmulqdq avx512_vnni \
+                avx512_bitalg tme avx512_vpopcntdq - la57",
+    },
+    Features { leaf: 7, subleaf: 0, register: "edx", of: |entry| entry.edx, names: "" },
+    Features { leaf: 7, subleaf: 1, register: "eax", of: |entry| entry.eax, names: "" },
+    Features { leaf: 0xd, subleaf: 0, register: "eax", of: |entry| entry.eax, names: "" },
+    Features { leaf: 0xd, subleaf: 1, register: "eax", of: |entry| entry.eax, names: "xsaveopt xsavec xgetbv1 xsaves" },
+    Features {
+        leaf: 0x8000_0001,
+        subleaf: 0,
+        register: "ecx",
+        of: |entry| entry.ecx,
+        names: "lahf_lm cmp_legacy svm extapic cr8_legacy abm sse4a misalignsse 3dnowprefetch osvw ibs xop skinit wdt \
+                - lwp fma4",
+    },
+    Features { leaf: 0x8000_0001, subleaf: 0, register: "edx", of: |entry| entry.edx, names: "" },
+    Features { leaf: 0x4000_0001, subleaf: 0, register: "eax", of: |entry| entry.eax, names: "" },
+];
+
+/// The names of the features in `wanted` that are not in `host`.
+pub(super) fn missing(wanted: &[kvm_cpuid_entry2], host: &[kvm_cpuid_entry2]) -> Vec<String> {
+    let mut missing = Vec::new();
+    for features in FEATURES {
+        let matches = |entry: &&kvm_cpuid_entry2| entry.function == features.leaf && entry.index == features.subleaf;
+        let bits = |entries: &[kvm_cpuid_entry2]| {
+            entries.iter().filter(matches).fold(0, |all, entry| all | (features.of)(entry))
+        };
+        let lacking = bits(wanted) & !bits(host);
+        let names: Vec<&str> = features.names.split_whitespace().collect();
+        for bit in (0..32).filter(|bit| lacking >> bit & 1 == 1) {
+            match names.get(bit) {
+                Some(name) if name.starts_with('!') => {}
+                Some(&name) if name != "-" => missing.push(format!("CPU feature {name}")),
+                _ => missing.push(format!(
+                    "CPU feature CPUID[{:#x}.{}].{} bit {bit}",
+                    features.leaf, features.subleaf, features.register
+                )),
+            }
+        }
+    }
+    missing
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_lacking_is_named() {
+        let entry = |ebx| kvm_cpuid_entry2 { function: 7, ebx, ..kvm_cpuid_entry2::default() };
+        let host = [entry(1 << 3)];
+        assert!(missing(&[entry(1 << 3)], &host).is_empty());
+        let names = missing(&[entry(1 << 16 | 1 << 22)], &host);
+        assert_eq!(names, ["CPU feature avx512f", "CPU feature CPUID[0x7.0].ebx bit 22"]);
+        let switched_on = kvm_cpuid_entry2 { function: 1, ecx: 1 << 27, ..kvm_cpuid_entry2::default() };
+        assert!(missing(&[switched_on], &host).is_empty());
+    }
+}

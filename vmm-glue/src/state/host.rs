@@ -1,0 +1,86 @@
+//! What this host's KVM can do, asked once.
+
+use std::sync::OnceLock;
+
+use kvm_bindings::{CpuId, KVM_CAP_SREGS2, KVM_CAP_XSAVE2, KVM_MAX_CPUID_ENTRIES};
+use kvm_ioctls::{Cap, Kvm};
+
+use super::error::Call;
+use super::{MachineState, StateError, cpuid};
+
+/// The abilities of a host that matter for a guest's state.
+#[derive(Clone, Debug)]
+pub struct Host {
+    supported: CpuId,
+    /// What a vCPU shows that was given just that: some hosts let guests see more.
+    shown: OnceLock<CpuId>,
+    pub(super) msrs: Vec<u32>,
+    pub(super) sregs2: bool,
+    pub(super) tsc_control: bool,
+    /// Bytes of extended state, 0 if only the classic 4096 are there.
+    pub(super) xsave_len: usize,
+}
+
+impl Host {
+    /// Asks KVM.
+    ///
+    /// # Errors
+    /// If it does not answer.
+    pub fn probe(kvm: &Kvm) -> Result<Host, StateError> {
+        let has = |cap: u32| kvm.check_extension_raw(cap.into());
+        for (cap, name) in [
+            (Cap::Xcrs, "KVM_CAP_XCRS"),
+            (Cap::Debugregs, "KVM_CAP_DEBUGREGS"),
+            (Cap::VcpuEvents, "KVM_CAP_VCPU_EVENTS"),
+            (Cap::MpState, "KVM_CAP_MP_STATE"),
+            (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+        ] {
+            if !kvm.check_extension(cap) {
+                return Err(StateError::Unsupported(name.into()));
+            }
+        }
+        Ok(Host {
+            supported: kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).call("KVM_GET_SUPPORTED_CPUID", None)?,
+            shown: OnceLock::new(),
+            msrs: kvm.get_msr_index_list().call("KVM_GET_MSR_INDEX_LIST", None)?.as_slice().to_vec(),
+            sregs2: has(KVM_CAP_SREGS2) > 0,
+            tsc_control: kvm.check_extension(Cap::TscControl),
+            xsave_len: usize::try_from(has(KVM_CAP_XSAVE2)).unwrap_or(0),
+        })
+    }
+
+    fn shown(&self, kvm: &Kvm) -> Result<&CpuId, StateError> {
+        if let Some(shown) = self.shown.get() {
+            return Ok(shown);
+        }
+        let vm = kvm.create_vm().call("KVM_CREATE_VM", None)?;
+        let vcpu = vm.create_vcpu(0).call("KVM_CREATE_VCPU", None)?;
+        vcpu.set_cpuid2(&self.supported).call("KVM_SET_CPUID2", None)?;
+        let shown = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).call("KVM_GET_CPUID2", None)?;
+        Ok(self.shown.get_or_init(|| shown))
+    }
+
+    /// Refuses, by name, what this host can't continue: before anything is started.
+    ///
+    /// # Errors
+    /// [`StateError::Unsupported`] with everything that is missing.
+    pub fn check(&self, kvm: &Kvm, state: &MachineState) -> Result<(), StateError> {
+        let mut missing = Vec::new();
+        for vcpu in &state.vcpus {
+            if !cpuid::missing(&vcpu.cpuid, self.supported.as_slice()).is_empty() {
+                let both = [self.supported.as_slice(), self.shown(kvm)?.as_slice()].concat();
+                missing.extend(cpuid::missing(&vcpu.cpuid, &both));
+            }
+            let words = vcpu.xsave.iter().rposition(|&word| word != 0).map_or(0, |last| last + 1);
+            if words * 4 > self.xsave_len.max(4096) {
+                missing.push(format!("extended state (XSAVE) of {} bytes", vcpu.xsave.len() * 4));
+            }
+            if vcpu.sregs2.is_some_and(|sregs| sregs.flags != 0) && !self.sregs2 {
+                missing.push("KVM_CAP_SREGS2 (page directory pointers of PAE paging)".into());
+            }
+        }
+        missing.sort_unstable();
+        missing.dedup();
+        if missing.is_empty() { Ok(()) } else { Err(StateError::Unsupported(missing.join(", "))) }
+    }
+}

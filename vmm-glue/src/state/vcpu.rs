@@ -1,0 +1,150 @@
+//! A vCPU: every register that KVM lets us see.
+
+use kvm_bindings::{
+    CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_regs, kvm_sregs,
+    kvm_sregs2, kvm_vcpu_events, kvm_xcrs,
+};
+use kvm_ioctls::VcpuFd;
+
+use super::error::Call;
+use super::{Host, StateError, msrs};
+use crate::sys;
+
+/// The state of one vCPU.
+#[derive(Clone, Debug, Default, PartialEq)]
+#[non_exhaustive]
+pub struct VcpuState {
+    /// The vCPU's number.
+    pub id: u32,
+    /// What the guest believes of its processor.
+    pub cpuid: Vec<kvm_cpuid_entry2>,
+    /// The frequency of the time stamp counter in kHz, if KVM tells it.
+    pub tsc_khz: Option<u32>,
+    /// How far the guest's counter is ahead of the host's, if KVM tells it: keeps several vCPUs in step.
+    pub tsc_offset: Option<u64>,
+    /// General registers.
+    pub regs: kvm_regs,
+    /// Segments, control registers, and pending interrupt.
+    pub sregs: kvm_sregs,
+    /// The same with the pointers that PAE paging has loaded, if KVM tells them.
+    pub sregs2: Option<kvm_sregs2>,
+    /// Extended control registers.
+    pub xcrs: kvm_xcrs,
+    /// x87, vector and other extended state, in 4-byte words.
+    pub xsave: Vec<u32>,
+    /// Debug registers.
+    pub debug: kvm_debugregs,
+    /// Exceptions and interrupts that are being delivered.
+    pub events: kvm_vcpu_events,
+    /// Running, halted, or waiting for a start-up message.
+    pub mp_state: kvm_mp_state,
+    /// Model-specific registers: number and value.
+    pub msrs: Vec<(u32, u64)>,
+    /// The local APIC, if it is in the kernel.
+    pub lapic: Option<kvm_lapic_state>,
+}
+
+impl VcpuState {
+    /// Takes the state of a stopped vCPU. The last exit's work must be completed: run the vCPU once with
+    /// `immediate_exit` set after an I/O exit, as the [`Vcpus`](crate::Vcpus) here do when they stop.
+    ///
+    /// # Errors
+    /// If KVM refuses a call.
+    pub fn save(vcpu: &VcpuFd, id: u32, host: &Host, irqchip: bool) -> Result<VcpuState, StateError> {
+        // First of all, since it may deliver a start-up message, which changes registers.
+        let mp_state = vcpu.get_mp_state().call("KVM_GET_MP_STATE", id)?;
+        let cpuid = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).call("KVM_GET_CPUID2", id)?;
+        let lapic = if irqchip { Some(vcpu.get_lapic().call("KVM_GET_LAPIC", id)?) } else { None };
+        let sregs2 = if host.sregs2 { Some(sys::get_sregs2(vcpu).call("KVM_GET_SREGS2", id)?) } else { None };
+        Ok(VcpuState {
+            id,
+            cpuid: cpuid.as_slice().to_vec(),
+            tsc_khz: vcpu.get_tsc_khz().ok(),
+            tsc_offset: sys::get_tsc_offset(vcpu).ok(),
+            regs: vcpu.get_regs().call("KVM_GET_REGS", id)?,
+            sregs: vcpu.get_sregs().call("KVM_GET_SREGS", id)?,
+            sregs2,
+            xcrs: vcpu.get_xcrs().call("KVM_GET_XCRS", id)?,
+            xsave: sys::get_xsave(vcpu, host.xsave_len).call("KVM_GET_XSAVE", id)?,
+            debug: vcpu.get_debug_regs().call("KVM_GET_DEBUGREGS", id)?,
+            msrs: msrs::get(vcpu, id, &host.msrs)?,
+            lapic,
+            events: vcpu.get_vcpu_events().call("KVM_GET_VCPU_EVENTS", id)?,
+            mp_state,
+        })
+    }
+
+    /// Puts the state into a fresh vCPU. What it may need of guest memory comes through the engine, which must be
+    /// serving.
+    ///
+    /// The order matters (Linux Documentation/virt/kvm/api.rst and what KVM checks): CPUID decides which registers
+    /// there are; the APIC's base is part of the special registers, so the APIC comes after them; the TSC deadline
+    /// takes only when the APIC is in that mode; setting the general registers drops a pending exception, so the
+    /// events come after them.
+    ///
+    /// # Errors
+    /// If KVM refuses something: the vCPU is then useless.
+    pub fn restore(&self, vcpu: &VcpuFd, host: &Host) -> Result<(), StateError> {
+        let id = self.id;
+        let cpuid = CpuId::from_entries(&self.cpuid)
+            .map_err(|error| StateError::Invalid(format!("{} CPUID entries: {error:?}", self.cpuid.len())))?;
+        vcpu.set_cpuid2(&cpuid).call("KVM_SET_CPUID2", id)?;
+        self.restore_tsc_khz(vcpu, host)?;
+        match &self.sregs2 {
+            Some(sregs) if host.sregs2 => {
+                // The pending interrupt is not part of the newer structure.
+                vcpu.set_sregs(&self.sregs).call("KVM_SET_SREGS", id)?;
+                sys::set_sregs2(vcpu, sregs).call("KVM_SET_SREGS2", id)?;
+            }
+            _ => vcpu.set_sregs(&self.sregs).call("KVM_SET_SREGS", id)?,
+        }
+        vcpu.set_xcrs(&self.xcrs).call("KVM_SET_XCRS", id)?;
+        let mut xsave = self.xsave.clone();
+        xsave.resize(host.xsave_len.div_ceil(4).max(sys::XSAVE_WORDS).max(xsave.len()), 0);
+        sys::set_xsave(vcpu, host.xsave_len, &xsave).call("KVM_SET_XSAVE", id)?;
+        vcpu.set_debug_regs(&self.debug).call("KVM_SET_DEBUGREGS", id)?;
+        if let Some(lapic) = &self.lapic {
+            vcpu.set_lapic(lapic).call("KVM_SET_LAPIC", id)?;
+        }
+        msrs::set(vcpu, id, &self.msrs)?;
+        vcpu.set_regs(&self.regs).call("KVM_SET_REGS", id)?;
+        vcpu.set_vcpu_events(&self.events).call("KVM_SET_VCPU_EVENTS", id)?;
+        vcpu.set_mp_state(self.mp_state).call("KVM_SET_MP_STATE", id)
+    }
+
+    /// The guest must find its clock running at the speed it has measured: within 250 ppm, what an NTP client corrects.
+    fn restore_tsc_khz(&self, vcpu: &VcpuFd, host: &Host) -> Result<(), StateError> {
+        let (Some(wanted), Ok(has)) = (self.tsc_khz, vcpu.get_tsc_khz()) else { return Ok(()) };
+        if u64::from(wanted.abs_diff(has)) * 1_000_000 <= u64::from(wanted) * 250 {
+            return Ok(());
+        }
+        if host.tsc_control && vcpu.set_tsc_khz(wanted).is_ok() {
+            return Ok(());
+        }
+        // A refused call may have changed the value all the same.
+        if vcpu.get_tsc_khz().is_ok_and(|now| now != has) {
+            let put_back = vcpu.set_tsc_khz(has);
+            log::debug!("the TSC frequency of vCPU {} put back to {has} kHz: {put_back:?}", self.id);
+        }
+        Err(StateError::Unsupported(format!("a TSC of {wanted} kHz (this host's runs at {has} kHz)")))
+    }
+
+    /// The value of a model-specific register.
+    #[must_use]
+    pub fn msr(&self, index: u32) -> Option<u64> {
+        self.msrs.iter().find(|(found, _)| *found == index).map(|&(_, value)| value)
+    }
+}
+
+/// Brings the time stamp counters of several vCPUs, which were set one after the other, back into step.
+pub(super) fn align_tsc(states: &[VcpuState], vcpus: &[&VcpuFd]) -> Result<(), StateError> {
+    let (Some(first), Some(vcpu)) = (states.first(), vcpus.first()) else { return Ok(()) };
+    let (Some(saved), Ok(now)) = (first.tsc_offset, sys::get_tsc_offset(vcpu)) else { return Ok(()) };
+    for (state, vcpu) in states.iter().zip(vcpus).skip(1) {
+        if let Some(offset) = state.tsc_offset {
+            let moved = now.wrapping_add(offset.wrapping_sub(saved));
+            sys::set_tsc_offset(vcpu, moved).call("KVM_SET_DEVICE_ATTR(KVM_VCPU_TSC_OFFSET)", state.id)?;
+        }
+    }
+    Ok(())
+}

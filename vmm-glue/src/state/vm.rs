@@ -1,0 +1,123 @@
+//! What belongs to the VM and to no vCPU: interrupt controllers, timer, clock.
+
+use kvm_bindings::{
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip, kvm_pit_state2,
+};
+use kvm_ioctls::{Cap, VcpuFd, VmFd};
+
+use super::error::Call;
+use super::vcpu::align_tsc;
+use super::{Host, MachineState, StateError, VcpuState};
+
+/// The chips of a VM whose interrupt controllers are in the kernel. The bytes are `union { ... } chip` of
+/// `struct kvm_irqchip`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Interrupts {
+    /// The first 8259.
+    pub pic_master: Vec<u8>,
+    /// The second 8259.
+    pub pic_slave: Vec<u8>,
+    /// The I/O APIC.
+    pub ioapic: Vec<u8>,
+}
+
+/// The state of a VM, without memory and vCPUs.
+#[derive(Clone, Debug, Default, PartialEq)]
+#[non_exhaustive]
+pub struct VmState {
+    /// The interrupt controllers, if they are in the kernel.
+    pub interrupts: Option<Interrupts>,
+    /// The 8254 timer, if it is in the kernel.
+    pub pit: Option<kvm_pit_state2>,
+    /// The guest's kvmclock in nanoseconds, if KVM has one.
+    pub clock: Option<u64>,
+}
+
+/// How many bytes the union of `struct kvm_irqchip` has.
+const CHIP: usize = 512;
+
+fn get_chip(vm: &VmFd, chip_id: u32) -> Result<Vec<u8>, StateError> {
+    let mut chip = kvm_irqchip { chip_id, ..kvm_irqchip::default() };
+    vm.get_irqchip(&mut chip).call("KVM_GET_IRQCHIP", None)?;
+    Ok(crate::sys::chip_bytes(&chip).to_vec())
+}
+
+fn set_chip(vm: &VmFd, chip_id: u32, bytes: &[u8]) -> Result<(), StateError> {
+    let bytes = bytes.try_into().map_err(|_| {
+        StateError::Invalid(format!("interrupt controller {chip_id} of {} bytes instead of {CHIP}", bytes.len()))
+    })?;
+    vm.set_irqchip(&crate::sys::chip_of(chip_id, bytes)).call("KVM_SET_IRQCHIP", None)
+}
+
+impl VmState {
+    /// Takes the state of a VM whose vCPUs are stopped.
+    ///
+    /// # Errors
+    /// If KVM refuses a call.
+    pub fn save(vm: &VmFd, irqchip: bool, pit: bool) -> Result<VmState, StateError> {
+        let interrupts = if irqchip {
+            Some(Interrupts {
+                pic_master: get_chip(vm, KVM_IRQCHIP_PIC_MASTER)?,
+                pic_slave: get_chip(vm, KVM_IRQCHIP_PIC_SLAVE)?,
+                ioapic: get_chip(vm, KVM_IRQCHIP_IOAPIC)?,
+            })
+        } else {
+            None
+        };
+        let pit = if pit { Some(vm.get_pit2().call("KVM_GET_PIT2", None)?) } else { None };
+        let clock = if vm.check_extension(Cap::AdjustClock) {
+            Some(vm.get_clock().call("KVM_GET_CLOCK", None)?.clock)
+        } else {
+            None
+        };
+        Ok(VmState { interrupts, pit, clock })
+    }
+
+    /// Puts the state into a fresh VM that has the same chips.
+    ///
+    /// # Errors
+    /// If KVM refuses a call.
+    pub fn restore(&self, vm: &VmFd) -> Result<(), StateError> {
+        if let Some(chips) = &self.interrupts {
+            set_chip(vm, KVM_IRQCHIP_PIC_MASTER, &chips.pic_master)?;
+            set_chip(vm, KVM_IRQCHIP_PIC_SLAVE, &chips.pic_slave)?;
+            set_chip(vm, KVM_IRQCHIP_IOAPIC, &chips.ioapic)?;
+        }
+        if let Some(pit) = &self.pit {
+            vm.set_pit2(pit).call("KVM_SET_PIT2", None)?;
+        }
+        if let Some(clock) = self.clock {
+            vm.set_clock(&kvm_clock_data { clock, ..kvm_clock_data::default() }).call("KVM_SET_CLOCK", None)?;
+        }
+        Ok(())
+    }
+}
+
+impl MachineState {
+    /// Takes the state of a machine whose vCPUs are stopped.
+    ///
+    /// # Errors
+    /// If KVM refuses a call.
+    pub fn save(vm: &VmFd, vcpus: &[&VcpuFd], host: &Host, irqchip: bool, pit: bool) -> Result<Self, StateError> {
+        let vcpus = vcpus.iter().zip(0..).map(|(vcpu, id)| VcpuState::save(vcpu, id, host, irqchip));
+        let vcpus = vcpus.collect::<Result<Vec<_>, _>>()?;
+        // After the vCPUs, so that no interrupt is lost between a local APIC and the chips.
+        Ok(MachineState { vm: VmState::save(vm, irqchip, pit)?, vcpus })
+    }
+
+    /// Puts the state into a fresh machine of as many vCPUs and the same chips.
+    ///
+    /// # Errors
+    /// If the machine is another one, or KVM refuses something: the machine is then useless.
+    pub fn restore(&self, vm: &VmFd, vcpus: &[&VcpuFd], host: &Host) -> Result<(), StateError> {
+        if vcpus.len() != self.vcpus.len() {
+            let (here, there) = (vcpus.len(), self.vcpus.len());
+            return Err(StateError::Mismatch(format!("it has {here} vCPUs, and {there} were saved")));
+        }
+        for (state, vcpu) in self.vcpus.iter().zip(vcpus) {
+            state.restore(vcpu, host)?;
+        }
+        align_tsc(&self.vcpus, vcpus)?;
+        self.vm.restore(vm)
+    }
+}

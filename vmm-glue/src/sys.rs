@@ -1,0 +1,214 @@
+//! What neither `kvm-ioctls` nor `nix` wraps: some KVM calls, and signals taken without a handler.
+//!
+//! Numbers and layouts: linux/kvm.h and asm/kvm.h; checked below against the structures of `kvm-bindings`.
+#![expect(unsafe_code, reason = "raw ioctls and signal calls, each checked by the kernel")]
+
+use std::io;
+use std::mem::{MaybeUninit, size_of};
+use std::os::fd::AsRawFd;
+use std::os::unix::thread::JoinHandleExt;
+use std::thread::JoinHandle;
+
+use kvm_bindings::{
+    KVM_API_VERSION, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, kvm_device_attr, kvm_irqchip, kvm_sregs2,
+    kvm_userspace_memory_region,
+};
+use kvm_ioctls::{VcpuFd, VmFd};
+use page_source::{ByteLen, GuestAddr, HostAddr};
+
+const KVMIO: u8 = 0xae;
+/// The length of the classic extended state, in 4-byte words.
+pub(crate) const XSAVE_WORDS: usize = 1024;
+const _: () = assert!(KVM_API_VERSION == 12);
+const _: () = assert!(size_of::<kvm_sregs2>() == 320 && size_of::<kvm_device_attr>() == 24);
+
+/// `struct kvm_signal_mask` with the 64-bit signal set of the kernel behind it.
+#[repr(C)]
+struct SignalMask {
+    len: u32,
+    set: [u8; 8],
+}
+const _: () = assert!(size_of::<SignalMask>() == 12);
+
+nix::ioctl_read!(kvm_get_sregs2, KVMIO, 0xcc, kvm_sregs2);
+nix::ioctl_write_ptr!(kvm_set_sregs2, KVMIO, 0xcd, kvm_sregs2);
+// Their numbers hold the size of the classic structure, 4096 bytes.
+nix::ioctl_read!(kvm_get_xsave2, KVMIO, 0xcf, [u32; XSAVE_WORDS]);
+nix::ioctl_write_ptr!(kvm_set_xsave, KVMIO, 0xa5, [u32; XSAVE_WORDS]);
+nix::ioctl_write_ptr!(kvm_get_device_attr, KVMIO, 0xe2, kvm_device_attr);
+nix::ioctl_write_ptr!(kvm_set_device_attr, KVMIO, 0xe1, kvm_device_attr);
+// The size that the number holds is that of the structure without its set.
+nix::ioctl_write_ptr_bad!(kvm_set_signal_mask, nix::request_code_write!(KVMIO, 0x8b, 4), SignalMask);
+
+/// Makes `len` bytes at `host` the guest's memory at `guest`. The caller keeps them mapped while the VM lives.
+pub(crate) fn set_slot(vm: &VmFd, slot: u32, guest: GuestAddr, host: HostAddr, len: ByteLen) -> io::Result<()> {
+    let region = kvm_userspace_memory_region {
+        slot,
+        flags: 0,
+        guest_phys_addr: guest.0,
+        memory_size: len.0,
+        userspace_addr: host.0,
+    };
+    // SAFETY: the range belongs to a `GuestRam`, which its `Machine` keeps; the public function says so to others.
+    unsafe { vm.set_user_memory_region(region) }.map_err(io::Error::from)
+}
+
+pub(crate) fn get_sregs2(vcpu: &VcpuFd) -> io::Result<kvm_sregs2> {
+    let mut sregs = kvm_sregs2::default();
+    // SAFETY: the kernel writes one such structure.
+    unsafe { kvm_get_sregs2(vcpu.as_raw_fd(), &raw mut sregs) }?;
+    Ok(sregs)
+}
+
+pub(crate) fn set_sregs2(vcpu: &VcpuFd, sregs: &kvm_sregs2) -> io::Result<()> {
+    // SAFETY: the kernel reads one such structure.
+    unsafe { kvm_set_sregs2(vcpu.as_raw_fd(), sregs) }?;
+    Ok(())
+}
+
+/// The extended state (`struct kvm_xsave`). `len` is what `KVM_CAP_XSAVE2` says, 0 where it is not known.
+pub(crate) fn get_xsave(vcpu: &VcpuFd, len: usize) -> io::Result<Vec<u32>> {
+    if len == 0 {
+        return Ok(vcpu.get_xsave()?.region.to_vec());
+    }
+    let mut words = vec![0; len.div_ceil(4).max(XSAVE_WORDS)];
+    // SAFETY: the kernel writes as many bytes as the capability says.
+    unsafe { kvm_get_xsave2(vcpu.as_raw_fd(), words.as_mut_ptr().cast()) }?;
+    Ok(words)
+}
+
+/// Sets it. `words` must be at least as many as [`get_xsave`] gives.
+pub(crate) fn set_xsave(vcpu: &VcpuFd, len: usize, words: &[u32]) -> io::Result<()> {
+    if words.len() < XSAVE_WORDS || words.len() < len.div_ceil(4) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    // SAFETY: the kernel reads as many bytes as the capability says, or 4096 without it: not more than there are.
+    unsafe { kvm_set_xsave(vcpu.as_raw_fd(), words.as_ptr().cast()) }?;
+    Ok(())
+}
+
+fn tsc_offset_attr(value: *mut u64) -> kvm_device_attr {
+    kvm_device_attr {
+        group: KVM_VCPU_TSC_CTRL,
+        attr: u64::from(KVM_VCPU_TSC_OFFSET),
+        addr: value.addr() as u64,
+        flags: 0,
+    }
+}
+
+/// How far the guest's time stamp counter is ahead of the host's. Linux Documentation/virt/kvm/devices/vcpu.rst.
+pub(crate) fn get_tsc_offset(vcpu: &VcpuFd) -> io::Result<u64> {
+    let mut value = 0u64;
+    let attr = tsc_offset_attr(&raw mut value);
+    // SAFETY: the kernel writes 8 bytes to `value`, whose address was exposed by `addr` of a raw pointer.
+    unsafe { kvm_get_device_attr(vcpu.as_raw_fd(), &raw const attr) }?;
+    Ok(std::hint::black_box(value))
+}
+
+pub(crate) fn set_tsc_offset(vcpu: &VcpuFd, mut value: u64) -> io::Result<()> {
+    let attr = tsc_offset_attr(&raw mut value);
+    std::hint::black_box(&value);
+    // SAFETY: the kernel reads 8 bytes from `value`.
+    unsafe { kvm_set_device_attr(vcpu.as_raw_fd(), &raw const attr) }?;
+    Ok(())
+}
+
+/// A set of signals.
+#[derive(Clone, Copy)]
+pub(crate) struct Signals(libc::sigset_t);
+
+impl Signals {
+    pub(crate) fn of(signals: &[i32]) -> Signals {
+        let mut set = MaybeUninit::uninit();
+        // SAFETY: the call initialises the set.
+        unsafe { libc::sigemptyset(set.as_mut_ptr()) };
+        // SAFETY: initialised just now.
+        let mut set = unsafe { set.assume_init() };
+        for &signal in signals {
+            // SAFETY: an initialised set; a bad number is refused.
+            unsafe { libc::sigaddset(&raw mut set, signal) };
+        }
+        Signals(set)
+    }
+
+    /// Blocks them in this thread, and returns what was blocked before.
+    pub(crate) fn block(&self) -> io::Result<Signals> {
+        let mut old = Signals::of(&[]);
+        // SAFETY: both sets are initialised.
+        let error = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const self.0, &raw mut old.0) };
+        if error == 0 { Ok(old) } else { Err(io::Error::from_raw_os_error(error)) }
+    }
+
+    /// Takes one of them, if one is pending for this thread. With it comes the address of the fault, if it has one.
+    pub(crate) fn take(&self) -> Option<(i32, HostAddr)> {
+        let mut info = MaybeUninit::<libc::siginfo_t>::zeroed();
+        let now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: set and time are initialised, and the kernel writes one siginfo.
+        let signal = unsafe { libc::sigtimedwait(&raw const self.0, info.as_mut_ptr(), &raw const now) };
+        if signal < 0 {
+            return None;
+        }
+        // SAFETY: zeroed, and then written by the kernel.
+        let info = unsafe { info.assume_init() };
+        // SAFETY: for signals that have no address these bytes are something else, which the caller does not use.
+        let address = unsafe { info.si_addr() };
+        Some((signal, HostAddr(address.addr() as u64)))
+    }
+}
+
+/// While the vCPU is in `KVM_RUN`, `blocked` less `let_in` is blocked in its thread.
+pub(crate) fn set_signal_mask(vcpu: &VcpuFd, blocked: &Signals, let_in: &[i32]) -> io::Result<()> {
+    let mut bits = 0u64;
+    for signal in 1..=64 {
+        // SAFETY: an initialised set.
+        let member = unsafe { libc::sigismember(&raw const blocked.0, signal) } == 1;
+        if member && !let_in.contains(&signal) {
+            bits |= 1 << (signal - 1);
+        }
+    }
+    // This crate is for x86-64, whose signal sets are little-endian words.
+    let mask = SignalMask { len: 8, set: bits.to_le_bytes() };
+    // SAFETY: the kernel reads the header and `len` bytes behind it.
+    unsafe { kvm_set_signal_mask(vcpu.as_raw_fd(), &raw const mask) }?;
+    Ok(())
+}
+
+/// Sends `signal` to a thread that has it blocked.
+pub(crate) fn kick(thread: &JoinHandle<()>, signal: i32) {
+    // SAFETY: a handle that was not joined names an existing thread, even one that has ended.
+    unsafe { libc::pthread_kill(thread.as_pthread_t(), signal) };
+}
+
+/// Whether one byte of this process at `address` can be read, asked of the kernel: no signal when it can't.
+pub(crate) fn readable(address: HostAddr) -> bool {
+    let mut byte = 0u8;
+    let to = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
+    let Ok(from) = usize::try_from(address.0) else { return false };
+    let from = libc::iovec { iov_base: std::ptr::without_provenance_mut(from), iov_len: 1 };
+    let myself = nix::unistd::getpid().as_raw();
+    // SAFETY: the kernel checks both ranges, and writes one byte to `byte`.
+    let read = unsafe { libc::process_vm_readv(myself, &raw const to, 1, &raw const from, 1, 0) };
+    read == 1
+}
+
+/// The state inside `struct kvm_irqchip`, whichever chip it is.
+pub(crate) fn chip_bytes(chip: &kvm_irqchip) -> &[u8; 512] {
+    // SAFETY: all members of the union are plain bytes and numbers; `dummy` covers it whole.
+    let bytes = unsafe { &chip.chip.dummy };
+    let bytes: *const [std::ffi::c_char; 512] = bytes;
+    // SAFETY: bytes of the same size and alignment, borrowed from `chip`.
+    unsafe { &*bytes.cast::<[u8; 512]>() }
+}
+
+/// The reverse.
+pub(crate) fn chip_of(chip_id: u32, bytes: &[u8; 512]) -> kvm_irqchip {
+    let mut chip = kvm_irqchip { chip_id, ..kvm_irqchip::default() };
+    chip.chip.dummy = bytes.map(|byte| byte.cast_signed());
+    chip
+}
+
+/// What KVM says of a `KVM_EXIT_INTERNAL_ERROR`.
+pub(crate) fn internal_suberror(vcpu: &mut VcpuFd) -> u32 {
+    // SAFETY: any bytes are a valid number; for another exit they mean something else.
+    unsafe { vcpu.get_kvm_run().__bindgen_anon_1.internal.suberror }
+}

@@ -1,0 +1,15 @@
+//! Threads that run vCPUs, and that can always be stopped.
+//!
+//! No signal handler is installed anywhere. In a vCPU's thread the kick signal and `SIGBUS` are blocked; only while
+//! the thread is in `KVM_RUN` does `KVM_SET_SIGNAL_MASK` let them in, where they make the call return `EINTR` and stay
+//! pending. The thread then takes them with `sigtimedwait`: a kick says that somebody wants the vCPU to stop, a
+//! `SIGBUS` carries the address of a page whose content could not be had.
+
+mod bus;
+mod exit;
+mod group;
+mod run;
+
+pub use bus::{Bus, Next};
+pub use exit::{FailedPage, VcpuError};
+pub use group::{StopError, VcpuOptions, Vcpus};

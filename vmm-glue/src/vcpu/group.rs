@@ -1,0 +1,260 @@
+//! All vCPUs of a machine: start, stop, resume, and what became of them.
+
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use kvm_ioctls::{VcpuFd, VmFd};
+use parking_lot::{Condvar, Mutex, MutexGuard};
+
+use super::run::{self, ThreadContext};
+use super::{Bus, VcpuError};
+use crate::{GuestRam, Host, Machine, MachineConfig, MachineState, StateError, sys};
+
+/// How the threads are set up.
+#[derive(Clone, Debug)]
+pub struct VcpuOptions {
+    /// The signal that interrupts a vCPU. Real-time signals are for applications to share out; nobody else in the
+    /// process may send this one to the vCPUs' threads.
+    pub kick_signal: i32,
+    /// The core of each vCPU's thread; those without one run anywhere.
+    pub cores: Vec<usize>,
+    /// Whether they wait for [`Vcpus::resume`] before they run the first time.
+    pub paused: bool,
+}
+
+impl Default for VcpuOptions {
+    /// The last but one real-time signal, no fixed cores, running at once.
+    fn default() -> VcpuOptions {
+        VcpuOptions { kick_signal: libc::SIGRTMAX() - 1, cores: Vec::new(), paused: false }
+    }
+}
+
+/// What a vCPU is doing.
+#[derive(Debug)]
+pub(super) enum Phase {
+    Running,
+    Paused,
+    Failed(Arc<VcpuError>),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wanted {
+    Run,
+    Pause,
+    End,
+}
+
+/// What the threads and their owner share.
+pub(super) struct Group {
+    /// Who runs and who should. Held for moments only, and never while anything waits.
+    pub(super) table: Mutex<Vec<Entry>>,
+    /// Any change of the table.
+    pub(super) changed: Condvar,
+    /// Somebody wants something other than running: looked at after each exit.
+    pub(super) attention: AtomicBool,
+}
+
+pub(super) struct Entry {
+    pub(super) wanted: Wanted,
+    pub(super) phase: Phase,
+}
+
+/// Why vCPUs did not stop.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StopError {
+    /// They are still in `KVM_RUN`: most likely they wait for a page of memory. They stop as soon as it is there.
+    #[error("vCPUs {vcpus:?} did not stop within {limit:?}")]
+    Timeout {
+        /// Which.
+        vcpus: Vec<u32>,
+        /// The time they had.
+        limit: Duration,
+    },
+    /// One of them has failed.
+    #[error(transparent)]
+    Failed(#[from] Arc<VcpuError>),
+}
+
+/// The running machine: a VM, and a thread per vCPU. Dropping it stops and joins them; the engine that serves the
+/// memory must live until then (or have been told to give up, which ends every wait).
+pub struct Vcpus {
+    fds: Vec<Arc<Mutex<VcpuFd>>>,
+    threads: Vec<JoinHandle<()>>,
+    group: Arc<Group>,
+    options: VcpuOptions,
+    config: MachineConfig,
+    // Last: see `Machine`.
+    vm: VmFd,
+    ram: Arc<GuestRam>,
+}
+
+impl fmt::Debug for Vcpus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Vcpus").field("config", &self.config).field("options", &self.options).finish_non_exhaustive()
+    }
+}
+
+impl Vcpus {
+    /// Starts a thread for each vCPU of `machine`.
+    ///
+    /// # Errors
+    /// If a thread can't be made or set up.
+    pub fn start(machine: Machine, bus: Arc<dyn Bus>, options: VcpuOptions) -> io::Result<Vcpus> {
+        let Machine { vcpus, vm, ram, config } = machine;
+        let wanted = if options.paused { Wanted::Pause } else { Wanted::Run };
+        let entry = |_: &VcpuFd| Entry { wanted, phase: Phase::Paused };
+        let group = Arc::new(Group {
+            table: Mutex::new(vcpus.iter().map(entry).collect()),
+            changed: Condvar::new(),
+            attention: AtomicBool::new(false),
+        });
+        let fds = vcpus.into_iter().map(|fd| Arc::new(Mutex::new(fd))).collect();
+        let mut all = Vcpus { fds, threads: Vec::new(), group, options, config, vm, ram };
+        for (fd, vcpu) in all.fds.iter().zip(0..) {
+            let context = ThreadContext {
+                vcpu,
+                fd: Arc::clone(fd),
+                group: Arc::clone(&all.group),
+                ram: Arc::clone(&all.ram),
+                bus: Arc::clone(&bus),
+                kick_signal: all.options.kick_signal,
+                core: all.options.cores.get(usize::try_from(vcpu).unwrap_or(usize::MAX)).copied(),
+            };
+            all.threads.push(run::spawn(context)?);
+        }
+        Ok(all)
+    }
+
+    /// The VM.
+    #[must_use]
+    pub fn vm(&self) -> &VmFd {
+        &self.vm
+    }
+
+    /// The memory.
+    #[must_use]
+    pub fn ram(&self) -> &Arc<GuestRam> {
+        &self.ram
+    }
+
+    /// What the machine consists of.
+    #[must_use]
+    pub fn config(&self) -> MachineConfig {
+        self.config
+    }
+
+    /// Asks all vCPUs to stop, and waits until they have.
+    ///
+    /// Nothing that serves page faults is held meanwhile. A vCPU that waits for a missing page inside the kernel
+    /// can't be interrupted on every host, so there is a time limit; the request stands afterwards:
+    /// [`wait_stopped`](Vcpus::wait_stopped) waits on, [`resume`](Vcpus::resume) takes it back.
+    ///
+    /// # Errors
+    /// If they do not stop in time, or one of them has failed.
+    pub fn pause(&self, limit: Duration) -> Result<(), StopError> {
+        self.want(Wanted::Pause);
+        self.wait_stopped(limit)
+    }
+
+    /// Waits until no vCPU runs any more, for whatever reason.
+    ///
+    /// # Errors
+    /// If they do not stop in time, or one of them has failed.
+    pub fn wait_stopped(&self, limit: Duration) -> Result<(), StopError> {
+        let deadline = Instant::now() + limit;
+        let mut table = self.group.table.lock();
+        loop {
+            if let Some(error) = failure(&table) {
+                return Err(StopError::Failed(error));
+            }
+            let running: Vec<u32> =
+                (0..).zip(table.iter()).filter(|(_, entry)| !stopped(entry)).map(|(vcpu, _)| vcpu).collect();
+            if running.is_empty() {
+                return Ok(());
+            }
+            if self.group.changed.wait_until(&mut table, deadline).timed_out() {
+                return Err(StopError::Timeout { vcpus: running, limit });
+            }
+        }
+    }
+
+    /// Lets all stopped vCPUs run. One that has failed stays as it is.
+    pub fn resume(&self) {
+        self.want(Wanted::Run);
+    }
+
+    /// Why a vCPU can't go on, if one can't. The others were asked to stop then.
+    #[must_use]
+    pub fn failure(&self) -> Option<Arc<VcpuError>> {
+        failure(&self.group.table.lock())
+    }
+
+    /// A vCPU, to look at it or change it. Only while they are stopped: waits for its thread otherwise.
+    ///
+    /// # Panics
+    /// If there is no vCPU of that number.
+    pub fn vcpu(&self, number: u32) -> MutexGuard<'_, VcpuFd> {
+        self.fds[usize::try_from(number).unwrap_or(usize::MAX)].lock()
+    }
+
+    /// The state of the stopped machine.
+    ///
+    /// # Errors
+    /// If KVM refuses a call.
+    pub fn save_state(&self, host: &Host) -> Result<MachineState, StateError> {
+        let guards: Vec<_> = self.fds.iter().map(|fd| fd.lock()).collect();
+        let vcpus: Vec<&VcpuFd> = guards.iter().map(|guard| &**guard).collect();
+        MachineState::save(&self.vm, &vcpus, host, self.config.irqchip, self.config.pit)
+    }
+
+    /// Puts state into the stopped machine: a reset to where it was saved.
+    ///
+    /// # Errors
+    /// If the state is of another machine, or KVM refuses a call.
+    pub fn restore_state(&self, state: &MachineState, host: &Host) -> Result<(), StateError> {
+        let guards: Vec<_> = self.fds.iter().map(|fd| fd.lock()).collect();
+        let vcpus: Vec<&VcpuFd> = guards.iter().map(|guard| &**guard).collect();
+        state.restore(&self.vm, &vcpus, host)
+    }
+
+    fn want(&self, wanted: Wanted) {
+        {
+            let mut table = self.group.table.lock();
+            for entry in table.iter_mut() {
+                entry.wanted = wanted;
+            }
+            self.group.attention.store(wanted != Wanted::Run, Ordering::SeqCst);
+            self.group.changed.notify_all();
+        }
+        if wanted != Wanted::Run {
+            self.threads.iter().for_each(|thread| sys::kick(thread, self.options.kick_signal));
+        }
+    }
+}
+
+fn stopped(entry: &Entry) -> bool {
+    entry.wanted != Wanted::Run && !matches!(entry.phase, Phase::Running)
+}
+
+fn failure(table: &[Entry]) -> Option<Arc<VcpuError>> {
+    table.iter().find_map(|entry| match &entry.phase {
+        Phase::Failed(error) => Some(Arc::clone(error)),
+        Phase::Running | Phase::Paused => None,
+    })
+}
+
+impl Drop for Vcpus {
+    fn drop(&mut self) {
+        self.want(Wanted::End);
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                log::error!("a vCPU's thread has panicked");
+            }
+        }
+    }
+}

@@ -1,0 +1,154 @@
+//! The thread of one vCPU.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc;
+use std::thread::{Builder, JoinHandle};
+
+use kvm_ioctls::VcpuFd;
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::unistd::Pid;
+use parking_lot::Mutex;
+
+use super::exit::{Outcome, failed_page, run_once};
+use super::group::{Group, Phase, Wanted};
+use super::{Bus, FailedPage, VcpuError};
+use crate::GuestRam;
+use crate::sys::{self, Signals};
+
+pub(super) struct ThreadContext {
+    pub(super) vcpu: u32,
+    pub(super) fd: Arc<Mutex<VcpuFd>>,
+    pub(super) group: Arc<Group>,
+    pub(super) ram: Arc<GuestRam>,
+    pub(super) bus: Arc<dyn Bus>,
+    pub(super) kick_signal: i32,
+    pub(super) core: Option<usize>,
+}
+
+/// Starts the thread, and returns when it has its signals under control: it may be kicked from then on.
+pub(super) fn spawn(context: ThreadContext) -> io::Result<JoinHandle<()>> {
+    let (ready, is_ready) = mpsc::channel();
+    let thread = Builder::new().name(format!("vcpu{}", context.vcpu)).spawn(move || {
+        let set_up = context.set_up();
+        let go = set_up.is_ok();
+        let told = ready.send(set_up.map(|_| ()));
+        if go && told.is_ok() {
+            context.serve();
+        }
+    })?;
+    match is_ready.recv() {
+        Ok(Ok(())) => Ok(thread),
+        Ok(Err(error)) => Err(error),
+        Err(mpsc::RecvError) => Err(io::Error::other("the thread of a vCPU ended before it began")),
+    }
+}
+
+impl ThreadContext {
+    fn signals(&self) -> [i32; 2] {
+        [self.kick_signal, libc::SIGBUS]
+    }
+
+    fn set_up(&self) -> io::Result<()> {
+        if let Some(core) = self.core {
+            let mut set = CpuSet::new();
+            set.set(core)?;
+            sched_setaffinity(Pid::from_raw(0), &set)?;
+        }
+        let before = Signals::of(&self.signals()).block()?;
+        sys::set_signal_mask(&self.fd.lock(), &before, &self.signals())
+    }
+
+    /// Runs and pauses as it is told, until the end.
+    fn serve(&self) {
+        while self.wait_for_work() {
+            let result = self.run();
+            let mut table = self.group.table.lock();
+            let failed = result.is_err();
+            let entry = &mut table[self.index()];
+            entry.phase = match result {
+                Ok(()) => Phase::Paused,
+                Err(error) => Phase::Failed(Arc::new(error)),
+            };
+            if entry.wanted == Wanted::Run {
+                entry.wanted = Wanted::Pause;
+            }
+            if failed {
+                // The guest is broken: the others notice at their next exit.
+                for entry in table.iter_mut().filter(|entry| entry.wanted == Wanted::Run) {
+                    entry.wanted = Wanted::Pause;
+                }
+                self.group.attention.store(true, Ordering::SeqCst);
+            }
+            self.group.changed.notify_all();
+        }
+    }
+
+    fn index(&self) -> usize {
+        usize::try_from(self.vcpu).unwrap_or(usize::MAX)
+    }
+
+    /// Waits until this vCPU is to run, and says so in the table; `false` at the end.
+    fn wait_for_work(&self) -> bool {
+        let mut table = self.group.table.lock();
+        loop {
+            let entry = &mut table[self.index()];
+            match (entry.wanted, &entry.phase) {
+                (Wanted::End, _) => return false,
+                (Wanted::Run, Phase::Paused) => {
+                    entry.phase = Phase::Running;
+                    return true;
+                }
+                (Wanted::Run | Wanted::Pause, _) => self.group.changed.wait(&mut table),
+            }
+        }
+    }
+
+    fn to_stop(&self) -> bool {
+        self.group.attention.load(Ordering::SeqCst) && self.group.table.lock()[self.index()].wanted != Wanted::Run
+    }
+
+    /// Runs the vCPU until it is to stop. What its last exit asked for is completed then.
+    fn run(&self) -> Result<(), VcpuError> {
+        let mut fd = self.fd.lock();
+        while !self.to_stop() {
+            match run_once(&mut fd, self.vcpu, &self.ram, &*self.bus) {
+                Outcome::Run => {}
+                Outcome::Interrupted => self.take_signals()?,
+                Outcome::Stop | Outcome::Halted => break,
+                Outcome::Failed(error) => return Err(error),
+            }
+        }
+        self.complete(&mut fd)
+    }
+
+    /// An access that the devices have answered takes effect in the next `KVM_RUN`, which must not go any further.
+    /// An instruction that makes several accesses asks for the next one instead, which is answered as well.
+    fn complete(&self, fd: &mut VcpuFd) -> Result<(), VcpuError> {
+        fd.set_kvm_immediate_exit(1);
+        let result = loop {
+            match run_once(fd, self.vcpu, &self.ram, &*self.bus) {
+                Outcome::Interrupted => break self.take_signals(),
+                Outcome::Halted => break Ok(()),
+                Outcome::Run | Outcome::Stop => {}
+                Outcome::Failed(error) => break Err(error),
+            }
+        };
+        fd.set_kvm_immediate_exit(0);
+        result
+    }
+
+    fn take_signals(&self) -> Result<(), VcpuError> {
+        let pending = Signals::of(&self.signals());
+        let mut result = Ok(());
+        while let Some((signal, address)) = pending.take() {
+            if signal == libc::SIGBUS
+                && let Outcome::Failed(error) = failed_page(self.vcpu, self.ram.to_guest(address), FailedPage::BusError)
+            {
+                result = Err(error);
+            }
+        }
+        result
+    }
+}

@@ -1,0 +1,152 @@
+//! A guest at work, for all tests here.
+#![allow(dead_code, unreachable_pub, reason = "each test takes what it needs")]
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use kvm_ioctls::Kvm;
+use page_source::{ByteLen, GuestAddr};
+use parking_lot::Mutex;
+use testkit::guest::{GuestConfig, GuestImage, Oracle, Pattern, Privilege, Program, Signal, Walker, layout};
+use vmm_glue::{Backing, Bus, GuestRam, Machine, MachineConfig, MachineState, Next, RamSpec, VcpuOptions, Vcpus};
+
+/// Long enough for anything here, even on a busy machine.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Two blocks; the first is seen in two pieces, with gaps between all of them.
+pub fn specs() -> Vec<RamSpec> {
+    vec![
+        RamSpec::new("ram").at(GuestAddr(0), ByteLen(4 << 20)).at(GuestAddr(1 << 32), ByteLen(6 << 20)),
+        RamSpec::new("more").at(GuestAddr(0x4000_0000), ByteLen(2 << 20)),
+    ]
+}
+
+/// All signals of all vCPUs, in order; a vCPU stops at each.
+#[derive(Debug, Default)]
+pub struct Signals(pub Mutex<Vec<(u32, Signal)>>);
+
+impl Bus for Signals {
+    fn io_out(&self, vcpu: u32, port: u16, data: &[u8]) -> Next {
+        assert_eq!(port, layout::PORT);
+        self.0.lock().push((vcpu, Signal::of(data[0])));
+        Next::Stop
+    }
+}
+
+impl Signals {
+    pub fn take(&self) -> Vec<(u32, Signal)> {
+        std::mem::take(&mut self.0.lock())
+    }
+}
+
+/// A guest, its oracle, and the walkers of its vCPUs.
+pub struct Rig {
+    pub image: GuestImage,
+    pub ram: Arc<GuestRam>,
+    pub bus: Arc<Signals>,
+    pub vcpus: Vcpus,
+    pub oracle: Oracle,
+    pub walkers: Vec<Walker>,
+}
+
+/// The work of each vCPU: a part of the window of its own.
+pub fn programs(image: &GuestImage, progress: u64, seed: u64) -> Vec<Program> {
+    let vcpus = u64::from(image.config().vcpus);
+    let part = (image.window_len() >> 12) / vcpus << 12;
+    (0..vcpus)
+        .map(|vcpu| Program {
+            start: vcpu * part,
+            pattern: if vcpu == 0 { Pattern::Random } else { Pattern::Stride(7) },
+            seed: seed + vcpu,
+            report_every: progress,
+            ..Program::write_all(part)
+        })
+        .collect()
+}
+
+impl Rig {
+    /// A guest that has its program and waits to be resumed.
+    pub fn boot(privilege: Privilege, machine: MachineConfig, backing: Backing, progress: u64) -> Rig {
+        let kvm = Kvm::new().unwrap();
+        let ram = Arc::new(GuestRam::allocate(&specs(), backing).unwrap());
+        let config = GuestConfig { privilege, vcpus: u8::try_from(machine.vcpus).unwrap() };
+        let image = GuestImage::build(ram.memory(), config);
+        testkit::guest::fill_pages(ram.memory(), &image, 25, 7);
+        let programs = programs(&image, progress, 1000);
+        for (vcpu, program) in (0..).zip(&programs) {
+            image.write_program(ram.memory(), vcpu, program);
+        }
+        let oracle = Oracle::capture(&image, ram.memory());
+        let machine = Machine::new(&kvm, Arc::clone(&ram), machine).unwrap();
+        for (number, vcpu) in (0..).zip(machine.vcpus()) {
+            image.boot_vcpu(&kvm, vcpu, number);
+        }
+        let bus = Arc::new(Signals::default());
+        let options = VcpuOptions { paused: true, ..VcpuOptions::default() };
+        let vcpus = Vcpus::start(machine, Arc::clone(&bus) as Arc<dyn Bus>, options).unwrap();
+        let walkers = programs.into_iter().map(Walker::new).collect();
+        Rig { image, ram, bus, vcpus, oracle, walkers }
+    }
+
+    /// Lets all vCPUs run until each has stopped at its next signal.
+    pub fn step(&self) -> Vec<(u32, Signal)> {
+        self.vcpus.resume();
+        self.vcpus.wait_stopped(PATIENCE).unwrap();
+        let mut signals = self.bus.take();
+        signals.sort_by_key(|(vcpu, _)| *vcpu);
+        signals
+    }
+
+    /// Runs all programs to their end, and compares everything with the oracle.
+    pub fn finish(&mut self) {
+        for vcpu in 0..self.image.config().vcpus {
+            while self.image.report(self.ram.memory(), vcpu).state != 2 {
+                for (vcpu, signal) in self.step() {
+                    assert!(matches!(signal, Signal::Progress | Signal::Done), "{signal:?} on vCPU {vcpu}");
+                }
+            }
+        }
+        for (vcpu, walker) in (0..).zip(&mut self.walkers) {
+            self.oracle.advance(vcpu, walker, u64::MAX);
+            let report = self.image.report(self.ram.memory(), vcpu);
+            assert_eq!((report.counter, report.checksum), (walker.counter(), walker.checksum()), "vCPU {vcpu}");
+        }
+        self.oracle.compare(self.ram.memory()).unwrap();
+    }
+}
+
+/// What is tried everywhere: privilege and number of vCPUs.
+pub const VARIANTS: [(Privilege, u32); 4] =
+    [(Privilege::Kernel, 1), (Privilege::User, 1), (Privilege::Kernel, 2), (Privilege::User, 2)];
+
+/// Compares states, but for what the passing of time changes: the time stamp counter, kvmclock, the timers' counts.
+pub fn assert_same_state(a: &MachineState, b: &MachineState) {
+    let timeless = |state: &MachineState| {
+        let mut state = state.clone();
+        state.vm.clock = None;
+        state.vm.pit = None;
+        for vcpu in &mut state.vcpus {
+            vcpu.tsc_offset = None;
+            vcpu.msrs.retain(|(index, _)| *index != 0x10);
+            if let Some(lapic) = &mut vcpu.lapic {
+                // The current count of the APIC's timer.
+                lapic.regs[0x390..0x394].fill(0);
+            }
+        }
+        state
+    };
+    let (a, b) = (timeless(a), timeless(b));
+    for (a, b) in a.vcpus.iter().zip(&b.vcpus) {
+        assert_eq!(a.regs, b.regs);
+        assert_eq!(a.sregs, b.sregs);
+        assert_eq!(a.sregs2, b.sregs2);
+        assert_eq!(a.events, b.events);
+        assert_eq!(a.debug, b.debug);
+        assert_eq!(a.xcrs.xcrs, b.xcrs.xcrs);
+        assert_eq!(a.xsave, b.xsave);
+        assert_eq!(a.mp_state, b.mp_state);
+        assert_eq!(a.msrs, b.msrs);
+        assert_eq!(a.lapic.map(|lapic| lapic.regs), b.lapic.map(|lapic| lapic.regs));
+    }
+    assert_eq!(a, b);
+}
