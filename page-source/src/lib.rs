@@ -10,9 +10,13 @@ mod bytes;
 mod error;
 mod file;
 mod flow;
+mod pages;
 #[cfg(feature = "postcopy")]
 pub mod postcopy;
+mod pump;
+mod sink;
 mod sys;
+mod threaded;
 mod zeros;
 
 pub use bytes::PageBytes;
@@ -21,4 +25,7 @@ pub use file::{FlatBlock, FlatFile};
 pub use flow::{Content, End, Feed, Flow, PageSink, PageSource, Span, Urgency};
 pub use page_units as units;
 pub use page_units::*;
+pub use pump::{Progress, PumpError, PumpOptions, Pumped, pump};
+pub use sink::FlatSink;
+pub use threaded::Threaded;
 pub use zeros::is_zero;

@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 
 use page_units::{ByteLen, PAGE_SHIFT, PAGE_SIZE, PageCount, PageRun};
 
-use crate::{Flow, PageBytes, PageSink, SourceError};
+use crate::{Flow, PageBytes, PageSink};
 
 /// A page in memory.
 pub(crate) const PAGE: usize = 1 << PAGE_SHIFT;
@@ -22,12 +22,13 @@ pub fn is_zero(bytes: &[u8]) -> bool {
 }
 
 /// Gives the pages of `run`, whose content is `bytes`, to `sink`: zero pages as zero, and the others as what was looked
-/// at, so that they are not read twice. `failed` makes the error of pages that could not be read.
+/// at, so that they are not read twice. `unreadable` is told of pages that could not be read, and its answer is passed
+/// on.
 pub(crate) fn deliver_without_zeros(
     sink: &dyn PageSink,
     run: PageRun,
     bytes: PageBytes<'_>,
-    failed: impl FnOnce(PageRun, io::Error) -> SourceError,
+    unreadable: impl FnOnce(PageRun, io::Error) -> Flow,
 ) -> Flow {
     let mut buffer = Vec::new();
     // Zero pages that have not been told yet: they go on over the end of a chunk.
@@ -45,7 +46,7 @@ pub(crate) fn deliver_without_zeros(
                     if !zeros.is_empty() {
                         sink.zero(zeros)?;
                     }
-                    return sink.failed(rest, failed(rest, error));
+                    return unreadable(rest, error);
                 }
                 &buffer
             }

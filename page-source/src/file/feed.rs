@@ -111,7 +111,9 @@ impl<P: Places> FileFeed<P> {
             }
             let bytes = mapped.bytes(offset, whole.len());
             if self.scan_for_zeros {
-                deliver_without_zeros(&*self.sink, whole, bytes, |run, error| self.unreadable(run, run.len(), error))?;
+                deliver_without_zeros(&*self.sink, whole, bytes, |run, error| {
+                    self.sink.failed(run, self.unreadable(run, run.len(), error))
+                })?;
             } else {
                 self.sink.data(whole, bytes)?;
             }
