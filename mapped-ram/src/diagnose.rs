@@ -1,0 +1,72 @@
+//! A deeper look at a file, which reads its bitmaps and, where they are all zero, its page areas.
+
+use std::io;
+use std::os::unix::fs::FileExt;
+
+use nix::errno::Errno;
+use nix::unistd::{Whence, lseek};
+use page_units::{BlockId, FileOffset};
+
+use crate::{Snapshot, Warning};
+
+/// How much is read in one go.
+const STEP: usize = 1 << 20;
+
+impl Snapshot {
+    /// What is odd about the file: what was found when it was opened, wrong bitmaps, and bitmaps that are all zero
+    /// although there is page data. Reads the bitmaps, and of the pages only those of a file that tells of none.
+    ///
+    /// # Errors
+    /// If the file can't be read.
+    pub fn diagnose(&self) -> io::Result<Vec<Warning>> {
+        let mut warnings = self.warnings().to_vec();
+        let mut stored = 0;
+        for (block, _) in self.layout().iter() {
+            match self.stored_pages(block) {
+                Ok(pages) => stored += pages.0,
+                Err(error) => {
+                    stored += 1;
+                    warnings.push(Warning::Bitmap { what: error.to_string() });
+                }
+            }
+        }
+        if stored == 0 {
+            for (block, ram) in self.layout().iter() {
+                if let Some(data_at) = self.first_data(block)? {
+                    warnings.retain(|warning| *warning != Warning::BitmapsNotWritten);
+                    warnings.push(Warning::BitmapsAllZero { block: ram.name().to_owned(), data_at });
+                    break;
+                }
+            }
+        }
+        Ok(warnings)
+    }
+
+    /// The first byte of a block's pages that is not zero, whatever the bitmap says. Holes are passed over.
+    fn first_data(&self, block: BlockId) -> io::Result<Option<FileOffset>> {
+        let Some((place, ram)) = self.block(block).filter(|place| place.in_file).zip(self.layout().get(block)) else {
+            return Ok(None);
+        };
+        let end = place.pages_offset.0.saturating_add(ram.length().0).min(self.identity().size);
+        let mut at = place.pages_offset.0;
+        let mut buffer = vec![0; STEP];
+        while at < end {
+            // This moves the position of the file, which nothing here ever uses.
+            at = match lseek(self.file(), i64::try_from(at).unwrap_or(i64::MAX), Whence::SeekData) {
+                Ok(data) => u64::try_from(data).unwrap_or(end),
+                Err(Errno::ENXIO) => return Ok(None),
+                Err(_) => at,
+            };
+            let length = usize::try_from(end.saturating_sub(at)).unwrap_or(STEP).min(STEP);
+            let Some(bytes) = buffer.get_mut(..length).filter(|bytes| !bytes.is_empty()) else {
+                return Ok(None);
+            };
+            self.file().read_exact_at(bytes, at)?;
+            if let Some(index) = bytes.iter().position(|byte| *byte != 0) {
+                return Ok(Some(FileOffset(at + index as u64)));
+            }
+            at += length as u64;
+        }
+        Ok(None)
+    }
+}

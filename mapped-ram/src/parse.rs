@@ -1,0 +1,323 @@
+//! From the bytes of a file to what is in it.
+
+use std::fs::File;
+use std::io::BufReader;
+
+use page_units::{ByteLen, FileOffset};
+use vmstate::ram::{self, Record, RecordReader};
+use vmstate::{
+    Configuration, Event, IGNORE_SHARED, SectionEntry, SectionHeader, SectionKind, StreamError, StreamReader, VmDesc,
+    find_vmdesc,
+};
+
+use crate::blocks::{self, Block, Format};
+use crate::cursor::Cursor;
+use crate::open::check_kind;
+use crate::{OpenErrorKind, Warning};
+
+/// More blocks than any guest has.
+const MAX_BLOCKS: usize = 4096;
+/// More sections than any file has: each round of a live save adds one.
+const MAX_SECTIONS: usize = 1 << 20;
+
+/// What a file consists of.
+#[derive(Debug)]
+pub(crate) struct Parts {
+    pub(crate) configuration: Configuration,
+    pub(crate) blocks: Vec<Block>,
+    pub(crate) sections: Vec<SectionEntry>,
+    pub(crate) devices: std::ops::Range<FileOffset>,
+    pub(crate) end: FileOffset,
+    pub(crate) vmdesc: Option<VmDesc>,
+    pub(crate) complete: bool,
+    pub(crate) ram_ended: bool,
+    pub(crate) warnings: Vec<Warning>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Parser<'a> {
+    reader: StreamReader<BufReader<Cursor<'a>>>,
+    size: FileOffset,
+    damaged: bool,
+    has_ram: bool,
+    described_at: Option<FileOffset>,
+    /// Where the sections after RAM begin, and the end mark is.
+    devices_start: Option<FileOffset>,
+    eof: Option<FileOffset>,
+    parts: Parts,
+}
+
+impl<'a> Parser<'a> {
+    pub(crate) fn new(
+        file: &'a File,
+        base: FileOffset,
+        size: FileOffset,
+        damaged: bool,
+    ) -> Result<Parser<'a>, OpenErrorKind> {
+        let mut cursor = Cursor::new(file, base.0, size.0);
+        let mut parts = Parts {
+            configuration: Configuration::default(),
+            blocks: Vec::new(),
+            sections: Vec::new(),
+            devices: size..size,
+            end: size,
+            vmdesc: None,
+            complete: false,
+            ram_ended: false,
+            warnings: Vec::new(),
+        };
+        let text = find_vmdesc(&mut cursor, base..size)?;
+        if let Some(text) = &text {
+            match VmDesc::parse(&text.value) {
+                Ok(vmdesc) => parts.vmdesc = Some(vmdesc),
+                Err(error) if damaged => parts.warnings.push(Warning::Incomplete { what: error.to_string() }),
+                Err(error) => return Err(error.into()),
+            }
+            parts.end = text.range.end;
+        }
+        let described_at = text.map(|text| text.range.start);
+        let cursor = Cursor::new(file, base.0, size.0);
+        let reader = StreamReader::new(BufReader::with_capacity(16 << 10, cursor), base);
+        Ok(Parser { reader, size, damaged, has_ram: false, described_at, devices_start: None, eof: None, parts })
+    }
+
+    /// Reads the stream from its header to its end.
+    pub(crate) fn run(&mut self) -> Result<(), OpenErrorKind> {
+        while self.eof.is_none() {
+            let Some(event) = self.reader.next_event()? else { break };
+            let at = event.range.start;
+            match event.value {
+                Event::Configuration(configuration) => {
+                    check_kind(&configuration)?;
+                    self.parts.configuration = configuration;
+                }
+                Event::SectionStart(header) => {
+                    if header.name != ram::SECTION || self.has_ram {
+                        return Err(OpenErrorKind::UnknownSection { at, name: header.name });
+                    }
+                    self.has_ram = true;
+                    self.open_section(SectionKind::Start, at, header)?;
+                    self.block_list()?;
+                    self.ram_records()?;
+                    self.close_section()?;
+                }
+                Event::SectionPart { id } => self.more_ram(SectionKind::Part, at, id)?,
+                Event::SectionEnd { id } => {
+                    self.more_ram(SectionKind::End, at, id)?;
+                    self.parts.ram_ended = true;
+                }
+                Event::SectionFull(header) => {
+                    let described = self.full_section(at, header)?;
+                    if !described {
+                        return self.undescribed();
+                    }
+                }
+                Event::Command(command) => {
+                    let header =
+                        SectionHeader { id: command.number.into(), name: String::new(), instance: 0, version: 0 };
+                    self.open_section(SectionKind::Command, at, header)?;
+                }
+                Event::Eof => self.eof = Some(at),
+                _ => {}
+            }
+        }
+        let Some(eof) = self.eof else { return Err(OpenErrorKind::NoRam) };
+        match self.described_at {
+            None => self.parts.end = self.reader.position(),
+            Some(described_at) if described_at == self.reader.position() => {}
+            Some(described_at) => {
+                let what = format!("the stream ends here, but its description is at {described_at}");
+                return Err(StreamError::Invalid { at: eof, what }.into());
+            }
+        }
+        self.complete(eof)
+    }
+
+    fn complete(&mut self, eof: FileOffset) -> Result<(), OpenErrorKind> {
+        if !self.has_ram {
+            return Err(OpenErrorKind::NoRam);
+        }
+        if self.described_at.is_none() {
+            self.parts.warnings.push(Warning::NoDescription);
+        }
+        let end = self.parts.end;
+        if end < self.size {
+            self.parts.warnings.push(Warning::TrailingBytes { at: end, length: self.size - end });
+        }
+        self.parts.devices = self.devices_start.unwrap_or(eof)..eof;
+        self.parts.complete = true;
+        Ok(())
+    }
+
+    /// The list of RAM blocks.
+    fn block_list(&mut self) -> Result<(), OpenErrorKind> {
+        let at = self.reader.position();
+        let Record::MemSize { total } = RecordReader::new().next(&mut self.reader)? else {
+            let what = "the RAM section does not begin with its list of blocks".to_owned();
+            return Err(StreamError::Invalid { at, what }.into());
+        };
+        blocks::check_total(total)?;
+        let addresses = self.parts.configuration.has_capability(IGNORE_SHARED);
+        let format = Format { addresses, size: self.size };
+        let mut left = total;
+        while left.0 > 0 {
+            let record = self.reader.position();
+            let block = match format.read(&mut self.reader)? {
+                Some(block) if block.ram.length() <= left => block,
+                longer => {
+                    let more = longer.map(|block| block.ram.length()).unwrap_or_default();
+                    let sum = ByteLen((total - left).0.saturating_add(more.0));
+                    if !self.damaged {
+                        return Err(OpenErrorKind::RamLength { at: record, total, sum });
+                    }
+                    self.parts.warnings.push(Warning::RamLengthDisagrees { total, sum });
+                    self.reader.seek_to(record)?;
+                    break;
+                }
+            };
+            left = left - block.ram.length();
+            let (end, in_file) = (block.pages_end(), block.file.in_file);
+            if self.parts.blocks.iter().any(|other| other.ram.name() == block.ram.name()) {
+                let what = "a second block of that name".to_owned();
+                return Err(OpenErrorKind::Block {
+                    block: block.ram.name().into(),
+                    at: block.file.header_offset,
+                    what,
+                });
+            }
+            if self.parts.blocks.len() >= MAX_BLOCKS {
+                let what = format!("more than {MAX_BLOCKS} RAM blocks");
+                return Err(StreamError::Invalid { at: block.file.header_offset, what }.into());
+            }
+            let name = block.ram.name().to_owned();
+            self.parts.blocks.push(block);
+            if in_file && end > self.size {
+                return Err(OpenErrorKind::Truncated { block: name, needed: end, actual: self.size });
+            }
+            if in_file {
+                self.reader.seek_to(end)?;
+            }
+        }
+        if let Some((one, other, at)) = blocks::overlap(&self.parts.blocks) {
+            let (block, other) = (one.ram.name().to_owned(), other.ram.name().to_owned());
+            if !self.damaged {
+                let what = format!("its area overlaps with one of RAM block \"{other}\" at offset {at}");
+                return Err(OpenErrorKind::Block { block, at: one.file.header_offset, what });
+            }
+            self.parts.warnings.push(Warning::Overlap { block, other, at });
+        }
+        Ok(())
+    }
+
+    /// The records of a RAM section: pages are elsewhere, so there is nothing but the end.
+    fn ram_records(&mut self) -> Result<(), OpenErrorKind> {
+        let at = self.reader.position();
+        match RecordReader::new().next(&mut self.reader)? {
+            Record::EndOfSection => Ok(()),
+            _ => {
+                let what = "a page record in the stream of a mapped-ram file".to_owned();
+                Err(StreamError::Invalid { at, what }.into())
+            }
+        }
+    }
+
+    fn more_ram(&mut self, kind: SectionKind, at: FileOffset, id: u32) -> Result<(), OpenErrorKind> {
+        let header = SectionHeader { id, name: ram::SECTION.to_owned(), instance: 0, version: 0 };
+        self.open_section(kind, at, header)?;
+        self.ram_records()?;
+        self.close_section()?;
+        // Devices are what follows the last of RAM.
+        self.devices_start = None;
+        Ok(())
+    }
+
+    /// A device's section; `false` if nothing tells how long it is.
+    fn full_section(&mut self, at: FileOffset, header: SectionHeader) -> Result<bool, OpenErrorKind> {
+        if self.has_ram {
+            self.devices_start.get_or_insert(at);
+        }
+        let Some(vmdesc) = &self.parts.vmdesc else {
+            return if self.has_ram && self.described_at.is_none() {
+                Ok(false)
+            } else {
+                Err(OpenErrorKind::UnknownSection { at, name: header.name })
+            };
+        };
+        let length = vmdesc.device(&header.name, header.instance).and_then(|device| device.body_len());
+        let end = length.and_then(|length| self.reader.position().checked_add(length));
+        let Some(end) = end else {
+            return Err(OpenErrorKind::UnknownSection { at, name: header.name });
+        };
+        if end > self.size {
+            return Err(StreamError::Truncated { at: self.size, what: "the body of a section" }.into());
+        }
+        self.open_section(SectionKind::Full, at, header)?;
+        self.reader.seek_to(end)?;
+        self.close_section()?;
+        Ok(true)
+    }
+
+    /// Device state without a description: it can only be told where it is, if the file ends with the end mark.
+    fn undescribed(&mut self) -> Result<(), OpenErrorKind> {
+        let last = FileOffset(self.size.0.saturating_sub(1));
+        if last < self.reader.position() {
+            return Err(StreamError::Truncated { at: self.size, what: "the state of the devices" }.into());
+        }
+        self.reader.seek_to(last)?;
+        if self.reader.u8()? != vmstate::kind::EOF {
+            return Err(StreamError::Truncated { at: self.size, what: "the state of the devices" }.into());
+        }
+        self.eof = Some(last);
+        self.parts.end = self.size;
+        self.complete(last)
+    }
+
+    fn open_section(&mut self, kind: SectionKind, at: FileOffset, header: SectionHeader) -> Result<(), OpenErrorKind> {
+        if self.parts.sections.len() >= MAX_SECTIONS {
+            return Err(StreamError::Invalid { at, what: format!("more than {MAX_SECTIONS} sections") }.into());
+        }
+        let body = self.reader.position();
+        let SectionHeader { id, name, instance, version } = header;
+        self.parts.sections.push(SectionEntry { kind, id, name, instance, version, range: at..body, body: body..body });
+        Ok(())
+    }
+
+    /// After the body: reads the footer.
+    fn close_section(&mut self) -> Result<(), OpenErrorKind> {
+        let body_end = self.reader.position();
+        let closed = self.reader.next_event().map(drop);
+        match &closed {
+            Ok(()) => {
+                if let Some(entry) = self.parts.sections.last_mut() {
+                    entry.body.end = body_end;
+                    entry.range.end = self.reader.position();
+                }
+            }
+            // A section that is not whole is none.
+            Err(_) => drop(self.parts.sections.pop()),
+        }
+        Ok(closed?)
+    }
+
+    /// After an error: whether what was read is enough for a look at a damaged file.
+    pub(crate) fn give_up(&mut self, error: OpenErrorKind) -> Result<(), OpenErrorKind> {
+        if !self.damaged || self.parts.blocks.is_empty() || matches!(error, OpenErrorKind::PlainStream { .. }) {
+            return Err(error);
+        }
+        self.parts.devices = self.size..self.size;
+        self.parts.end = self.size;
+        self.parts.sections.retain(|entry| entry.kind != SectionKind::Start || entry.body.end > entry.body.start);
+        self.parts.warnings.push(match error {
+            OpenErrorKind::Truncated { block, needed, actual } => Warning::TruncatedPages { block, needed, actual },
+            error => Warning::Incomplete { what: error.to_string() },
+        });
+        Ok(())
+    }
+
+    pub(crate) fn finish(self) -> Result<Parts, OpenErrorKind> {
+        if self.parts.blocks.is_empty() {
+            return Err(OpenErrorKind::NoRam);
+        }
+        Ok(self.parts)
+    }
+}

@@ -1,0 +1,298 @@
+//! An open snapshot file.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use page_units::{BlockId, ByteLen, FileOffset, GuestAddr, Layout, PageCount, PageIndex};
+use vmstate::{Configuration, DeviceDesc, SectionEntry, SectionKind, Value, VmDesc, WalkError, walk};
+
+use crate::bitmap::{Bitmap, BitmapError};
+use crate::open::{self, Options};
+use crate::{Identity, OpenError, PageError, Warning};
+
+/// A snapshot file in QEMU's mapped-ram format.
+///
+/// Opening reads what describes the snapshot and none of its RAM; the bitmaps that tell stored pages from zero pages
+/// are read piece by piece when they are first asked for. All methods may be called from several threads.
+#[derive(Debug)]
+pub struct Snapshot {
+    pub(crate) path: PathBuf,
+    pub(crate) file: File,
+    pub(crate) identity: Identity,
+    pub(crate) base: FileOffset,
+    pub(crate) configuration: Configuration,
+    pub(crate) layout: Layout,
+    pub(crate) blocks: Vec<BlockFile>,
+    pub(crate) bitmaps: Vec<Option<Bitmap>>,
+    pub(crate) sections: Vec<SectionEntry>,
+    pub(crate) devices: Range<FileOffset>,
+    pub(crate) end: FileOffset,
+    pub(crate) vmdesc: Option<VmDesc>,
+    pub(crate) complete: bool,
+    pub(crate) no_bitmaps: bool,
+    pub(crate) warnings: Vec<Warning>,
+}
+
+/// Where a RAM block is in the file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlockFile {
+    /// Where its header is.
+    pub header_offset: FileOffset,
+    /// Where its bitmap is.
+    pub bitmap_offset: FileOffset,
+    /// Length of the bitmap: a multiple of 8 bytes.
+    pub bitmap_len: ByteLen,
+    /// Where its first page is.
+    pub pages_offset: FileOffset,
+    /// Its guest-physical address, where the file tells (with x-ignore-shared).
+    pub guest_address: Option<GuestAddr>,
+    /// Whether the file has its pages. With x-ignore-shared, memory that is shared is left out.
+    pub in_file: bool,
+}
+
+/// The state of one device, read from the file.
+#[derive(Debug)]
+pub struct Device<'a> {
+    entry: &'a SectionEntry,
+    desc: &'a DeviceDesc,
+    body: Vec<u8>,
+}
+
+impl Device<'_> {
+    /// Its section.
+    #[must_use]
+    pub fn entry(&self) -> &SectionEntry {
+        self.entry
+    }
+
+    /// Its section without header and footer.
+    #[must_use]
+    pub fn body(&self) -> &[u8] {
+        &self.body
+    }
+
+    /// Its decoded state.
+    ///
+    /// # Errors
+    /// If it is not what its description says.
+    pub fn decode(&self) -> Result<Value<'_>, WalkError> {
+        walk(&self.body, self.entry.body.start, self.desc)
+    }
+}
+
+impl Snapshot {
+    /// Opens a file. A stream behind a foreign header (QEMU's `file:PATH,offset=N`) is found if it begins in the first
+    /// MiB.
+    ///
+    /// # Errors
+    /// If the file can't be read, is no mapped-ram stream, or is not complete.
+    pub fn open(path: impl AsRef<Path>) -> Result<Snapshot, OpenError> {
+        Snapshot::open_with(path, &Options::default())
+    }
+
+    /// Opens a file as the options say.
+    ///
+    /// # Errors
+    /// As [`open`](Snapshot::open); with [`Options::damaged`], of an incomplete file only if not even its list of RAM
+    /// blocks begins.
+    pub fn open_with(path: impl AsRef<Path>, options: &Options) -> Result<Snapshot, OpenError> {
+        let path = path.as_ref();
+        open::open(path, options).map_err(|kind| OpenError { path: path.to_owned(), kind })
+    }
+
+    /// The name under which it was opened.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The open file. Its own position is never used; read it with `pread`.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Where the stream begins in the file.
+    #[must_use]
+    pub fn base(&self) -> FileOffset {
+        self.base
+    }
+
+    /// Machine type, capabilities and what else a destination must agree to.
+    #[must_use]
+    pub fn configuration(&self) -> &Configuration {
+        &self.configuration
+    }
+
+    /// The RAM blocks, in the order of the file. Pages are 4 KiB.
+    #[must_use]
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Where a block is in the file.
+    #[must_use]
+    pub fn block(&self, block: BlockId) -> Option<&BlockFile> {
+        self.blocks.get(block.0 as usize)
+    }
+
+    /// Where a page is in the file, if it is stored.
+    #[must_use]
+    pub fn page_offset(&self, block: BlockId, page: PageIndex) -> Option<FileOffset> {
+        self.block(block).filter(|block| block.in_file)?.pages_offset.checked_add(page.byte_offset())
+    }
+
+    /// What is known of the pages from `first` on without reading: whether they are stored (or zero), and how many.
+    /// `None` if nothing is known yet, or nothing can be.
+    #[must_use]
+    pub fn known_run_at(&self, block: BlockId, first: PageIndex) -> Option<(bool, PageCount)> {
+        if self.no_bitmaps {
+            return None;
+        }
+        let bitmap = self.bitmaps.get(block.0 as usize)?.as_ref()?;
+        bitmap.known(first, PageCount(u64::MAX))
+    }
+
+    /// Whether the pages from `first` on are stored (or zero), and how many, at most `most`; reads as much of the
+    /// bitmap as is needed for that and was not read before (4 KiB of bitmap are 128 MiB of RAM).
+    ///
+    /// # Errors
+    /// If there is no such page, the bitmap can't be read or can't be right, or the block has none.
+    pub fn load_run_at(
+        &self,
+        block: BlockId,
+        first: PageIndex,
+        most: PageCount,
+    ) -> Result<(bool, PageCount), PageError> {
+        let path = || self.path.clone();
+        let Some(ram) = self.layout.get(block).filter(|ram| first.0 < ram.pages().0) else {
+            return Err(PageError::NoSuchPage { path: path(), block: block.0, page: first.0 });
+        };
+        if self.no_bitmaps {
+            return Err(PageError::NoBitmaps { path: path() });
+        }
+        let Some(bitmap) = self.bitmap(block) else {
+            return Err(PageError::NotInFile { path: path(), block: ram.name().to_owned() });
+        };
+        bitmap.load(&self.file, first, most).map_err(|error| self.page_error(block, error))
+    }
+
+    /// How many pages of a block are stored; of a block that is not in the file, none. Reads the block's whole bitmap.
+    ///
+    /// # Errors
+    /// If the bitmap can't be read or can't be right.
+    pub fn stored_pages(&self, block: BlockId) -> Result<PageCount, PageError> {
+        match self.bitmap(block) {
+            Some(bitmap) => bitmap.count(&self.file).map_err(|error| self.page_error(block, error)),
+            None => Ok(PageCount(0)),
+        }
+    }
+
+    /// The sections and commands of the stream, in order.
+    #[must_use]
+    pub fn sections(&self) -> &[SectionEntry] {
+        &self.sections
+    }
+
+    /// The bytes of all device sections after RAM, footers included, up to the end mark of the stream. Empty if the
+    /// file is not [complete](Snapshot::is_complete).
+    #[must_use]
+    pub fn device_state(&self) -> Range<FileOffset> {
+        self.devices.clone()
+    }
+
+    /// The same with the end mark and the description: what follows RAM in a file, to be copied as it is.
+    #[must_use]
+    pub fn tail(&self) -> Range<FileOffset> {
+        self.devices.start..self.end
+    }
+
+    /// The description of the device state, if the file has one.
+    #[must_use]
+    pub fn vmdesc(&self) -> Option<&VmDesc> {
+        self.vmdesc.as_ref()
+    }
+
+    /// Whether the stream was read to its end. Always so, unless opened with [`Options::damaged`].
+    #[must_use]
+    pub fn is_complete(&self) -> bool {
+        self.complete
+    }
+
+    /// Whether the bitmaps were never written, so that no page can be looked up.
+    #[must_use]
+    pub fn lacks_bitmaps(&self) -> bool {
+        self.no_bitmaps
+    }
+
+    /// What was odd when it was opened. [`diagnose`](Snapshot::diagnose) looks deeper.
+    #[must_use]
+    pub fn warnings(&self) -> &[Warning] {
+        &self.warnings
+    }
+
+    /// Reads a part of the file.
+    ///
+    /// # Errors
+    /// If it can't be read, or the file does not have it.
+    pub fn read(&self, range: Range<FileOffset>) -> io::Result<Vec<u8>> {
+        if range.start > range.end || range.end.0 > self.identity.size {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let mut bytes = vec![0; (range.end - range.start).get()];
+        self.file.read_exact_at(&mut bytes, range.start.0)?;
+        Ok(bytes)
+    }
+
+    /// The state of a device; `None` if there is no such section, or it is not described.
+    ///
+    /// # Errors
+    /// If it can't be read.
+    pub fn device(&self, name: &str, instance: u32) -> io::Result<Option<Device<'_>>> {
+        let entry = self
+            .sections
+            .iter()
+            .find(|entry| entry.kind == SectionKind::Full && entry.name == name && entry.instance == instance);
+        let desc = self.vmdesc.as_ref().and_then(|vmdesc| vmdesc.device(name, instance));
+        let (Some(entry), Some(desc)) = (entry, desc) else {
+            return Ok(None);
+        };
+        Ok(Some(Device { entry, desc, body: self.read(entry.body.clone())? }))
+    }
+
+    /// What identified the file when it was opened.
+    #[must_use]
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// What has changed about the file since it was opened, if anything has.
+    ///
+    /// # Errors
+    /// If the system can't tell.
+    pub fn changed(&self) -> io::Result<Option<&'static str>> {
+        Ok(self.identity.difference(&Identity::of(&self.file)?))
+    }
+
+    pub(crate) fn bitmap(&self, block: BlockId) -> Option<&Bitmap> {
+        self.bitmaps.get(block.0 as usize)?.as_ref()
+    }
+
+    fn page_error(&self, block: BlockId, error: BitmapError) -> PageError {
+        let path = self.path.clone();
+        let name = self.layout.get(block).map(|ram| ram.name().to_owned()).unwrap_or_default();
+        match error {
+            BitmapError::Io { at, error } => PageError::Io { path, block: name, at, error },
+            BitmapError::BeyondBlock { at } => PageError::BeyondBlock { path, block: name, at },
+            BitmapError::BeyondFile { last } => {
+                let start = self.block(block).map(|block| block.pages_offset).unwrap_or_default();
+                let needed = start.checked_add(ByteLen(last.byte_offset().0.saturating_add(page_units::PAGE_SIZE)));
+                let needed = needed.unwrap_or(FileOffset(u64::MAX));
+                PageError::BeyondFile { path, block: name, needed, actual: FileOffset(self.identity.size) }
+            }
+        }
+    }
+}
