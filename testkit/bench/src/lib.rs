@@ -6,6 +6,8 @@
 
 pub mod demo;
 pub mod figure;
+pub mod figures;
 pub mod floor;
 pub mod pairs;
+pub mod product;
 pub mod sys;

@@ -36,9 +36,11 @@ pub(crate) fn make(facts: &Facts, needs: &[Need]) -> Done<Plan> {
     if missing.iter().any(|need| matches!(need, Need::Libclang | Need::Qemu)) {
         if !facts.os.is_debian() || !facts.apt_get {
             let names: Vec<&str> = missing.iter().map(|need| need.name()).collect();
-            return Err(
-                format!("this is not Debian; please install with your package manager: {}", names.join(", ")).into()
-            );
+            return Err(format!(
+                "this is not a Debian with apt-get; please install with your package manager: {}",
+                names.join(", ")
+            )
+            .into());
         }
         steps.extend(packages(facts, &missing)?);
     }

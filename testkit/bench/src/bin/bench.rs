@@ -1,3 +1,65 @@
-//! (being written)
+//! Measures, and shows each figure as a ratio to the floor measured in the same run.
+#![expect(clippy::print_stdout, reason = "a command-line program")]
 
-fn main() {}
+use std::error::Error;
+use std::fs;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use bench::figure::table;
+use bench::figures::{Bench, GROUPS, selected};
+use clap::Parser;
+
+#[derive(Debug, Parser)]
+struct Cli {
+    /// Only figures whose name begins so
+    names: Vec<String>,
+    /// Also write the figures to this file, as a JSON array
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Only list the names
+    #[arg(long)]
+    list: bool,
+    /// Where files to load from are made; several GiB
+    #[arg(long, default_value_os_t = std::env::temp_dir())]
+    directory: PathBuf,
+}
+
+fn main() -> ExitCode {
+    match run(&Cli::parse()) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::from(2),
+        Err(error) => {
+            eprintln!("bench: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Whether all goals were reached.
+fn run(cli: &Cli) -> Result<bool, Box<dyn Error + Send + Sync>> {
+    let groups: Vec<_> = GROUPS.iter().filter(|group| selected(group, &cli.names)).collect();
+    if groups.is_empty() {
+        return Err(format!("there is no figure named {}", cli.names.join(", ")).into());
+    }
+    if cli.list {
+        groups.iter().flat_map(|group| group.names).for_each(|name| println!("{name}.*"));
+        return Ok(true);
+    }
+    let cores = std::thread::available_parallelism()?.get();
+    let bench = Bench { directory: cli.directory.clone(), near: 0, far: 1.min(cores - 1) };
+    let mut figures = Vec::new();
+    for group in groups {
+        eprintln!("measuring {} ...", group.names.join(", "));
+        figures.extend((group.measure)(&bench)?);
+    }
+    if !cli.names.is_empty() {
+        figures.retain(|figure| cli.names.iter().any(|prefix| figure.name.starts_with(prefix.as_str())));
+    }
+    print!("{}", table(&figures));
+    if let Some(path) = &cli.json {
+        let text = serde_json::to_string_pretty(&figures)?;
+        fs::write(path, text + "\n").map_err(|error| format!("{}: {error}", path.display()))?;
+    }
+    Ok(figures.iter().all(|figure| figure.ok))
+}

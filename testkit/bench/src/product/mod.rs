@@ -1,0 +1,3 @@
+//! The product's side of each comparison.
+
+pub mod memory;
