@@ -4,6 +4,7 @@ mod background;
 mod busy;
 mod fault;
 mod files;
+mod open;
 
 use std::error::Error;
 use std::path::PathBuf;
@@ -35,6 +36,7 @@ pub struct Group {
 
 /// All groups, in the order in which they are measured.
 pub const GROUPS: &[Group] = &[
+    Group { names: &["open"], measure: open::measure },
     Group { names: &["fault.same_core", "fault.other_core"], measure: fault::measure },
     Group { names: &["fault.busy"], measure: busy::measure },
     Group { names: &["background.load", "background.threads"], measure: background::load },
