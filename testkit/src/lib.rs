@@ -7,5 +7,6 @@ pub mod hugepages;
 pub mod late;
 pub mod oracle;
 pub mod require;
+pub mod samples;
 pub mod source;
 mod sys;
