@@ -21,11 +21,15 @@ mod zeros;
 
 pub use bytes::PageBytes;
 pub use error::{SinkError, SourceError};
+#[cfg(feature = "mapped-ram")]
+pub use file::MappedRam;
 pub use file::{FlatBlock, FlatFile};
 pub use flow::{Content, End, Feed, Flow, PageSink, PageSource, Span, Urgency};
 pub use page_units as units;
 pub use page_units::*;
 pub use pump::{Progress, PumpError, PumpOptions, Pumped, pump};
 pub use sink::FlatSink;
+#[cfg(feature = "mapped-ram")]
+pub use sink::MappedRamSink;
 pub use threaded::Threaded;
 pub use zeros::is_zero;

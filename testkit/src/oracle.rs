@@ -171,4 +171,28 @@ impl Oracle {
         }
         Ok(blocks)
     }
+
+    /// Writes a mapped-ram file: zero pages are not stored. `device_state` follows RAM, as
+    /// [`Writer::finish`](mapped_ram::Writer::finish) wants it.
+    ///
+    /// # Errors
+    /// What the writer says.
+    pub fn write_mapped_ram(
+        &self,
+        path: &Path,
+        configuration: &vmstate::Configuration,
+        device_state: &[u8],
+    ) -> Result<(), mapped_ram::CreateError> {
+        let writer = mapped_ram::Writer::create(path, configuration, self.layout.clone())?;
+        let write = |run| {
+            writer.write(run, self.run(run)).map_err(|error| mapped_ram::CreateError::Io {
+                path: path.to_owned(),
+                what: "writing pages",
+                error,
+            })
+        };
+        let runs = self.layout.runs().flat_map(|all| self.kinds(all));
+        runs.filter(|(_, zero)| !zero).try_for_each(|(run, _)| write(run))?;
+        writer.finish(device_state)
+    }
 }

@@ -30,10 +30,10 @@ pub(crate) trait Places: Debug + Send + Sync + 'static {
     /// Where page 0 of the block would be. The block exists.
     fn base(&self, block: BlockId) -> FileOffset;
 
-    /// What the page and those behind it are; the block has them. At least one page; [`Content::Unknown`] is
-    /// delivered as if it were stored. With [`Urgency::Demand`] it does not wait for a lock, and does no more I/O
-    /// than it must.
-    fn find(&self, block: BlockId, first: PageIndex, urgency: Urgency) -> Result<Span, SourceError>;
+    /// What the page and those behind it are; the block has them. At least one page; more than `most` are of no use.
+    /// [`Content::Unknown`] is delivered as if it were stored. With [`Urgency::Demand`] it does not wait for a lock,
+    /// and does no more I/O than it must.
+    fn find(&self, block: BlockId, first: PageIndex, most: PageCount, urgency: Urgency) -> Result<Span, SourceError>;
 }
 
 /// The feed of every source that is a local file. It owns no thread: it is done when [`Feed::request`] returns.
@@ -74,7 +74,7 @@ impl<P: Places> FileFeed<P> {
     fn deliver(&self, run: PageRun, urgency: Urgency) -> Flow {
         let mut rest = run;
         while !rest.is_empty() {
-            let span = match self.places.find(rest.block, rest.first, urgency) {
+            let span = match self.places.find(rest.block, rest.first, rest.pages, urgency) {
                 Ok(span) => span,
                 Err(error) => return self.sink.failed(rest, error),
             };

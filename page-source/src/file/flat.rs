@@ -1,6 +1,7 @@
 //! Flat memory files: the bytes of each block, one after the other, as Firecracker and Cloud Hypervisor write them.
 
 use std::fs::File;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -69,7 +70,9 @@ impl FlatFile {
     /// If it can't be opened or mapped, is not a regular file, or is too short.
     pub fn open(path: impl AsRef<Path>, blocks: Vec<FlatBlock>) -> Result<FlatFile, SourceError> {
         let path = path.as_ref();
-        let file = File::open(path).map_err(|error| SourceError::Open {
+        // Without O_NONBLOCK, opening a pipe would wait for somebody to write into it.
+        let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path);
+        let file = file.map_err(|error| SourceError::Open {
             path: path.to_owned(),
             reason: format!("can't be opened: {error}"),
         })?;
@@ -153,7 +156,7 @@ impl Places for Inner {
         self.bases[block.0 as usize]
     }
 
-    fn find(&self, block: BlockId, first: PageIndex, urgency: Urgency) -> Result<Span, SourceError> {
+    fn find(&self, block: BlockId, first: PageIndex, _: PageCount, urgency: Urgency) -> Result<Span, SourceError> {
         let extents = &self.extents[block.0 as usize];
         if urgency == Urgency::Demand {
             // Looking for the end of a hole may take long; the page itself is at hand.

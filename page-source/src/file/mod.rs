@@ -9,7 +9,11 @@ mod feed;
 mod flat;
 mod identity;
 mod mapped;
+#[cfg(feature = "mapped-ram")]
+mod mapped_ram;
 
 use feed::{FileFeed, Places};
 pub use flat::{FlatBlock, FlatFile};
 use mapped::MappedFile;
+#[cfg(feature = "mapped-ram")]
+pub use mapped_ram::MappedRam;
