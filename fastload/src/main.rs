@@ -1,3 +1,40 @@
-//! (being written)
+//! `fastload`: looks into, checks, converts and serves VM snapshots.
 
-fn main() {}
+#![expect(clippy::print_stderr, reason = "errors of a program go there")]
+
+mod commands;
+mod output;
+mod parse;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Fast snapshot load for virtual machines.
+#[derive(Debug, Parser)]
+#[command(name = "fastload", version, about, propagate_version = true)]
+#[command(after_help = "Exit codes: 0 done, 1 failed (with one line that says why), 2 wrong usage.")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Inspect(commands::inspect::Inspect),
+}
+
+fn main() -> ExitCode {
+    let done = match Arguments::parse().command {
+        Command::Inspect(inspect) => inspect.run(),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // One line, whatever the message is made of.
+            let line: Vec<String> = error.to_string().split_whitespace().map(str::to_owned).collect();
+            eprintln!("fastload: {}", line.join(" "));
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,52 @@
+//! `fastload inspect`: what is in a snapshot file.
+
+mod report;
+mod tree;
+
+use std::path::PathBuf;
+
+use mapped_ram::{Options, Snapshot};
+use page_units::FileOffset;
+
+use crate::commands::Failure;
+use crate::{output, parse};
+
+/// Show what is in a snapshot file.
+///
+/// Reads the description of the snapshot and its bitmaps, not its RAM. Files that are damaged are shown as far as they
+/// can be read, with warnings.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  fastload inspect vm.snap                    machine type, RAM blocks, device sections, warnings
+  fastload inspect vm.snap --json | jq .blocks
+  fastload inspect vm.snap --device cpu       the decoded state of every section \"cpu\"
+  fastload inspect vm.snap --offset 0x1000    the stream begins behind a header of 4096 bytes
+                                              (found by itself if it is in the first MiB)")]
+pub(crate) struct Inspect {
+    /// A file that QEMU saved with the capability mapped-ram.
+    file: PathBuf,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+    /// Print the decoded state of the device sections of this name, e.g. `cpu` or `0000:00:02.0/virtio-net`.
+    #[arg(long, value_name = "NAME")]
+    device: Option<String>,
+    /// Where the stream begins in the file, in bytes: decimal or 0x, with an optional suffix k, M or G.
+    #[arg(long, value_name = "N", value_parser = parse::bytes)]
+    offset: Option<u64>,
+}
+
+impl Inspect {
+    pub(crate) fn run(&self) -> Result<(), Failure> {
+        let options = Options { base: self.offset.map(FileOffset), damaged: true };
+        let snapshot = Snapshot::open_with(&self.file, &options)?;
+        let text = match &self.device {
+            Some(name) => tree::show(&snapshot, name, self.json)?,
+            None => {
+                let report = report::Report::of(&snapshot)?;
+                if self.json { report.json()? } else { report.text() }
+            }
+        };
+        Ok(output::print(&text)?)
+    }
+}
