@@ -38,6 +38,8 @@ pub(super) struct Outlet {
     pinging: Mutex<()>,
     /// Read while pages are on their way into a channel; true once the end was sent.
     ended: RwLock<bool>,
+    /// The destination is ready for what it did not ask for.
+    pub(super) flowing: AtomicBool,
     /// No more pages: the server is being dismantled.
     over: AtomicBool,
     failure: Mutex<Option<ServeError>>,
@@ -88,6 +90,7 @@ impl Outlet {
             credit,
             pinging: Mutex::default(),
             ended: RwLock::new(false),
+            flowing: AtomicBool::new(false),
             over: AtomicBool::new(false),
             failure: Mutex::default(),
             source_complete: AtomicBool::new(false),
@@ -105,6 +108,12 @@ impl Outlet {
     /// No more pages are taken, because all is done or something failed.
     pub(super) fn is_over(&self) -> bool {
         self.over.load(Ordering::SeqCst) || self.shared.stop.load(Ordering::Acquire)
+    }
+
+    /// Lets the background begin.
+    pub(super) fn let_flow(&self) {
+        self.flowing.store(true, Ordering::SeqCst);
+        self.shared.pusher.ring();
     }
 
     pub(super) fn dismantle(&self) {

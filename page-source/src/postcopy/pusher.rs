@@ -92,7 +92,8 @@ impl<'a> Pusher<'a> {
     fn step(&mut self) -> Step {
         let outlet = self.outlet;
         let wanted = outlet.options.background || outlet.shared.drain.load(Ordering::Acquire);
-        if !wanted || !outlet.started() || outlet.is_over() || outlet.main.kept() > 0 || outlet.has_ended() {
+        let flowing = outlet.flowing.load(Ordering::SeqCst);
+        if !wanted || !flowing || outlet.is_over() || outlet.main.kept() > 0 || outlet.has_ended() {
             return Step::Wait;
         }
         let piece = self.adapt();

@@ -32,6 +32,7 @@ impl Session<'_> {
         if answer != Message::ResumeAck(1) {
             return Err(self.protocol(ReturnPathError::Unexpected("a RESUME_ACK that refuses")));
         }
+        self.outlet.let_flow();
         Ok(())
     }
 }

@@ -59,9 +59,9 @@ impl<'a> Session<'a> {
             self.wait_for("the first PING", |message| *message == Message::Pong(PING_OPEN))?;
             self.open_fast()?;
         }
+        self.outlet.shared.counters.enter(Phase::Loading);
         self.outlet.main.send(&package);
         self.outlet.shared.pusher.ring();
-        self.outlet.shared.counters.enter(Phase::Loading);
         Ok(())
     }
 
@@ -83,7 +83,7 @@ impl<'a> Session<'a> {
                 Message::Pong(PING_LOADED) => {
                     loaded.get_or_insert_with(Instant::now);
                     self.outlet.shared.counters.enter(Phase::Started);
-                    self.outlet.shared.pusher.ring();
+                    self.outlet.let_flow();
                 }
                 Message::Pong(number) => {
                     if self.outlet.credit.as_ref().is_some_and(|credit| credit.pong(number)) {
