@@ -126,12 +126,19 @@ impl Core {
     }
 
     /// Lets the regions go: what is missing is ordinary memory then, and whoever waits goes on.
+    ///
+    /// The kernel wakes the waiters of a range *before* it takes the range out (`userfaultfd_unregister` of Linux
+    /// 6.18), and a fault that takes only the lock of its mapping can still begin to wait in between: it would wait
+    /// for ever. So they are woken once more, afterwards.
     pub(crate) fn unregister(&self) {
         for area in &self.areas {
             let run = area.region.run;
             if let Err(error) = self.descriptor.unregister(area.region.start, area.region.len()) {
                 // The owner unmapped it, or is gone: nobody waits there any more.
                 log::debug!("unregistering {run} failed: {error}");
+            }
+            if let Err(error) = self.descriptor.wake(area.region.start, area.region.len()) {
+                log::debug!("waking the waiters of {run} failed: {error}");
             }
         }
     }

@@ -61,6 +61,7 @@ impl Doorbell {
         if self.alive.fetch_sub(1, Ordering::AcqRel) == 1 {
             for page in &self.pages {
                 let _ = descriptor.unregister(page.addr(), PAGE);
+                let _ = descriptor.wake(page.addr(), PAGE);
             }
         }
     }

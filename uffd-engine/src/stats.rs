@@ -57,6 +57,8 @@ pub struct Latency {
     pub max: Duration,
 }
 
+/// Latencies beyond an hour count as one: in nanoseconds.
+const LONGEST: u64 = 3_600_000_000_000;
 /// Buckets per power of two, as a power of two.
 const FINE: u32 = 4;
 const BUCKETS: usize = 64 << FINE;
@@ -75,7 +77,7 @@ impl Buckets {
     }
 
     fn latency(&self) -> Latency {
-        let Ok(mut histogram) = Histogram::<u64>::new(3) else { return Latency::default() };
+        let Ok(mut histogram) = Histogram::<u64>::new_with_max(LONGEST, 2) else { return Latency::default() };
         for (index, count) in self.0.iter().enumerate() {
             let count = count.load(Ordering::Relaxed);
             if count > 0 {

@@ -14,12 +14,12 @@ use uffd_engine::{Backing, Builder, Engine, Region};
 use vm_memory::mmap::{MmapRegionBuilder, NewBitmap};
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
 
-pub const PAGE: usize = 4096;
-pub const HUGE: usize = 2 << 20;
+pub(crate) const PAGE: usize = 4096;
+pub(crate) const HUGE: usize = 2 << 20;
 
 /// What the memory of a test is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub(crate) enum Kind {
     Anonymous,
     MemfdShared,
     MemfdPrivate,
@@ -28,14 +28,14 @@ pub enum Kind {
     HugetlbAlias,
 }
 
-pub const SMALL_KINDS: [Kind; 3] = [Kind::Anonymous, Kind::MemfdShared, Kind::MemfdPrivate];
-pub const HUGE_KINDS: [Kind; 3] = [Kind::HugetlbPrivate, Kind::HugetlbShared, Kind::HugetlbAlias];
+pub(crate) const SMALL_KINDS: [Kind; 3] = [Kind::Anonymous, Kind::MemfdShared, Kind::MemfdPrivate];
+pub(crate) const HUGE_KINDS: [Kind; 3] = [Kind::HugetlbPrivate, Kind::HugetlbShared, Kind::HugetlbAlias];
 
 /// A mapping for each RAM block.
-pub struct Memory {
-    pub kind: Kind,
-    pub layout: Layout,
-    pub maps: Vec<MmapRegion>,
+pub(crate) struct Memory {
+    pub(crate) kind: Kind,
+    pub(crate) layout: Layout,
+    pub(crate) maps: Vec<MmapRegion>,
     aliases: Vec<Option<MmapRegion>>,
 }
 
@@ -51,7 +51,7 @@ fn map(len: usize, flags: i32, file: Option<FileOffset>) -> MmapRegion {
 }
 
 impl Memory {
-    pub fn new(kind: Kind, layout: &Layout) -> Memory {
+    pub(crate) fn new(kind: Kind, layout: &Layout) -> Memory {
         let mut aliases = Vec::new();
         let maps = layout
             .blocks()
@@ -86,7 +86,7 @@ impl Memory {
         Memory { kind, layout: layout.clone(), maps, aliases }
     }
 
-    pub fn regions(&self) -> Vec<Region> {
+    pub(crate) fn regions(&self) -> Vec<Region> {
         self.layout
             .runs()
             .filter(|run| !run.is_empty())
@@ -107,16 +107,16 @@ impl Memory {
             .collect()
     }
 
-    pub fn addr(&self, block: BlockId) -> HostAddr {
+    pub(crate) fn addr(&self, block: BlockId) -> HostAddr {
         HostAddr(self.maps[block.0 as usize].as_ptr() as u64)
     }
 
-    pub fn engine(&self, source: Arc<dyn PageSource>) -> Builder {
+    pub(crate) fn engine(&self, source: Arc<dyn PageSource>) -> Builder {
         Engine::builder().regions(self.regions()).source(source)
     }
 
     /// Reads a page as the kernel does for a system call: a page fault if it is missing, `EFAULT` if it is poisoned.
-    pub fn read(&self, block: BlockId, page: PageIndex) -> io::Result<Vec<u8>> {
+    pub(crate) fn read(&self, block: BlockId, page: PageIndex) -> io::Result<Vec<u8>> {
         let mut bytes = vec![0; PAGE];
         let base = usize::try_from((self.addr(block) + page.byte_offset()).0).unwrap();
         let remote = [RemoteIoVec { base, len: PAGE }];
@@ -125,20 +125,20 @@ impl Memory {
     }
 
     /// Reads a page with plain loads.
-    pub fn load(&self, block: BlockId, page: PageIndex) -> Vec<u8> {
+    pub(crate) fn load(&self, block: BlockId, page: PageIndex) -> Vec<u8> {
         let mut bytes = vec![0; PAGE];
         let slice = self.maps[block.0 as usize].as_volatile_slice();
         slice.read_slice(&mut bytes, page.byte_offset().get()).unwrap();
         bytes
     }
 
-    pub fn store(&self, block: BlockId, page: PageIndex, bytes: &[u8]) {
+    pub(crate) fn store(&self, block: BlockId, page: PageIndex, bytes: &[u8]) {
         let slice = self.maps[block.0 as usize].as_volatile_slice();
         slice.write_slice(bytes, page.byte_offset().get()).unwrap();
     }
 
     /// Compares every byte.
-    pub fn assert_equals(&self, oracle: &Oracle) {
+    pub(crate) fn assert_equals(&self, oracle: &Oracle) {
         for run in self.layout.runs() {
             for page in run.iter() {
                 let one = PageRun::single(run.block, page);
@@ -148,7 +148,7 @@ impl Memory {
     }
 
     /// Bytes of the mappings that are resident.
-    pub fn resident(&self) -> ByteLen {
+    pub(crate) fn resident(&self) -> ByteLen {
         let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
         let mut sum = 0;
         let mut inside = false;
@@ -170,10 +170,10 @@ impl Memory {
 }
 
 /// Something that is kept open as long as a test runs.
-pub fn fd_count() -> usize {
+pub(crate) fn fd_count() -> usize {
     std::fs::read_dir("/proc/self/fd").unwrap().count()
 }
 
-pub fn raw(fd: &impl AsRawFd) -> i32 {
+pub(crate) fn raw(fd: &impl AsRawFd) -> i32 {
     fd.as_raw_fd()
 }
