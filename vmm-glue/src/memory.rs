@@ -41,6 +41,12 @@ impl RamSpec {
         self
     }
 
+    /// How long all its pieces are together; `None` if that is no number.
+    #[must_use]
+    pub fn length(&self) -> Option<ByteLen> {
+        self.pieces.iter().try_fold(ByteLen(0), |sum, piece| sum.checked_add(piece.1))
+    }
+
     /// Memory of `length` bytes as PCs have it: up to 3 GiB from 0 on, the rest from 4 GiB on.
     #[must_use]
     pub fn pc(name: impl Into<String>, length: ByteLen) -> RamSpec {
@@ -126,8 +132,7 @@ impl GuestRam {
         let mut blocks = Vec::new();
         let mut regions = Vec::new();
         for (spec, id) in specs.iter().zip(0..) {
-            let length = spec.pieces.iter().try_fold(ByteLen(0), |sum, piece| sum.checked_add(piece.1));
-            let length = length.ok_or(LayoutError::TooLarge)?;
+            let length = spec.length().ok_or(LayoutError::TooLarge)?;
             let block = RamBlock::new(&spec.name, length, backing.granule())?;
             let failed =
                 |error: String| MemoryError::Allocate { block: spec.name.clone(), length, backing, reason: error };
@@ -154,6 +159,7 @@ impl GuestRam {
         let mut pieces = Vec::new();
         let mut aliases = Vec::new();
         let mut mapped = Vec::new();
+        // Sorted, as `vm-memory` wants them; it refuses regions that overlap.
         regions.sort_by_key(|(guest, ..)| *guest);
         for (guest, run, region, alias) in regions {
             pieces.push(Piece { guest, host: HostAddr(region.as_ptr().addr() as u64), run, backing, shared });
@@ -239,6 +245,12 @@ impl GuestRam {
             }
         });
         Ok(regions.collect())
+    }
+
+    /// The file behind a piece, and where in it the piece begins.
+    pub(crate) fn file_of(&self, piece: usize) -> Option<(&File, u64)> {
+        let region = self.memory.iter().nth(piece)?;
+        region.file_offset().map(|offset| (offset.file(), offset.start()))
     }
 
     /// Gives the memory to a VM: one slot per piece, numbered from 0 on. Do it **before** creating an irqchip: after

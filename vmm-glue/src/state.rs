@@ -1,9 +1,12 @@
 //! The complete state of a KVM guest on x86-64, but for its memory: taken, checked against a host, and put back.
 
 mod cpuid;
+mod decode;
+mod encode;
 mod error;
 mod host;
 mod msrs;
+mod record;
 mod vcpu;
 mod vm;
 

@@ -179,16 +179,9 @@ pub(crate) fn kick(thread: &JoinHandle<()>, signal: i32) {
     unsafe { libc::pthread_kill(thread.as_pthread_t(), signal) };
 }
 
-/// Whether one byte of this process at `address` can be read, asked of the kernel: no signal when it can't.
+/// Whether the byte of this process at `address` can be read, asked of the kernel: no signal when it can't.
 pub(crate) fn readable(address: HostAddr) -> bool {
-    let mut byte = 0u8;
-    let to = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
-    let Ok(from) = usize::try_from(address.0) else { return false };
-    let from = libc::iovec { iov_base: std::ptr::without_provenance_mut(from), iov_len: 1 };
-    let myself = nix::unistd::getpid().as_raw();
-    // SAFETY: the kernel checks both ranges, and writes one byte to `byte`.
-    let read = unsafe { libc::process_vm_readv(myself, &raw const to, 1, &raw const from, 1, 0) };
-    read == 1
+    read_memory(address, &mut [0]).is_ok()
 }
 
 /// The state inside `struct kvm_irqchip`, whichever chip it is.
@@ -211,4 +204,45 @@ pub(crate) fn chip_of(chip_id: u32, bytes: &[u8; 512]) -> kvm_irqchip {
 pub(crate) fn internal_suberror(vcpu: &mut VcpuFd) -> u32 {
     // SAFETY: any bytes are a valid number; for another exit they mean something else.
     unsafe { vcpu.get_kvm_run().__bindgen_anon_1.internal.suberror }
+}
+
+/// Copies memory of this process through the kernel: what can't be read is an error and not a signal.
+pub(crate) fn read_memory(from: HostAddr, to: &mut [u8]) -> io::Result<()> {
+    let myself = nix::unistd::getpid().as_raw();
+    let mut done = 0;
+    while done < to.len() {
+        let rest = &mut to[done..];
+        let local = libc::iovec { iov_base: rest.as_mut_ptr().cast(), iov_len: rest.len() };
+        let address = usize::try_from(from.0).map_err(io::Error::other)? + done;
+        let remote = libc::iovec { iov_base: std::ptr::without_provenance_mut(address), iov_len: rest.len() };
+        // SAFETY: the kernel checks both ranges, and writes to `rest` alone.
+        let read = unsafe { libc::process_vm_readv(myself, &raw const local, 1, &raw const remote, 1, 0) };
+        match usize::try_from(read) {
+            Err(_) => return Err(io::Error::last_os_error()),
+            Ok(0) => return Err(io::Error::from_raw_os_error(libc::EFAULT)),
+            Ok(read) => done += read,
+        }
+    }
+    Ok(())
+}
+
+/// Copies `len` bytes at `from`, wherever they are (a mapped file, too), to memory of this process through the kernel.
+pub(crate) fn write_memory(from: *const u8, to: HostAddr, len: ByteLen) -> io::Result<()> {
+    let myself = nix::unistd::getpid().as_raw();
+    let len = len.get();
+    let mut done = 0;
+    while done < len {
+        let local = libc::iovec { iov_base: from.wrapping_add(done).cast_mut().cast(), iov_len: len - done };
+        let address = usize::try_from(to.0).map_err(io::Error::other)? + done;
+        let remote = libc::iovec { iov_base: std::ptr::without_provenance_mut(address), iov_len: len - done };
+        // SAFETY: the kernel checks both ranges. It writes to guest memory, to which there are no references: all of
+        // Rust looks at it through volatile accesses.
+        let written = unsafe { libc::process_vm_writev(myself, &raw const local, 1, &raw const remote, 1, 0) };
+        match usize::try_from(written) {
+            Err(_) => return Err(io::Error::last_os_error()),
+            Ok(0) => return Err(io::Error::from_raw_os_error(libc::EFAULT)),
+            Ok(written) => done += written,
+        }
+    }
+    Ok(())
 }

@@ -222,6 +222,11 @@ impl Vcpus {
         state.restore(&self.vm, &vcpus, host)
     }
 
+    /// Tells all vCPUs to end, and does not wait.
+    pub(crate) fn begin_end(&self) {
+        self.want(Wanted::End);
+    }
+
     fn want(&self, wanted: Wanted) {
         {
             let mut table = self.group.table.lock();

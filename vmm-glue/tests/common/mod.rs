@@ -52,7 +52,7 @@ pub struct Rig {
 /// The work of each vCPU: a part of the window of its own.
 pub fn programs(image: &GuestImage, progress: u64, seed: u64) -> Vec<Program> {
     let vcpus = u64::from(image.config().vcpus);
-    let part = (image.window_len() >> 12) / vcpus << 12;
+    let part = ((image.window_len() >> 12) / vcpus) << 12;
     (0..vcpus)
         .map(|vcpu| Program {
             start: vcpu * part,

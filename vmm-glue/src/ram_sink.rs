@@ -1,0 +1,64 @@
+//! Guest memory that is filled before anything runs: the eager way.
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+use page_source::{BlockId, End, Flow, Layout, PageBytes, PageRun, PageSink, SinkError, SourceError};
+
+use crate::memory::{GuestRam, MemoryError};
+use crate::sys;
+
+/// Takes pages into fresh guest memory, which is zero where nothing arrives.
+#[derive(Debug)]
+pub(crate) struct RamSink {
+    ram: Arc<GuestRam>,
+    /// By block of the source.
+    blocks: Vec<Option<BlockId>>,
+}
+
+impl RamSink {
+    /// Pages come from a source with these blocks, found by name.
+    pub(crate) fn new(ram: Arc<GuestRam>, source: &Layout) -> Result<RamSink, MemoryError> {
+        // The same check that the engine's regions get.
+        ram.regions(source)?;
+        let blocks = source.blocks().iter().map(|block| ram.layout().find(block.name()).map(|found| found.0));
+        let blocks = blocks.collect();
+        Ok(RamSink { ram, blocks })
+    }
+
+    fn take(&self, run: PageRun, bytes: PageBytes<'_>) -> Result<(), SinkError> {
+        let block = usize::try_from(run.block.0).ok().and_then(|block| self.blocks.get(block));
+        let Some(block) = block.copied().flatten() else { return Ok(()) };
+        let run = PageRun { block, ..run };
+        for piece in self.ram.pieces() {
+            let part = piece.run.intersect(run);
+            if part.is_empty() {
+                continue;
+            }
+            let host = piece.host + (part.first - piece.run.first).to_bytes();
+            let bytes = bytes.slice((part.first - run.first).to_bytes(), part.len());
+            sys::write_memory(bytes.as_kernel_ptr(), host, part.len()).map_err(|_| SinkError::Unreadable(part))?;
+        }
+        Ok(())
+    }
+}
+
+impl PageSink for RamSink {
+    fn data(&self, run: PageRun, bytes: PageBytes<'_>) -> Flow {
+        match self.take(run, bytes) {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(error) => ControlFlow::Break(error),
+        }
+    }
+
+    fn zero(&self, _: PageRun) -> Flow {
+        ControlFlow::Continue(())
+    }
+
+    fn failed(&self, _: PageRun, error: SourceError) -> Flow {
+        ControlFlow::Break(SinkError::Source { error })
+    }
+
+    /// Whoever pumps learns how it ended.
+    fn end(&self, _: End) {}
+}

@@ -1,0 +1,105 @@
+//! Saving a stopped machine: all of it, at once, into a snapshot file.
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use mapped_ram::{CreateError, Writer};
+use page_source::{ByteLen, MappedRamSink, PageCount, PumpError, PumpOptions, SinkError, pump};
+use vmstate::{Configuration, DeviceWriter, WriteError};
+
+use crate::state::{Host, StateError};
+use crate::{RamSource, StopError, Vcpus, blueprint};
+
+/// Not 0 and 1, which the stream's other sections have.
+const FIRST_DEVICE: u32 = 2;
+
+/// How to save.
+#[derive(Clone, Debug)]
+pub struct SaveOptions {
+    /// The machine type that the file names.
+    pub machine: String,
+    /// How many threads read memory and write the file.
+    pub threads: usize,
+    /// How long the vCPUs have to stop.
+    pub stop_limit: Duration,
+}
+
+impl Default for SaveOptions {
+    /// Machine `vmm-glue`, one thread, five seconds.
+    fn default() -> SaveOptions {
+        SaveOptions { machine: "vmm-glue".into(), threads: 1, stop_limit: Duration::from_secs(5) }
+    }
+}
+
+/// What saving did.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct Saved {
+    /// Pages with content in the file.
+    pub stored: PageCount,
+    /// Pages that are zero.
+    pub zero: PageCount,
+    /// How long the device state is.
+    pub state: ByteLen,
+    /// How long it took, in all.
+    pub took: Duration,
+}
+
+/// Why nothing was saved. There is no file then, or the one that was there before.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SaveError {
+    /// The vCPUs did not stop, or one of them has failed.
+    #[error(transparent)]
+    Stop(#[from] StopError),
+    /// The memory is still being loaded.
+    #[error("the guest's memory is still being loaded: wait for the engine before saving")]
+    Loading,
+    /// The state could not be taken.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// Which pages exist could not be found out.
+    #[error("looking up which pages exist failed: {0}")]
+    Populated(#[source] io::Error),
+    /// The file could not be begun.
+    #[error(transparent)]
+    Create(#[from] CreateError),
+    /// The state does not fit a stream.
+    #[error(transparent)]
+    Encode(#[from] WriteError),
+    /// Reading memory or writing the file failed.
+    #[error(transparent)]
+    Pump(#[from] PumpError),
+    /// The file could not be finished.
+    #[error(transparent)]
+    Finish(#[from] SinkError),
+}
+
+/// Stops the vCPUs and writes everything to `path`. They stay stopped.
+///
+/// The memory must be complete: see [`Vm::save`](crate::Vm::save), which checks it.
+///
+/// # Errors
+/// If anything fails: nothing is published then.
+pub fn save(vcpus: &Vcpus, host: &Host, path: &Path, options: &SaveOptions) -> Result<Saved, SaveError> {
+    let begun = Instant::now();
+    vcpus.pause(options.stop_limit)?;
+    let mut devices = DeviceWriter::new(FIRST_DEVICE);
+    devices.push(blueprint::section(vcpus.ram())?);
+    for section in vcpus.save_state(host)?.sections()? {
+        devices.push(section);
+    }
+    let state = devices.finish(&options.machine)?;
+    let length = ByteLen::of(state.len());
+
+    let source = RamSource::new(Arc::clone(vcpus.ram())).map_err(SaveError::Populated)?;
+    let configuration = Configuration::new(options.machine.clone());
+    let sink = Arc::new(MappedRamSink::new(Writer::create(path, &configuration, vcpus.ram().layout().clone())?));
+    sink.set_device_state(state);
+    let pumping = PumpOptions { threads: options.threads, find_zeros: true, ..PumpOptions::default() };
+    let done = pump(&source, Arc::clone(&sink) as Arc<dyn page_source::PageSink>, &pumping)?;
+    sink.outcome()?;
+    Ok(Saved { stored: done.stored, zero: done.zero, state: length, took: begun.elapsed() })
+}

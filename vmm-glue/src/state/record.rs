@@ -1,0 +1,124 @@
+//! KVM's structures, field by field: one list for both writing and reading.
+
+use kvm_bindings::{
+    kvm_debugregs, kvm_dtable, kvm_mp_state, kvm_pit_channel_state, kvm_pit_state2, kvm_regs, kvm_segment, kvm_sregs,
+    kvm_vcpu_events, kvm_vcpu_events__bindgen_ty_1 as Exception, kvm_vcpu_events__bindgen_ty_2 as Interrupt,
+    kvm_vcpu_events__bindgen_ty_3 as Nmi, kvm_vcpu_events__bindgen_ty_4 as Smi,
+    kvm_vcpu_events__bindgen_ty_5 as TripleFault,
+};
+use vmstate::{StructBuilder, Value};
+
+use super::StateError;
+
+/// A structure that can be written as a described one, and read again.
+pub(super) trait Record: Sized {
+    /// The name of its description.
+    const NAME: &'static str;
+    fn write(&self, to: StructBuilder) -> StructBuilder;
+    fn read(from: &Value<'_>) -> Result<Self, StateError>;
+}
+
+/// A field of a record.
+pub(super) trait Field: Sized {
+    fn put(&self, name: &str, to: StructBuilder) -> StructBuilder;
+    fn take(from: &Value<'_>) -> Result<Self, StateError>;
+}
+
+fn unfit(from: &Value<'_>) -> StateError {
+    StateError::Invalid(format!("\"{}\" at offset {} is out of range", from.name, from.range.start))
+}
+
+macro_rules! integer_fields {
+    ($($method:ident: $type:ty, $read:ident;)*) => {$(
+        impl Field for $type {
+            fn put(&self, name: &str, to: StructBuilder) -> StructBuilder {
+                to.$method(name, *self)
+            }
+            fn take(from: &Value<'_>) -> Result<Self, StateError> {
+                <$type>::try_from(from.$read()?).map_err(|_| unfit(from))
+            }
+        }
+    )*};
+}
+
+integer_fields! {
+    u8: u8, as_u64;
+    u16: u16, as_u64;
+    u32: u32, as_u64;
+    u64: u64, as_u64;
+    i64: i64, as_i64;
+}
+
+impl<const N: usize> Field for [u64; N] {
+    fn put(&self, name: &str, to: StructBuilder) -> StructBuilder {
+        to.u64s(name, self)
+    }
+    fn take(from: &Value<'_>) -> Result<Self, StateError> {
+        from.as_u64s()?.try_into().map_err(|_| unfit(from))
+    }
+}
+
+impl<T: Record> Field for T {
+    fn put(&self, name: &str, to: StructBuilder) -> StructBuilder {
+        to.structure(name, T::NAME, 1, |inner| self.write(inner))
+    }
+    fn take(from: &Value<'_>) -> Result<Self, StateError> {
+        T::read(from)
+    }
+}
+
+macro_rules! records {
+    ($($type:ident as $name:literal { $($field:ident),* $(,)? })*) => {$(
+        impl Record for $type {
+            const NAME: &'static str = $name;
+            fn write(&self, to: StructBuilder) -> StructBuilder {
+                $(let to = self.$field.put(stringify!($field), to);)*
+                to
+            }
+            fn read(from: &Value<'_>) -> Result<Self, StateError> {
+                let mut record = $type::default();
+                $(record.$field = Field::take(from.field(stringify!($field))?)?;)*
+                Ok(record)
+            }
+        }
+    )*};
+}
+
+records! {
+    kvm_regs as "kvm-regs" {
+        rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, r8, r9, r10, r11, r12, r13, r14, r15, rip, rflags,
+    }
+    kvm_segment as "kvm-segment" { base, limit, selector, type_, present, dpl, db, s, l, g, avl, unusable }
+    kvm_dtable as "kvm-dtable" { base, limit }
+    kvm_sregs as "kvm-sregs" {
+        cs, ds, es, fs, gs, ss, tr, ldt, gdt, idt, cr0, cr2, cr3, cr4, cr8, efer, apic_base, interrupt_bitmap,
+    }
+    kvm_debugregs as "kvm-debugregs" { db, dr6, dr7, flags }
+    kvm_mp_state as "kvm-mp-state" { mp_state }
+    Exception as "kvm-events-exception" { injected, nr, has_error_code, pending, error_code }
+    Interrupt as "kvm-events-interrupt" { injected, nr, soft, shadow }
+    Nmi as "kvm-events-nmi" { injected, pending, masked }
+    Smi as "kvm-events-smi" { smm, pending, smm_inside_nmi, latched_init }
+    TripleFault as "kvm-events-triple-fault" { pending }
+    kvm_vcpu_events as "kvm-vcpu-events" {
+        exception, interrupt, nmi, sipi_vector, flags, smi, triple_fault, exception_has_payload, exception_payload,
+    }
+    kvm_pit_channel_state as "kvm-pit-channel" {
+        count, latched_count, count_latched, status_latched, status, read_state, write_state, write_latch, rw_mode,
+        mode, bcd, gate, count_load_time,
+    }
+}
+
+impl Record for kvm_pit_state2 {
+    const NAME: &'static str = "kvm-pit";
+    fn write(&self, to: StructBuilder) -> StructBuilder {
+        let [first, second, third] = &self.channels;
+        let to = third.put("channel2", second.put("channel1", first.put("channel0", to)));
+        to.u32("flags", self.flags)
+    }
+    fn read(from: &Value<'_>) -> Result<Self, StateError> {
+        let channel = |name| Field::take(from.field(name)?);
+        let channels = [channel("channel0")?, channel("channel1")?, channel("channel2")?];
+        Ok(kvm_pit_state2 { channels, flags: from.field("flags")?.as_u32()?, ..kvm_pit_state2::default() })
+    }
+}

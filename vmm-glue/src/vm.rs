@@ -1,0 +1,153 @@
+//! A running guest: its vCPUs, and the engine that still brings its memory.
+
+use std::fmt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use page_source::GuestAddr;
+use uffd_engine::{Engine, EngineError};
+
+use crate::report::RestoreReport;
+use crate::save::{SaveError, SaveOptions, Saved, save};
+use crate::state::Host;
+use crate::vcpu::VcpuError;
+use crate::{StopError, Vcpus};
+
+/// A guest that was restored.
+///
+/// # Dropping
+/// The vCPUs are told to end, then what is missing of the memory is poisoned, so that none of them can wait for it any
+/// more, and then all threads are joined.
+#[derive(Debug)]
+pub struct Vm {
+    vcpus: Option<Vcpus>,
+    engine: Option<Engine>,
+    report: RestoreReport,
+}
+
+/// Why a guest can't go on.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct VmError {
+    /// What the vCPU met, if it was a vCPU that failed.
+    pub vcpu: Option<Arc<VcpuError>>,
+    /// What the engine met, if its memory could not be loaded.
+    pub engine: Option<Box<EngineError>>,
+    /// The guest-physical address of the memory in question, where it is known.
+    pub guest: Option<GuestAddr>,
+}
+
+impl fmt::Display for VmError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (&self.vcpu, &self.engine) {
+            (Some(vcpu), Some(engine)) => write!(f, "{vcpu}, because {engine}")?,
+            (Some(vcpu), None) => write!(f, "{vcpu}")?,
+            (None, Some(engine)) => write!(f, "the guest's memory could not be loaded: {engine}")?,
+            (None, None) => f.write_str("the guest can't go on")?,
+        }
+        match (self.guest, self.vcpu.as_deref()) {
+            (Some(_), Some(VcpuError::PageFailed { guest: Some(_), .. })) | (None, _) => Ok(()),
+            (Some(guest), _) => write!(f, " (guest-physical {guest})"),
+        }
+    }
+}
+
+impl std::error::Error for VmError {}
+
+impl Vm {
+    pub(crate) fn new(vcpus: Vcpus, engine: Option<Engine>, report: RestoreReport) -> Vm {
+        Vm { vcpus: Some(vcpus), engine, report }
+    }
+
+    /// The vCPUs: to stop them, let them run, and look at them.
+    ///
+    /// # Panics
+    /// Never: they are there until the end.
+    #[must_use]
+    pub fn vcpus(&self) -> &Vcpus {
+        self.vcpus.as_ref().unwrap_or_else(|| unreachable!("the vCPUs are there until the end"))
+    }
+
+    /// The engine, if the memory comes on demand. Complete or not, it stays until the end.
+    #[must_use]
+    pub fn engine(&self) -> Option<&Engine> {
+        self.engine.as_ref()
+    }
+
+    /// How it was restored.
+    #[must_use]
+    pub fn report(&self) -> &RestoreReport {
+        &self.report
+    }
+
+    /// Why the guest can't go on, if it can't.
+    #[must_use]
+    pub fn failure(&self) -> Option<VmError> {
+        let vcpu = self.vcpus().failure();
+        let engine = self.engine.as_ref().and_then(Engine::outcome).and_then(Result::err);
+        if vcpu.is_none() && engine.is_none() {
+            return None;
+        }
+        let of_vcpu = match vcpu.as_deref() {
+            Some(VcpuError::PageFailed { guest, .. }) => *guest,
+            _ => None,
+        };
+        let of_engine = || match &engine {
+            Some(EngineError::Source { run, .. }) => self.report.place(self.vcpus().ram(), *run),
+            Some(EngineError::Install { at, .. }) => self.vcpus().ram().to_guest(*at),
+            _ => None,
+        };
+        let guest = of_vcpu.or_else(of_engine);
+        Some(VmError { vcpu, engine: engine.map(Box::new), guest })
+    }
+
+    /// Asks all vCPUs to stop; see [`Vcpus::pause`].
+    ///
+    /// # Errors
+    /// If they do not stop in time, or one of them has failed.
+    pub fn pause(&self, limit: Duration) -> Result<(), StopError> {
+        self.vcpus().pause(limit)
+    }
+
+    /// Lets all vCPUs run.
+    pub fn resume(&self) {
+        self.vcpus().resume();
+    }
+
+    /// Waits until all memory is there, for a limited time; `false` if it is not yet.
+    ///
+    /// # Errors
+    /// If it could not be loaded.
+    pub fn wait_complete(&self, limit: Duration) -> Result<bool, VmError> {
+        let outcome = self.engine.as_ref().map(|engine| engine.wait_for(limit));
+        match outcome {
+            None | Some(Some(Ok(_))) => Ok(true),
+            Some(None) => Ok(false),
+            Some(Some(Err(error))) => {
+                Err(self.failure().unwrap_or(VmError { vcpu: None, engine: Some(Box::new(error)), guest: None }))
+            }
+        }
+    }
+
+    /// Stops the vCPUs and saves everything; see [`save`](crate::save()).
+    ///
+    /// # Errors
+    /// If memory is still missing, or anything fails.
+    pub fn save(&self, host: &Host, path: &Path, options: &SaveOptions) -> Result<Saved, SaveError> {
+        if self.engine.as_ref().is_some_and(|engine| !matches!(engine.outcome(), Some(Ok(_)))) {
+            return Err(SaveError::Loading);
+        }
+        save(self.vcpus(), host, path, options)
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        if let Some(vcpus) = &self.vcpus {
+            vcpus.begin_end();
+        }
+        self.engine = None;
+        self.vcpus = None;
+    }
+}
