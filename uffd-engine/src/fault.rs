@@ -63,7 +63,9 @@ impl Core {
     /// Brings what a fault needs. `true` if whoever waited goes on already.
     fn serve(&self, origin: &Origin, place: Place, minor: bool, again: bool) -> bool {
         let area = &self.areas[place.area];
-        if minor {
+        // A granule whose pages are being gathered in the file is as good as missing until they are all there.
+        let gathering = || area.region.alias.is_some() && self.staging.gathering(place);
+        if minor && !(area.states.get(place.granule).state == State::Missing && gathering()) {
             return self.serve_cached(place);
         }
         loop {
@@ -201,11 +203,6 @@ impl Core {
         let _gate = self.installing();
         match entry.state {
             State::InFlight => true,
-            // Its pages are being gathered in the file; it is mapped when they are all there.
-            State::Missing if self.staging.gathering(place) => {
-                states.request(place.granule, true);
-                false
-            }
             State::Missing | State::Zero | State::Removed
                 if states.claim(place.granule) || states.claim_zero(place.granule) =>
             {
