@@ -1,6 +1,10 @@
 //! The subcommands, one file each.
 
 pub(crate) mod inspect;
+pub(crate) mod load;
+pub(crate) mod recover;
+pub(crate) mod serve;
+pub(crate) mod serving;
 
 /// Why a command failed: shown as one line.
 pub(crate) type Failure = Box<dyn std::error::Error>;

@@ -22,11 +22,15 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Command {
     Inspect(commands::inspect::Inspect),
+    Load(Box<commands::load::Load>),
+    Serve(Box<commands::serve::Serve>),
 }
 
 fn main() -> ExitCode {
     let done = match Arguments::parse().command {
         Command::Inspect(inspect) => inspect.run(),
+        Command::Load(load) => load.run(),
+        Command::Serve(serve) => serve.run(),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

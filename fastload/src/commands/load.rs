@@ -1,0 +1,117 @@
+//! `fastload load`: everything that is to be done to a QEMU that was started with `-incoming defer`.
+
+mod check;
+mod qemu;
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use fastload_qmp::Qmp;
+use page_source::postcopy::{Options, Phase};
+use serde_json::json;
+
+pub(crate) use self::qemu::Waiting;
+use super::serving::{self, Image};
+use crate::commands::Failure;
+use crate::output;
+
+/// How long QEMU may take for one QMP command.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Load a snapshot into a QEMU in milliseconds: its guest runs at once and gets its memory as it needs it.
+///
+/// The QEMU has been started with the same options as the one that was saved, and `-incoming defer`; any version with
+/// postcopy will do. Machine type, RAM and devices are compared first.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:
+  qemu-system-x86_64 ... -incoming defer -qmp unix:/run/vm.qmp,server=on,wait=off &
+  fastload load vm.snap --qmp /run/vm.qmp
+
+If `fastload load` is killed after the guest was started, the guest waits for the pages it misses, until:
+  fastload load vm.snap --qmp /run/vm.qmp --recover
+Ctrl-C once the guest runs sends the rest, then ends; a second Ctrl-C leaves at once.")]
+pub(crate) struct Load {
+    /// A file that QEMU saved with the capability mapped-ram.
+    snapshot: PathBuf,
+    /// QEMU's QMP socket, which no other program may hold meanwhile.
+    #[arg(long, value_name = "PATH")]
+    qmp: PathBuf,
+    /// Leave the guest paused.
+    #[arg(long, conflicts_with = "recover")]
+    paused: bool,
+    /// Send only what the guest asks for, until Ctrl-C.
+    #[arg(long)]
+    no_background: bool,
+    /// Answer requests on a second connection (QEMU 8.0 and later).
+    #[arg(long, conflicts_with = "recover")]
+    preempt: bool,
+    /// Go on after a crash: bring a started guest the pages it still misses.
+    #[arg(long)]
+    recover: bool,
+    /// Print the figures as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+impl Load {
+    pub(crate) fn run(&self) -> Result<(), Failure> {
+        let begun = Instant::now();
+        let image = Image::open(&self.snapshot)?;
+        let mut qmp = Qmp::connect(&self.qmp, PATIENCE)?;
+        let blocks = check::fits(&mut qmp, &image.snapshot, &self.snapshot)?;
+        let mut waiting = if self.recover {
+            super::recover::listen(&mut qmp, &self.qmp)?
+        } else {
+            Waiting::listen(&mut qmp, &self.qmp, self.preempt, self.paused || !check::ran(&image.snapshot)?)?
+        };
+        let mut options = Options::default();
+        options.background = !self.no_background;
+        options.preempt = waiting.preempt;
+        let server = image.server(&blocks, options)?;
+        let recover =
+            format!("fastload load {} --qmp {} --recover", serving::quoted(&self.snapshot), serving::quoted(&self.qmp));
+        let connecting = Instant::now();
+        let paused = waiting.paused;
+        let mut running: Option<Instant> = None;
+        let served = serving::attend(&image, server, &waiting.address.clone(), self.recover, &recover, |control| {
+            if self.recover {
+                return Ok(false);
+            }
+            // If QEMU goes away the server finds out itself, and says it better.
+            if let Ok(Some(event)) = waiting.qmp.wait_event(&["RESUME"], serving::MOMENT) {
+                running = Some(event.seen);
+            } else if paused && control.progress().phase >= Phase::Started {
+                running = Some(Instant::now());
+            }
+            if running.is_some() && !self.json {
+                let what = if paused { "loaded (paused)" } else { "running" };
+                serving::note(&format!("{what} after {:.1} ms", begun.elapsed().as_secs_f64() * 1e3));
+            }
+            Ok(running.is_none())
+        });
+        if !self.recover && running.is_none() && served.is_ok() {
+            // All was over before we looked.
+            running = waiting.qmp.wait_event(&["RESUME"], Duration::ZERO)?.map(|event| event.seen);
+        }
+        let said = waiting.finish(served.is_ok());
+        let report = served.map_err(|failure| match &said {
+            Ok(Some(why)) => format!("{failure}. QEMU says: {why}").into(),
+            _ => failure,
+        })?;
+        said?;
+        if self.json {
+            let mut figures = serving::figures(&report);
+            let since = |from: Instant| running.map(|at| serving::micros(at.saturating_duration_since(from)));
+            let state = if paused { "paused" } else { "running" };
+            figures["running_us"] = json!(since(begun).filter(|_| !paused));
+            figures["loaded_us"] = json!(report.to_started.map(|to| serving::micros(connecting - begun + to)));
+            figures["connect_to_running_us"] = json!(since(connecting).filter(|_| !paused));
+            figures["complete_us"] = json!(serving::micros(connecting - begun + report.to_complete));
+            figures["state"] = json!(state);
+            figures["preempt"] = json!(waiting.preempt);
+            figures["recovered"] = json!(self.recover);
+            return Ok(output::print(&format!("{figures}\n"))?);
+        }
+        Ok(output::print(&serving::summary(&report))?)
+    }
+}

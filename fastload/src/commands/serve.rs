@@ -1,0 +1,87 @@
+//! `fastload serve`: feeds a QEMU that waits for a migration.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+
+use page_source::postcopy::{Address, Options, Phase};
+use page_units::PageSize;
+use serde_json::json;
+
+use super::serving::{self, Image};
+use crate::commands::Failure;
+use crate::{output, parse};
+
+/// Feed a waiting QEMU from a snapshot: its guest runs at once and gets its memory as it needs it.
+///
+/// The QEMU has been started with the same machine type, RAM and devices as the one that was saved, with the migration
+/// capability postcopy-ram on and mapped-ram off, and listens at ADDRESS. `fastload load` does all of that itself.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:
+  qemu-system-x86_64 ... -global migration.x-postcopy-ram=on -incoming unix:/run/vm.in &
+  fastload serve vm.snap --to unix:/run/vm.in
+
+After a crash of `fastload serve` the guest waits. Tell its QEMU through QMP where to listen, and go on:
+  {\"execute\": \"migrate-recover\", \"arguments\": {\"uri\": \"unix:/run/vm.in2\"}}
+  fastload serve vm.snap --to unix:/run/vm.in2 --recover")]
+pub(crate) struct Serve {
+    /// A file that QEMU saved with the capability mapped-ram.
+    snapshot: PathBuf,
+    /// Where QEMU listens: unix:PATH or tcp:HOST:PORT.
+    #[arg(long, value_name = "ADDRESS")]
+    to: Address,
+    /// Send only what the guest asks for, until Ctrl-C.
+    #[arg(long)]
+    no_background: bool,
+    /// Answer requests on a second connection. QEMU has the capability postcopy-preempt on.
+    #[arg(long)]
+    preempt: bool,
+    /// Go on where another server was cut off.
+    #[arg(long)]
+    recover: bool,
+    /// A RAM block that QEMU backs with pages of another size than 4 KiB, e.g. pc.ram=2M.
+    #[arg(long, value_name = "BLOCK=SIZE", value_parser = page_size)]
+    page_size: Vec<(String, PageSize)>,
+    /// Print the figures as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+impl Serve {
+    pub(crate) fn run(&self) -> Result<(), Failure> {
+        let image = Image::open(&self.snapshot)?;
+        if let Some((name, _)) = self.page_size.iter().find(|(name, _)| image.snapshot.layout().find(name).is_none()) {
+            return Err(format!("{}: it has no RAM block \"{name}\"", self.snapshot.display()).into());
+        }
+        let page_sizes: HashMap<String, PageSize> = self.page_size.iter().cloned().collect();
+        let mut options = Options::default();
+        options.background = !self.no_background;
+        options.preempt = self.preempt;
+        let server = image.server(&page_sizes, options)?;
+        let recover = format!(
+            "(QMP migrate-recover, then) fastload serve {} --to ADDRESS --recover{}",
+            serving::quoted(&self.snapshot),
+            if self.preempt { " --preempt" } else { "" },
+        );
+        let mut told = self.json || self.recover;
+        let report = serving::attend(&image, server, &self.to, self.recover, &recover, |control| {
+            std::thread::park_timeout(serving::MOMENT);
+            if !told && control.progress().phase >= Phase::Started {
+                told = true;
+                serving::note("the devices are loaded; the guest runs, unless QEMU was started with -S");
+            }
+            Ok(!told)
+        })?;
+        if self.json {
+            let mut figures = serving::figures(&report);
+            figures["started_us"] = json!(report.to_started.map(serving::micros));
+            return Ok(output::print(&format!("{figures}\n"))?);
+        }
+        Ok(output::print(&serving::summary(&report))?)
+    }
+}
+
+fn page_size(text: &str) -> Result<(String, PageSize), String> {
+    let (block, size) = text.rsplit_once('=').ok_or("expected BLOCK=SIZE, e.g. pc.ram=2M")?;
+    let size = PageSize::new(parse::bytes(size)?).ok_or("a page size is a power of two, and at least 4k")?;
+    Ok((block.to_owned(), size))
+}

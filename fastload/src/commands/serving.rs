@@ -1,0 +1,176 @@
+//! What `serve` and `load` have in common: cutting a snapshot into a stream, and watching a server at work.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use mapped_ram::Snapshot;
+use page_source::MappedRam;
+use page_source::postcopy::{Address, Control, Opening, Options, Phase, Report, ServeError, Server};
+use page_units::PageSize;
+use serde_json::{Value, json};
+use vmstate::{IGNORE_SHARED, SectionKind};
+
+use super::Failure;
+
+/// How often the progress bar moves.
+const TICK: Duration = Duration::from_millis(50);
+
+/// How long to wait for something that is about to happen, before looking elsewhere.
+pub(crate) const MOMENT: Duration = Duration::from_millis(10);
+
+/// A snapshot that can be served.
+#[derive(Debug)]
+pub(crate) struct Image {
+    pub(crate) snapshot: Arc<Snapshot>,
+    pub(crate) source: Arc<MappedRam>,
+    pub(crate) opening: Opening,
+}
+
+impl Image {
+    pub(crate) fn open(path: &Path) -> Result<Image, Failure> {
+        let snapshot = Arc::new(Snapshot::open(path)?);
+        let configuration = snapshot.configuration().clone();
+        if configuration.has_capability(IGNORE_SHARED) {
+            let path = path.display();
+            return Err(format!("{path}: it was saved with x-ignore-shared: the guest's shared memory is not in it, so it can't be served").into());
+        }
+        let mut early = Vec::new();
+        let before_ram = snapshot.sections().iter().take_while(|section| section.name != "ram");
+        for section in before_ram.filter(|section| section.kind == SectionKind::Full) {
+            early.extend(snapshot.read(section.range.clone())?);
+        }
+        let devices = snapshot.read(snapshot.device_state())?;
+        let source = Arc::new(MappedRam::new(Arc::clone(&snapshot))?);
+        Ok(Image { snapshot, source, opening: Opening { configuration, early, devices } })
+    }
+
+    pub(crate) fn server(&self, page_sizes: &HashMap<String, PageSize>, options: Options) -> Result<Server, Failure> {
+        let source: Arc<MappedRam> = Arc::clone(&self.source);
+        Ok(Server::new(source, page_sizes, options)?)
+    }
+
+    fn stored_pages(&self) -> u64 {
+        // Only for the length of a progress bar.
+        let pages = |(id, _)| self.snapshot.stored_pages(id).map_or(0, |pages| pages.0);
+        self.snapshot.layout().iter().map(pages).sum()
+    }
+}
+
+/// Runs a server to its end, with a progress bar. Meanwhile `look` is called until it has seen enough; it waits for a
+/// moment itself.
+pub(crate) fn attend(
+    image: &Image,
+    server: Server,
+    to: &Address,
+    resume: bool,
+    recover: &str,
+    mut look: impl FnMut(&Control) -> Result<bool, Failure>,
+) -> Result<Report, Failure> {
+    let control = server.control();
+    interrupts(control.clone(), recover.to_owned())?;
+    let me = std::thread::current();
+    std::thread::scope(|scope| {
+        let serving = scope.spawn(|| {
+            let served = if resume { server.resume(to) } else { server.start(to, &image.opening) };
+            me.unpark();
+            served
+        });
+        let mut bar: Option<ProgressBar> = None;
+        let mut looked = Ok(true);
+        while !serving.is_finished() {
+            match looked {
+                Ok(true) => looked = look(&control),
+                _ => std::thread::park_timeout(TICK),
+            }
+            let progress = control.progress();
+            if progress.phase >= Phase::Started {
+                let bar = bar.get_or_insert_with(|| new_bar(image.stored_pages() * 4096));
+                let done = progress.demand.0 + progress.background.0 + progress.received_before.0;
+                bar.set_position(done * 4096);
+                bar.set_message(format!("{} pages on demand", progress.demand.0));
+            }
+        }
+        if let Some(bar) = bar {
+            bar.finish_and_clear();
+        }
+        let served = serving.join().map_err(|_| Failure::from("the server failed in an unforeseen way"))?;
+        looked.and(served.map_err(|error| explain(&error, recover)))
+    })
+}
+
+fn new_bar(total: u64) -> ProgressBar {
+    let bar = ProgressBar::new(total);
+    let template = "{bar:40} {bytes} of {total_bytes}, {bytes_per_sec}, {msg}";
+    bar.set_style(ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()));
+    bar
+}
+
+/// The first Ctrl-C sends the rest, the second leaves.
+fn interrupts(control: Control, recover: String) -> Result<(), Failure> {
+    let before = AtomicBool::new(false);
+    let handler = move || {
+        let again = before.swap(true, Ordering::SeqCst);
+        if again || control.progress().phase < Phase::Started {
+            control.stop();
+        } else {
+            control.drain();
+            note(&format!("sending the rest; Ctrl-C again leaves the guest waiting, until: {recover}"));
+        }
+    };
+    Ok(ctrlc::set_handler(handler)?)
+}
+
+/// What an error means for the guest.
+pub(crate) fn explain(error: &ServeError, recover: &str) -> Failure {
+    if error.is_recoverable() {
+        return format!("{error}. The guest is not lost: it waits for the pages it misses, until: {recover}").into();
+    }
+    format!("{error}. The guest was not started; QEMU ends then, and its standard error says more").into()
+}
+
+/// The figures of a report, for `--json`.
+pub(crate) fn figures(report: &Report) -> Value {
+    let progress = &report.progress;
+    json!({
+        "complete_us": micros(report.to_complete),
+        "requested_pages": progress.requested.0,
+        "demand_pages": progress.demand.0,
+        "background_pages": progress.background.0,
+        "zero_pages": progress.zero.0,
+        "received_before_pages": progress.received_before.0,
+        "sent_bytes": report.sent.0,
+    })
+}
+
+pub(crate) fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// The same figures for people.
+pub(crate) fn summary(report: &Report) -> String {
+    let progress = &report.progress;
+    format!(
+        "complete after {:.1} ms: {} pages on demand, {} in the background, {} zero pages asked for; {} sent\n",
+        report.to_complete.as_secs_f64() * 1e3,
+        progress.demand.0,
+        progress.background.0,
+        progress.zero.0,
+        indicatif::HumanBytes(report.sent.0),
+    )
+}
+
+/// A word of a command line, quoted if a shell would cut it.
+pub(crate) fn quoted(path: &Path) -> String {
+    let text = path.display().to_string();
+    let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+=:@%,".contains(c);
+    if !text.is_empty() && text.chars().all(plain) { text } else { format!("'{}'", text.replace('\'', r"'\''")) }
+}
+
+/// Something that people want to know, beside the result.
+pub(crate) fn note(text: &str) {
+    eprintln!("fastload: {text}");
+}
