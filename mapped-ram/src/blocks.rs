@@ -30,11 +30,11 @@ pub(crate) struct Format {
     pub(crate) size: FileOffset,
 }
 
-pub(crate) fn check_total(total: ByteLen) -> Result<(), OpenErrorKind> {
+pub(crate) fn check_total(at: FileOffset, total: ByteLen) -> Result<(), OpenErrorKind> {
     if total <= MAX_RAM {
         return Ok(());
     }
-    Err(OpenErrorKind::TooLarge { what: "the RAM blocks together", length: total, limit: MAX_RAM })
+    Err(OpenErrorKind::TooLarge { at, what: "the RAM blocks together", length: total, limit: MAX_RAM })
 }
 
 impl Format {
@@ -51,7 +51,7 @@ impl Format {
         if length.0 == 0 {
             return Err(invalid("it is empty".to_owned()));
         }
-        let ram = RamBlock::new(name.clone(), length, PageSize::SMALL)?;
+        let ram = RamBlock::new(name.clone(), length, PageSize::SMALL).map_err(|error| invalid(error.to_string()))?;
         let header = BlockHeader::read(from)?;
         if header.version != HEADER_VERSION {
             return Err(invalid(format!("version {} of the header, only version 1 is known", header.version)));

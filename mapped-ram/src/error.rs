@@ -87,6 +87,15 @@ pub enum OpenErrorKind {
     /// There is no RAM in it.
     #[error("the stream has no \"ram\" section")]
     NoRam,
+    /// The device state is not described, so that nothing tells whether it is all there.
+    #[error(
+        "the file ends at offset {size} without the description of its device state: it was truncated, is still being \
+         written, or was saved by a machine type with suppress-vmdesc"
+    )]
+    NoDescription {
+        /// Where the file ends.
+        size: FileOffset,
+    },
     /// A section whose length nothing tells.
     #[error("at offset {at}: the length of section \"{name}\" is not known: no description of the device state has it")]
     UnknownSection {
@@ -96,8 +105,10 @@ pub enum OpenErrorKind {
         name: String,
     },
     /// More than anything real has.
-    #[error("{what}: {length} bytes, more than the limit of {limit}")]
+    #[error("at offset {at}: {what}: {length} bytes, more than the limit of {limit}")]
     TooLarge {
+        /// Where.
+        at: FileOffset,
         /// What.
         what: &'static str,
         /// How long it is.

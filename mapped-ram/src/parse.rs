@@ -156,7 +156,7 @@ impl<'a> Parser<'a> {
             let what = "the RAM section does not begin with its list of blocks".to_owned();
             return Err(StreamError::Invalid { at, what }.into());
         };
-        blocks::check_total(total)?;
+        blocks::check_total(at, total)?;
         let addresses = self.parts.configuration.has_capability(IGNORE_SHARED);
         let format = Format { addresses, size: self.size };
         let mut left = total;
@@ -257,8 +257,12 @@ impl<'a> Parser<'a> {
         Ok(true)
     }
 
-    /// Device state without a description: it can only be told where it is, if the file ends with the end mark.
+    /// Device state without a description: nothing tells whether it is complete. For a look at a damaged file it is
+    /// taken for complete if the file ends with the end mark.
     fn undescribed(&mut self) -> Result<(), OpenErrorKind> {
+        if !self.damaged {
+            return Err(OpenErrorKind::NoDescription { size: self.size });
+        }
         let last = FileOffset(self.size.0.saturating_sub(1));
         if last < self.reader.position() {
             return Err(StreamError::Truncated { at: self.size, what: "the state of the devices" }.into());

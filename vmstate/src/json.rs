@@ -71,7 +71,11 @@ impl<'de> Visitor<'de> for Seed<'_> {
         Ok(Json::Float)
     }
 
-    fn visit_str<E>(self, value: &str) -> Result<Json, E> {
+    fn visit_str<E: de::Error>(self, value: &str) -> Result<Json, E> {
+        // Names are shown to people.
+        if value.chars().any(char::is_control) {
+            return Err(E::custom("a control character in a text"));
+        }
         Ok(Json::Text(value.to_owned()))
     }
 

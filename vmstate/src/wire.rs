@@ -128,13 +128,13 @@ impl<R: Read> Wire<R> {
         Ok(())
     }
 
-    /// A string of a known length.
+    /// A string of a known length, without control characters: it will be shown to people.
     pub(crate) fn string(&mut self, length: u64, limit: u64, what: &'static str) -> Result<String, StreamError> {
         let at = self.position();
         let bytes = self.vec(length, limit, what)?;
         String::from_utf8(bytes)
             .ok()
-            .filter(|text| !text.contains('\0'))
+            .filter(|text| !text.chars().any(char::is_control))
             .ok_or_else(|| StreamError::Invalid { at, what: format!("{what} is not text") })
     }
 
