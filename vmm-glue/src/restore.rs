@@ -1,20 +1,21 @@
 //! Restoring a machine from a snapshot file: eagerly, or on demand.
 
+use std::fmt;
 use std::io;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use kvm_ioctls::Kvm;
 use mapped_ram::{OpenError, Snapshot};
 use page_source::{MappedRam, PageSource, PumpError, PumpOptions, SourceError, pump};
-use uffd_engine::{Backing, Builder, Engine, StartError};
+use uffd_engine::{Backing, Builder, Engine, Event, StartError};
 
 use crate::memory::{GuestRam, MemoryError, RamSpec};
 use crate::ram_sink::RamSink;
 use crate::report::{Mode, RestoreReport, Step};
 use crate::state::{Host, MachineState, StateError};
-use crate::{Bus, Machine, MachineConfig, MachineError, VcpuOptions, Vcpus, Vm, blueprint};
+use crate::{Bus, Machine, MachineConfig, MachineError, StopHandle, VcpuOptions, Vcpus, Vm, blueprint};
 
 /// A snapshot that this host can continue: opened, read but for its memory, and checked. Nothing has been started.
 #[derive(Debug)]
@@ -65,12 +66,24 @@ pub struct RestoreOptions {
     pub vcpus: VcpuOptions,
     /// How many threads load, when all is loaded before.
     pub eager_threads: usize,
+    /// Told what the engine tells.
+    pub observer: Option<Observer>,
+}
+
+/// Is told of an engine's events, on its supervising thread.
+#[derive(Clone)]
+pub struct Observer(Arc<dyn Fn(&Event) + Send + Sync>);
+
+impl fmt::Debug for Observer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Observer").finish_non_exhaustive()
+    }
 }
 
 impl Default for RestoreOptions {
     /// Anonymous memory, running at once, one thread.
     fn default() -> RestoreOptions {
-        RestoreOptions { backing: Backing::Anonymous, vcpus: VcpuOptions::default(), eager_threads: 1 }
+        RestoreOptions { backing: Backing::Anonymous, vcpus: VcpuOptions::default(), eager_threads: 1, observer: None }
     }
 }
 
@@ -86,6 +99,13 @@ impl RestoreOptions {
     #[must_use]
     pub fn with_vcpus(mut self, vcpus: VcpuOptions) -> RestoreOptions {
         self.vcpus = vcpus;
+        self
+    }
+
+    /// `observer` is told what the engine tells: first fault, completion, failure.
+    #[must_use]
+    pub fn with_observer(mut self, observer: impl Fn(&Event) + Send + Sync + 'static) -> RestoreOptions {
+        self.observer = Some(Observer(Arc::new(observer)));
         self
     }
 
@@ -176,7 +196,8 @@ impl SavedVm {
     }
 
     /// Starts an engine that brings memory when it is touched, and lets the guest run at once. `configure` sets up the
-    /// engine: handlers, background, observer.
+    /// engine: handlers, background, and so on, but not its observer: that is [`RestoreOptions::with_observer`]'s, since
+    /// the vCPUs are stopped as soon as the engine fails.
     ///
     /// The engine serves before any device state is loaded, since that touches guest memory.
     ///
@@ -195,9 +216,25 @@ impl SavedVm {
         let regions = ram.regions(self.source.layout())?;
         clock.done(Step::Memory);
         let builder = Engine::builder().regions(regions).source(Arc::clone(&self.source));
-        let engine = configure(builder).start()?;
+        let stop = Arc::new(OnceLock::<StopHandle>::new());
+        let (stopper, observer) = (Arc::clone(&stop), options.observer.clone());
+        let builder = configure(builder).observer(move |event| {
+            if let (Event::Failed(_), Some(stop)) = (event, stopper.get()) {
+                stop.stop();
+            }
+            if let Some(Observer(observer)) = &observer {
+                observer(event);
+            }
+        });
+        let engine = builder.start()?;
         clock.done(Step::Pages);
-        self.start(kvm, host, bus, options, ram, Some(engine), Mode::OnDemand, clock)
+        let vm = self.start(kvm, host, bus, options, ram, Some(engine), Mode::OnDemand, clock)?;
+        let handle = stop.get_or_init(|| vm.vcpus().stop_handle());
+        if matches!(vm.engine().and_then(Engine::outcome), Some(Err(_))) {
+            // It failed before it knew whom to stop.
+            handle.stop();
+        }
+        Ok(vm)
     }
 
     #[expect(clippy::too_many_arguments, reason = "the common end of two functions")]

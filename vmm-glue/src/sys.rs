@@ -6,8 +6,6 @@
 use std::io;
 use std::mem::{MaybeUninit, size_of};
 use std::os::fd::AsRawFd;
-use std::os::unix::thread::JoinHandleExt;
-use std::thread::JoinHandle;
 
 use kvm_bindings::{
     KVM_API_VERSION, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, kvm_device_attr, kvm_irqchip, kvm_sregs2,
@@ -173,10 +171,11 @@ pub(crate) fn set_signal_mask(vcpu: &VcpuFd, blocked: &Signals, let_in: &[i32]) 
     Ok(())
 }
 
-/// Sends `signal` to a thread that has it blocked.
-pub(crate) fn kick(thread: &JoinHandle<()>, signal: i32) {
-    // SAFETY: a handle that was not joined names an existing thread, even one that has ended.
-    unsafe { libc::pthread_kill(thread.as_pthread_t(), signal) };
+/// Sends `signal` to the thread of this process, which exists and has it blocked.
+pub(crate) fn kick(thread: i32, signal: i32) {
+    let process = nix::unistd::getpid().as_raw();
+    // SAFETY: only numbers are passed, and a signal is taken by its thread with `sigtimedwait`.
+    unsafe { libc::syscall(libc::SYS_tgkill, process, thread, signal) };
 }
 
 /// Whether the byte of this process at `address` can be read, asked of the kernel: no signal when it can't.

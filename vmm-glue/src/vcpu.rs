@@ -12,4 +12,4 @@ mod run;
 
 pub use bus::{Bus, Next};
 pub use exit::{FailedPage, VcpuError};
-pub use group::{StopError, VcpuOptions, Vcpus};
+pub use group::{StopError, StopHandle, VcpuOptions, Vcpus};

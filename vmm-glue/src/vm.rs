@@ -55,6 +55,18 @@ impl fmt::Display for VmError {
 
 impl std::error::Error for VmError {}
 
+/// Why a guest did not stop, or can't go on.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum VmStopError {
+    /// The guest can't go on.
+    #[error(transparent)]
+    Failed(Box<VmError>),
+    /// vCPUs did not stop in time.
+    #[error(transparent)]
+    Stop(StopError),
+}
+
 impl Vm {
     pub(crate) fn new(vcpus: Vcpus, engine: Option<Engine>, report: RestoreReport) -> Vm {
         Vm { vcpus: Some(vcpus), engine, report }
@@ -102,12 +114,30 @@ impl Vm {
         Some(VmError { vcpu, engine: engine.map(Box::new), guest })
     }
 
-    /// Asks all vCPUs to stop; see [`Vcpus::pause`].
+    /// Asks all vCPUs to stop, and waits until they have; see [`Vcpus::pause`].
     ///
     /// # Errors
-    /// If they do not stop in time, or one of them has failed.
-    pub fn pause(&self, limit: Duration) -> Result<(), StopError> {
-        self.vcpus().pause(limit)
+    /// If they do not stop in time, or the guest can't go on.
+    pub fn pause(&self, limit: Duration) -> Result<(), VmStopError> {
+        self.vcpus().stop_handle().stop();
+        self.wait_stopped(limit)
+    }
+
+    /// Waits until no vCPU runs any more: a device has stopped each, or the guest can't go on.
+    ///
+    /// # Errors
+    /// If they do not stop in time, or the guest can't go on.
+    pub fn wait_stopped(&self, limit: Duration) -> Result<(), VmStopError> {
+        let stopped = self.vcpus().wait_stopped(limit);
+        if let (Some(engine), Err(StopError::Failed(_))) = (&self.engine, &stopped) {
+            // Its reason is the better one, and about to be known if it is not yet.
+            engine.wait_for(Duration::from_millis(100));
+        }
+        match (self.failure(), stopped) {
+            (Some(failure), _) => Err(VmStopError::Failed(Box::new(failure))),
+            (None, Err(error)) => Err(VmStopError::Stop(error)),
+            (None, Ok(())) => Ok(()),
+        }
     }
 
     /// Lets all vCPUs run.
@@ -119,13 +149,14 @@ impl Vm {
     ///
     /// # Errors
     /// If it could not be loaded.
-    pub fn wait_complete(&self, limit: Duration) -> Result<bool, VmError> {
+    pub fn wait_complete(&self, limit: Duration) -> Result<bool, Box<VmError>> {
         let outcome = self.engine.as_ref().map(|engine| engine.wait_for(limit));
         match outcome {
             None | Some(Some(Ok(_))) => Ok(true),
             Some(None) => Ok(false),
             Some(Some(Err(error))) => {
-                Err(self.failure().unwrap_or(VmError { vcpu: None, engine: Some(Box::new(error)), guest: None }))
+                let unknown = VmError { vcpu: None, engine: Some(Box::new(error)), guest: None };
+                Err(Box::new(self.failure().unwrap_or(unknown)))
             }
         }
     }

@@ -68,6 +68,12 @@ pub enum VcpuError {
         /// The kind of the exit, and what KVM told of it.
         what: String,
     },
+    /// A device of the bus panicked in the vCPU's thread.
+    #[error("the thread of vCPU {vcpu} has panicked")]
+    Panicked {
+        /// The vCPU.
+        vcpu: u32,
+    },
     /// `KVM_RUN` failed.
     #[error("KVM_RUN on vCPU {vcpu} failed: {error}")]
     Run {

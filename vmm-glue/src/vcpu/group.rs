@@ -2,8 +2,8 @@
 
 use std::fmt;
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -56,11 +56,56 @@ pub(super) struct Group {
     pub(super) changed: Condvar,
     /// Somebody wants something other than running: looked at after each exit.
     pub(super) attention: AtomicBool,
+    /// What interrupts a vCPU.
+    kick_signal: i32,
 }
 
 pub(super) struct Entry {
     pub(super) wanted: Wanted,
     pub(super) phase: Phase,
+    /// The thread, from when it has its signals under control until just before it ends.
+    pub(super) thread: Option<i32>,
+}
+
+impl Group {
+    /// Changes what all vCPUs are to do, and interrupts those that are in `KVM_RUN`.
+    pub(super) fn want(&self, wanted: Wanted) {
+        let mut table = self.table.lock();
+        for entry in table.iter_mut().filter(|entry| entry.wanted != Wanted::End) {
+            entry.wanted = wanted;
+        }
+        self.attention.store(wanted != Wanted::Run, Ordering::SeqCst);
+        self.changed.notify_all();
+        if wanted != Wanted::Run {
+            self.kick(&table);
+        }
+    }
+
+    /// Interrupts all vCPUs. The table is locked, so no thread ends meanwhile.
+    pub(super) fn kick(&self, table: &[Entry]) {
+        table.iter().filter_map(|entry| entry.thread).for_each(|thread| sys::kick(thread, self.kick_signal));
+    }
+}
+
+/// Asks a machine's vCPUs to stop, from anywhere, without waiting. Does not keep the machine alive.
+#[derive(Clone)]
+pub struct StopHandle {
+    group: Weak<Group>,
+}
+
+impl fmt::Debug for StopHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("StopHandle").finish_non_exhaustive()
+    }
+}
+
+impl StopHandle {
+    /// Asks all vCPUs to stop, as [`Vcpus::pause`] does, but does not wait.
+    pub fn stop(&self) {
+        if let Some(group) = self.group.upgrade() {
+            group.want(Wanted::Pause);
+        }
+    }
 }
 
 /// Why vCPUs did not stop.
@@ -107,11 +152,12 @@ impl Vcpus {
     pub fn start(machine: Machine, bus: Arc<dyn Bus>, options: VcpuOptions) -> io::Result<Vcpus> {
         let Machine { vcpus, vm, ram, config } = machine;
         let wanted = if options.paused { Wanted::Pause } else { Wanted::Run };
-        let entry = |_: &VcpuFd| Entry { wanted, phase: Phase::Paused };
+        let entry = |_: &VcpuFd| Entry { wanted, phase: Phase::Paused, thread: None };
         let group = Arc::new(Group {
             table: Mutex::new(vcpus.iter().map(entry).collect()),
             changed: Condvar::new(),
-            attention: AtomicBool::new(false),
+            attention: AtomicBool::new(options.paused),
+            kick_signal: options.kick_signal,
         });
         let fds = vcpus.into_iter().map(|fd| Arc::new(Mutex::new(fd))).collect();
         let mut all = Vcpus { fds, threads: Vec::new(), group, options, config, vm, ram };
@@ -157,7 +203,7 @@ impl Vcpus {
     /// # Errors
     /// If they do not stop in time, or one of them has failed.
     pub fn pause(&self, limit: Duration) -> Result<(), StopError> {
-        self.want(Wanted::Pause);
+        self.group.want(Wanted::Pause);
         self.wait_stopped(limit)
     }
 
@@ -185,7 +231,7 @@ impl Vcpus {
 
     /// Lets all stopped vCPUs run. One that has failed stays as it is.
     pub fn resume(&self) {
-        self.want(Wanted::Run);
+        self.group.want(Wanted::Run);
     }
 
     /// Why a vCPU can't go on, if one can't. The others were asked to stop then.
@@ -222,23 +268,15 @@ impl Vcpus {
         state.restore(&self.vm, &vcpus, host)
     }
 
-    /// Tells all vCPUs to end, and does not wait.
-    pub(crate) fn begin_end(&self) {
-        self.want(Wanted::End);
+    /// Something to stop them with from elsewhere.
+    #[must_use]
+    pub fn stop_handle(&self) -> StopHandle {
+        StopHandle { group: Arc::downgrade(&self.group) }
     }
 
-    fn want(&self, wanted: Wanted) {
-        {
-            let mut table = self.group.table.lock();
-            for entry in table.iter_mut() {
-                entry.wanted = wanted;
-            }
-            self.group.attention.store(wanted != Wanted::Run, Ordering::SeqCst);
-            self.group.changed.notify_all();
-        }
-        if wanted != Wanted::Run {
-            self.threads.iter().for_each(|thread| sys::kick(thread, self.options.kick_signal));
-        }
+    /// Tells all vCPUs to end, and does not wait.
+    pub(crate) fn begin_end(&self) {
+        self.group.want(Wanted::End);
     }
 }
 
@@ -255,7 +293,7 @@ fn failure(table: &[Entry]) -> Option<Arc<VcpuError>> {
 
 impl Drop for Vcpus {
     fn drop(&mut self) {
-        self.want(Wanted::End);
+        self.group.want(Wanted::End);
         for thread in self.threads.drain(..) {
             if thread.join().is_err() {
                 log::error!("a vCPU's thread has panicked");

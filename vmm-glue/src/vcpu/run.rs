@@ -31,6 +31,7 @@ pub(super) struct ThreadContext {
 pub(super) fn spawn(context: ThreadContext) -> io::Result<JoinHandle<()>> {
     let (ready, is_ready) = mpsc::channel();
     let thread = Builder::new().name(format!("vcpu{}", context.vcpu)).spawn(move || {
+        let _known = Known(&context);
         let set_up = context.set_up();
         let go = set_up.is_ok();
         let told = ready.send(set_up.map(|_| ()));
@@ -42,6 +43,21 @@ pub(super) fn spawn(context: ThreadContext) -> io::Result<JoinHandle<()>> {
         Ok(Ok(())) => Ok(thread),
         Ok(Err(error)) => Err(error),
         Err(mpsc::RecvError) => Err(io::Error::other("the thread of a vCPU ended before it began")),
+    }
+}
+
+/// Takes the thread out of the table before it ends, however it does: nobody signals another one by mistake.
+struct Known<'a>(&'a ThreadContext);
+
+impl Drop for Known<'_> {
+    fn drop(&mut self) {
+        let mut table = self.0.group.table.lock();
+        let entry = &mut table[self.0.index()];
+        entry.thread = None;
+        if matches!(entry.phase, Phase::Running) {
+            entry.phase = Phase::Failed(Arc::new(VcpuError::Panicked { vcpu: self.0.vcpu }));
+        }
+        self.0.group.changed.notify_all();
     }
 }
 
@@ -57,7 +73,9 @@ impl ThreadContext {
             sched_setaffinity(Pid::from_raw(0), &set)?;
         }
         let before = Signals::of(&self.signals()).block()?;
-        sys::set_signal_mask(&self.fd.lock(), &before, &self.signals())
+        sys::set_signal_mask(&self.fd.lock(), &before, &self.signals())?;
+        self.group.table.lock()[self.index()].thread = Some(nix::unistd::gettid().as_raw());
+        Ok(())
     }
 
     /// Runs and pauses as it is told, until the end.
@@ -75,11 +93,12 @@ impl ThreadContext {
                 entry.wanted = Wanted::Pause;
             }
             if failed {
-                // The guest is broken: the others notice at their next exit.
+                // The guest is broken: the others stop as well.
                 for entry in table.iter_mut().filter(|entry| entry.wanted == Wanted::Run) {
                     entry.wanted = Wanted::Pause;
                 }
                 self.group.attention.store(true, Ordering::SeqCst);
+                self.group.kick(&table);
             }
             self.group.changed.notify_all();
         }

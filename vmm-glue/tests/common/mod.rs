@@ -2,13 +2,17 @@
 #![allow(dead_code, unreachable_pub, reason = "each test takes what it needs")]
 
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
 use kvm_ioctls::Kvm;
 use page_source::{ByteLen, GuestAddr};
 use parking_lot::Mutex;
 use testkit::guest::{GuestConfig, GuestImage, Oracle, Pattern, Privilege, Program, Signal, Walker, layout};
-use vmm_glue::{Backing, Bus, GuestRam, Machine, MachineConfig, MachineState, Next, RamSpec, VcpuOptions, Vcpus};
+use userfaultfd::{Event, Uffd, UffdBuilder};
+use vmm_glue::{
+    Backing, Bus, GuestRam, Machine, MachineConfig, MachineState, Next, Piece, RamSpec, VcpuOptions, Vcpus,
+};
 
 /// Long enough for anything here, even on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -149,4 +153,55 @@ pub fn assert_same_state(a: &MachineState, b: &MachineState) {
         assert_eq!(a.lapic.map(|lapic| lapic.regs), b.lapic.map(|lapic| lapic.regs));
     }
     assert_eq!(a, b);
+}
+
+/// Memory of a guest registered with userfaultfd.
+pub struct Registered {
+    uffd: Uffd,
+    piece: Piece,
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        self.uffd.unregister(address(&self.piece), self.piece.run.len().get()).unwrap();
+    }
+}
+
+fn address(piece: &Piece) -> *mut std::ffi::c_void {
+    std::ptr::without_provenance_mut(usize::try_from(piece.host.0).unwrap())
+}
+
+fn register(piece: &Piece, user_mode_only: bool) -> Registered {
+    let uffd = UffdBuilder::new().close_on_exec(true).non_blocking(false).user_mode_only(user_mode_only).create();
+    let uffd = uffd.unwrap();
+    discard(piece);
+    uffd.register(address(piece), piece.run.len().get()).unwrap();
+    Registered { uffd, piece: piece.clone() }
+}
+
+#[expect(unsafe_code, reason = "giving memory back has no safe wrapper")]
+fn discard(piece: &Piece) {
+    // SAFETY: the memory is a guest's, to which there are no references; it reads as zero afterwards.
+    unsafe { libc::madvise(address(piece), piece.run.len().get(), libc::MADV_DONTNEED) };
+}
+
+/// Makes a piece missing, in a way that the kernel may not wait for.
+pub fn unserved(piece: &Piece) -> Registered {
+    register(piece, true)
+}
+
+/// Makes a piece missing, tells of the first fault, and serves zeros once the second value is dropped.
+pub fn held(piece: &Piece) -> (Receiver<u64>, Sender<()>) {
+    let (tell, told) = channel();
+    let (hold, released) = channel::<()>();
+    let registered = register(piece, false);
+    std::thread::spawn(move || {
+        if let Ok(Some(Event::Pagefault { addr, .. })) = registered.uffd.read_event() {
+            tell.send(addr.addr() as u64).unwrap();
+        }
+        // Until the other end is dropped; unregistering then lets everybody go on.
+        assert!(released.recv().is_err());
+        drop(registered);
+    });
+    (told, hold)
 }

@@ -1,0 +1,252 @@
+//! A page that can't be had ends the guest with a clean error, in whatever way KVM shows it; it never becomes MMIO, and
+//! never zeros.
+
+mod common;
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use common::{PATIENCE, Rig, Signals};
+use kvm_ioctls::Kvm;
+use page_source::{
+    BlockId, End, Feed, Flow, GuestAddr, Layout, PageBytes, PageCount, PageIndex, PageRun, PageSink, PageSource,
+    SourceError, Span,
+};
+use parking_lot::Mutex;
+use testkit::guest::Privilege;
+use testkit::require;
+use uffd_engine::{Background, Event, FailurePolicy};
+use vmm_glue::{
+    Backing, FailedPage, Host, MachineConfig, RestoreOptions, SaveOptions, SavedVm, StopError, VcpuError, Vm,
+    VmStopError,
+};
+
+/// Another source without one of its pages.
+#[derive(Debug)]
+struct Without {
+    inner: Arc<dyn PageSource>,
+    page: (BlockId, PageIndex),
+}
+
+#[derive(Debug)]
+struct Gap {
+    sink: Arc<dyn PageSink>,
+    page: (BlockId, PageIndex),
+}
+
+impl PageSource for Without {
+    fn layout(&self) -> &Layout {
+        self.inner.layout()
+    }
+    fn run_at(&self, block: BlockId, first: PageIndex) -> Span {
+        self.inner.run_at(block, first)
+    }
+    fn start(&self, sink: Arc<dyn PageSink>) -> Result<Box<dyn Feed>, SourceError> {
+        self.inner.start(Arc::new(Gap { sink, page: self.page }))
+    }
+}
+
+impl PageSink for Gap {
+    fn data(&self, run: PageRun, bytes: PageBytes<'_>) -> Flow {
+        let bad = PageRun::single(self.page.0, self.page.1).intersect(run);
+        if bad.is_empty() {
+            return self.sink.data(run, bytes);
+        }
+        let (before, rest) = run.split_at(bad.first - run.first);
+        let (bad, after) = rest.split_at(PageCount(1));
+        let mut flow = ControlFlow::Continue(());
+        if !before.is_empty() {
+            flow = self.sink.data(before, bytes.slice(page_source::ByteLen(0), before.len()));
+        }
+        if flow.is_continue() {
+            flow = self.sink.failed(bad, SourceError::Injected("the page is gone".into()));
+        }
+        if flow.is_continue() && !after.is_empty() {
+            flow = self.sink.data(after, bytes.slice(before.len() + bad.len(), after.len()));
+        }
+        flow
+    }
+    fn zero(&self, run: PageRun) -> Flow {
+        self.sink.zero(run)
+    }
+    fn failed(&self, run: PageRun, error: SourceError) -> Flow {
+        self.sink.failed(run, error)
+    }
+    fn end(&self, end: End) {
+        self.sink.end(end);
+    }
+}
+
+/// A guest in the middle of its work, of which the page at `guest` can't be had any more.
+fn restored_without(
+    privilege: Privilege,
+    backing: Backing,
+    policy: FailurePolicy,
+    guest: impl FnOnce(&Rig) -> GuestAddr,
+) -> (Vm, GuestAddr, Arc<Mutex<Vec<Event>>>) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("guest.mr");
+    let rig = Rig::boot(privilege, MachineConfig::bare(1), Backing::Memfd, 250);
+    rig.step();
+    let kvm = Kvm::new().unwrap();
+    let host = Host::probe(&kvm).unwrap();
+    vmm_glue::save(&rig.vcpus, &host, &path, &SaveOptions::default()).unwrap();
+    let guest = guest(&rig);
+    let piece =
+        rig.ram.pieces().iter().find(|piece| piece.guest <= guest && (guest - piece.guest).0 < piece.run.len().0);
+    let piece = piece.unwrap();
+    let page = (piece.run.block, piece.run.first + PageCount((guest - piece.guest).0 >> 12));
+    let saved = SavedVm::open(&path, &kvm, &host).unwrap();
+    let saved = saved.with_source(|inner| Arc::new(Without { inner, page }));
+    let events = Arc::new(Mutex::new(Vec::new()));
+    let seen = Arc::clone(&events);
+    let options = RestoreOptions::default()
+        .with_backing(backing)
+        .paused()
+        .with_observer(move |event| seen.lock().push(event.clone()));
+    let bus = Arc::new(Signals::default());
+    let vm = saved
+        .restore_on_demand(&kvm, &host, bus, &options, |engine| {
+            engine.background(Background::default().paused()).on_failure(policy)
+        })
+        .unwrap();
+    (vm, guest, events)
+}
+
+/// Runs until it can't go on.
+fn run_to_failure(vm: &Vm) -> vmm_glue::VmError {
+    let begun = Instant::now();
+    loop {
+        vm.resume();
+        match vm.wait_stopped(PATIENCE) {
+            Ok(()) => assert!(begun.elapsed() < PATIENCE, "the guest did not notice"),
+            Err(VmStopError::Failed(error)) => return *error,
+            Err(other) => panic!("{other}"),
+        }
+    }
+}
+
+/// A page of the window that has content and was not visited yet.
+fn data_page(rig: &Rig) -> GuestAddr {
+    let mut walker = rig.walkers[0].clone();
+    let mut nothing = vec![0; usize::try_from(rig.image.window_len()).unwrap()];
+    for _ in 0..400 {
+        walker.step(&mut nothing);
+    }
+    // The guest writes its number there before it is saved only if it comes earlier: pick one that lies ahead and
+    // was filled beforehand.
+    loop {
+        let step = walker.step(&mut nothing).expect("some page ahead has content");
+        let guest = rig.image.window_to_physical(step.offset);
+        let mut page = [0; 4096];
+        vm_memory::Bytes::read_slice(rig.ram.memory(), &mut page, vm_memory::GuestAddress(guest)).unwrap();
+        if page.iter().any(|byte| *byte != 0) {
+            return GuestAddr(guest);
+        }
+    }
+}
+
+fn how(error: &vmm_glue::VmError) -> FailedPage {
+    match error.vcpu.as_deref() {
+        Some(VcpuError::PageFailed { how, .. }) => *how,
+        other => panic!("{other:?}: {error}"),
+    }
+}
+
+#[test]
+fn data_that_is_gone_is_told_with_its_address() {
+    require!(Kvm, Userfaultfd);
+    for privilege in [Privilege::Kernel, Privilege::User] {
+        for backing in [Backing::Anonymous, Backing::Memfd] {
+            let (vm, guest, events) = restored_without(privilege, backing, FailurePolicy::PoisonFailed, data_page);
+            let error = run_to_failure(&vm);
+            assert_eq!(error.guest, Some(guest), "{error}");
+            assert!(matches!(how(&error), FailedPage::BusError | FailedPage::Mmio), "{error}");
+            assert!(error.to_string().contains(&format!("{guest}")), "{error}");
+            assert!(events.lock().iter().any(|event| matches!(event, Event::PagesFailed(_))));
+            // It is not run again.
+            vm.resume();
+            assert!(matches!(vm.wait_stopped(PATIENCE), Err(VmStopError::Failed(_))));
+        }
+    }
+}
+
+#[test]
+fn code_that_is_gone_is_told_with_its_address() {
+    require!(Kvm, Userfaultfd);
+    for privilege in [Privilege::Kernel, Privilege::User] {
+        let code = |_: &Rig| GuestAddr(0x1_0000);
+        let (vm, guest, _) = restored_without(privilege, Backing::Anonymous, FailurePolicy::PoisonFailed, code);
+        let error = run_to_failure(&vm);
+        assert_eq!(error.guest.map(|guest| guest.0 >> 12), Some(guest.0 >> 12), "{error}");
+        assert!(matches!(how(&error), FailedPage::BusError | FailedPage::Fetch), "{error}");
+    }
+}
+
+#[test]
+fn an_engine_that_fails_stops_the_guest_and_says_why() {
+    require!(Kvm, Userfaultfd);
+    for privilege in [Privilege::Kernel, Privilege::User] {
+        let (vm, guest, events) = restored_without(privilege, Backing::Memfd, FailurePolicy::PoisonMissing, data_page);
+        let error = run_to_failure(&vm);
+        assert!(error.engine.is_some(), "{error}");
+        assert!(error.to_string().contains("the page is gone"), "{error}");
+        assert!(error.guest.is_some(), "{error} (at {guest})");
+        // Joins the thread that tells.
+        drop(vm);
+        assert!(events.lock().iter().any(|event| matches!(event, Event::Failed(_))));
+    }
+}
+
+/// Where nobody serves kernel faults, `KVM_RUN` fails with `EFAULT` and no address.
+#[test]
+fn a_fault_that_nobody_may_serve_is_no_mmio() {
+    require!(Kvm, Userfaultfd);
+    for privilege in [Privilege::Kernel, Privilege::User] {
+        let rig = Rig::boot(privilege, MachineConfig::bare(1), Backing::Anonymous, 0);
+        let piece = rig.ram.pieces().last().unwrap();
+        let unserved = common::unserved(piece);
+        rig.vcpus.resume();
+        let error = rig.vcpus.wait_stopped(PATIENCE).unwrap_err();
+        let StopError::Failed(error) = error else { panic!("{error}") };
+        let VcpuError::PageFailed { how, guest, .. } = &*error else { panic!("{error}") };
+        match privilege {
+            Privilege::User => assert_eq!((*how, *guest), (FailedPage::Fault, None)),
+            Privilege::Kernel => {
+                let guest = guest.expect("MMIO has an address");
+                assert!(*how == FailedPage::Mmio && piece.guest <= guest, "{error}");
+            }
+        }
+        drop(unserved);
+    }
+}
+
+/// A vCPU that waits for a page does not stop, and says so in time; it stops as soon as the page is there.
+#[test]
+fn stopping_has_a_time_limit() {
+    require!(Kvm, Userfaultfd);
+    for privilege in [Privilege::Kernel, Privilege::User] {
+        let rig = Rig::boot(privilege, MachineConfig::bare(1), Backing::Anonymous, 0);
+        let piece = rig.ram.pieces().last().unwrap().clone();
+        let (fault, held) = common::held(&piece);
+        rig.vcpus.resume();
+        let at = fault.recv_timeout(PATIENCE).expect("the guest comes to the missing piece");
+        assert!(piece.host.0 <= at);
+        let begun = Instant::now();
+        let limit = Duration::from_millis(20);
+        let stopped = rig.vcpus.pause(limit);
+        match stopped {
+            // Some hosts interrupt the fault.
+            Ok(()) => {}
+            Err(StopError::Timeout { vcpus, .. }) => assert_eq!(vcpus, [0]),
+            Err(other) => panic!("{other}"),
+        }
+        assert!(begun.elapsed() >= limit || rig.vcpus.pause(PATIENCE).is_ok());
+        assert!(begun.elapsed() < PATIENCE);
+        drop(held);
+        rig.vcpus.wait_stopped(PATIENCE).unwrap();
+        rig.vcpus.resume();
+        rig.vcpus.wait_stopped(PATIENCE).unwrap();
+    }
+}
