@@ -1,4 +1,5 @@
 //! The demo: one guest, restored twice.
 
 pub mod report;
+pub mod run;
 pub mod timeline;

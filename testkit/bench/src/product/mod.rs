@@ -1,3 +1,4 @@
 //! The product's side of each comparison.
 
+pub mod guest;
 pub mod memory;
