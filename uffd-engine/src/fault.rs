@@ -84,10 +84,8 @@ impl Core {
                     self.poison_in_kernel(place.area, place.granule);
                     true
                 }
-                State::Missing if self.status.failing() => {
-                    self.poison(place.area, place.granule, 1);
-                    true
-                }
+                // The supervisor is poisoning it, and wakes it.
+                State::Missing if self.status.failing() => true,
                 State::Missing if self.is_zero(origin, place) => {
                     if area.states.mark_zero(place.granule).requested {
                         self.answered(area.granule.0);

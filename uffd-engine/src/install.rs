@@ -63,42 +63,40 @@ impl Core {
     }
 
     /// Installs claimed granules, and settles each of them. Answers how many granules are behind us: fewer than
-    /// claimed if an event has to be read first; the others are Missing (or Removed) again then.
+    /// claimed if an event has to be read first; the others are Missing (or zero) again then.
     pub(crate) fn install(&self, place: Place, claimed: usize, content: Content<'_>) -> Result<usize, SinkError> {
+        let mut claim = Claim { core: self, place, left: claimed, content };
         self.pauses.at(PausePoint::Claimed);
         let area = &self.areas[place.area];
-        let mut done = 0;
-        while done < claimed {
-            let at = Place { granule: place.granule + done, ..place };
-            match self.step(area, at, claimed - done, content, area.len_of(done)) {
+        while claim.left > 0 {
+            let done = claimed - claim.left;
+            match self.step(area, claim.place, claim.left, content, area.len_of(done)) {
                 Step::Advanced(granules) => {
                     self.pauses.at(PausePoint::Installed);
-                    self.settle_present(at, granules, content);
-                    done += granules;
+                    self.settle_present(claim.place, granules, content);
+                    claim.place.granule += granules;
+                    claim.left -= granules;
                 }
                 Step::ReadEvents => {
                     bump(&self.counters.retries, 1);
-                    self.give_back(at, claimed - done, content);
                     if self.on_reader_thread() {
                         // It can't be read here: we are what reads. The fault is served again after the next read.
-                        self.deferred
-                            .lock()
-                            .extend((0..claimed - done).map(|i| Place { granule: at.granule + i, ..at }));
+                        let Place { area, granule } = claim.place;
+                        let again = (granule..granule + claim.left).map(|granule| Place { area, granule });
+                        self.deferred.lock().extend(again);
                         return Ok(claimed);
                     }
                     if !self.status.running() {
                         return Err(stopped());
                     }
+                    drop(claim);
                     std::thread::yield_now();
                     return Ok(done);
                 }
-                Step::Stop(error) => {
-                    self.give_back(at, claimed - done, content);
-                    return Err(error);
-                }
+                Step::Stop(error) => return Err(error),
             }
         }
-        Ok(done)
+        Ok(claimed)
     }
 
     fn step(&self, area: &Area, at: Place, granules: usize, content: Content<'_>, offset: ByteLen) -> Step {
@@ -160,17 +158,6 @@ impl Core {
         }
     }
 
-    /// Claimed granules that were not installed. What was content is Missing again; what was zero stays zero.
-    fn give_back(&self, at: Place, granules: usize, content: Content<'_>) {
-        let state = match content {
-            Content::Zeros => State::Zero,
-            Content::Bytes(_) | Content::Cached => State::Missing,
-        };
-        for granule in at.granule..at.granule + granules {
-            self.areas[at.area].states.settle(granule, state);
-        }
-    }
-
     fn settle_present(&self, at: Place, granules: usize, content: Content<'_>) {
         let area = &self.areas[at.area];
         let (mut wanted, mut answered) = (0, 0);
@@ -222,38 +209,69 @@ impl Core {
     }
 
     /// Poisons what of a range is Missing, without waiting for what is under way.
+    ///
+    /// A granule is InFlight until the kernel knows: whoever unregisters waits for that, or a page would be let go
+    /// that only the map calls poisoned.
     pub(crate) fn poison(&self, area: usize, first: usize, granules: usize) {
         let part = &self.areas[area];
         for granule in first..first + granules {
-            if part.states.poison(granule) {
-                if part.states.unrequest(granule) {
-                    self.answered(part.granule.0);
-                }
-                self.poison_in_kernel(area, granule);
+            if !part.states.claim_missing(granule) {
+                continue;
+            }
+            let state = if self.poison_in_kernel(area, granule) { State::Poisoned } else { State::Missing };
+            let was = part.states.settle(granule, state);
+            if was.requested && state == State::Poisoned {
+                self.answered(part.granule.0);
             }
         }
     }
 
-    /// The kernel's part of it. A page that is there already is woken, not poisoned.
-    pub(crate) fn poison_in_kernel(&self, area: usize, granule: usize) {
+    /// The kernel's part of it. A page that is there already is woken, not poisoned. `false` if an event has to be read
+    /// first: the granule is deferred then.
+    pub(crate) fn poison_in_kernel(&self, area: usize, granule: usize) -> bool {
         let part = &self.areas[area];
         let (addr, len) = (part.addr(granule), part.len_of(1));
         loop {
             match ops::poison(self.descriptor.fd(), addr.0, len.0) {
-                Done::All => break bump(&self.counters.poisoned, part.granule.0),
-                Done::Failed(Errno::EAGAIN) | Done::Part(_) if !self.on_reader_thread() => std::thread::yield_now(),
-                Done::Failed(Errno::EAGAIN) | Done::Part(_) => {
-                    break self.deferred.lock().push(Place { area, granule });
+                Done::All => bump(&self.counters.poisoned, part.granule.0),
+                Done::Failed(Errno::EAGAIN) | Done::Part(_) if self.on_reader_thread() => {
+                    self.deferred.lock().push(Place { area, granule });
+                    return false;
                 }
-                Done::Failed(Errno::EEXIST) => {
-                    break drop(self.descriptor.wake(addr, len));
+                Done::Failed(Errno::EAGAIN) | Done::Part(_) => {
+                    std::thread::yield_now();
+                    continue;
+                }
+                Done::Failed(Errno::EEXIST | Errno::ESRCH | Errno::ENOENT) => {
+                    drop(self.descriptor.wake(addr, len));
                 }
                 Done::Failed(errno) => {
                     log::error!("poisoning {} failed: {errno}", part.pages(granule, 1));
                     self.staging.cannot_poison.store(true, Ordering::Release);
-                    break;
                 }
             }
+            return true;
+        }
+    }
+}
+
+/// Claimed granules that are not installed yet. However the install ends, by a panic too, they are given back: what was
+/// content is Missing again; what was zero stays zero.
+struct Claim<'a> {
+    core: &'a Core,
+    place: Place,
+    left: usize,
+    content: Content<'a>,
+}
+
+impl Drop for Claim<'_> {
+    fn drop(&mut self) {
+        let state = match self.content {
+            Content::Zeros => State::Zero,
+            Content::Bytes(_) | Content::Cached => State::Missing,
+        };
+        for granule in self.place.granule..self.place.granule + self.left {
+            self.core.areas[self.place.area].states.settle(granule, state);
         }
     }
 }

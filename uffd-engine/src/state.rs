@@ -5,7 +5,7 @@
 //! Missing -> Zero -> InFlight -> Present    known to be zero; installed only when somebody touches it
 //! InFlight -> Missing                       the install did not happen; try again
 //! any but Poisoned -> Removed -> InFlight -> Present (as zero)
-//! Missing, InFlight -> Poisoned             fail closed
+//! InFlight -> Poisoned                      fail closed
 //! ```
 
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -129,9 +129,9 @@ impl StateMap {
         }
     }
 
-    /// Missing becomes Poisoned.
-    pub(crate) fn poison(&self, granule: usize) -> bool {
-        self.change(granule, |entry| entry.state == State::Missing, State::Poisoned)
+    /// Missing becomes InFlight, and the caller poisons it.
+    pub(crate) fn claim_missing(&self, granule: usize) -> bool {
+        self.change(granule, |entry| entry.state == State::Missing, State::InFlight)
     }
 
     /// Marks a Missing granule as requested and, for a fault, as wanted. `None` if it is not Missing any more;
@@ -215,7 +215,9 @@ mod tests {
         assert!(!map.remove(0), "an install is under way");
         map.settle(0, State::Present);
         assert!(map.remove(0));
-        assert!(map.poison(1) && !map.claim(1) && map.remove(1));
+        assert!(map.claim_missing(1));
+        map.settle(1, State::Poisoned);
+        assert!(!map.claim(1) && map.remove(1));
         assert_eq!(map.get(1).state, State::Poisoned);
     }
 

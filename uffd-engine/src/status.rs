@@ -21,6 +21,7 @@ pub(crate) enum Task {
     FirstFault,
     PagesFailed(EngineError),
     Check,
+    LookUp,
     Fail(EngineError),
 }
 
@@ -47,6 +48,8 @@ pub(crate) struct Status {
     ended: Condvar,
 }
 
+/// So often the supervisor asks whether the source is still alive.
+const LOOK_UP: Duration = Duration::from_millis(100);
 /// So many errors of single pages are kept until the observer has seen them.
 const MAX_FAILED_PAGES: usize = 64;
 
@@ -78,7 +81,7 @@ impl Status {
         let mut inbox = self.inbox.lock();
         match task {
             Task::FirstFault => inbox.first_fault = true,
-            Task::Check => inbox.check = true,
+            Task::Check | Task::LookUp => inbox.check = true,
             Task::PagesFailed(error) if inbox.failed_pages.len() < MAX_FAILED_PAGES => inbox.failed_pages.push(error),
             Task::PagesFailed(_) => {}
             Task::Fail(error) => inbox.failure = Some(error),
@@ -86,7 +89,7 @@ impl Status {
         self.arrived.notify_one();
     }
 
-    /// The next thing to do, in order of urgency. Waits for it.
+    /// The next thing to do, in order of urgency. Waits for it, and looks up now and then.
     pub(crate) fn next_task(&self) -> Task {
         let mut inbox = self.inbox.lock();
         loop {
@@ -102,7 +105,9 @@ impl Status {
             if std::mem::take(&mut inbox.check) {
                 return Task::Check;
             }
-            self.arrived.wait(&mut inbox);
+            if self.arrived.wait_for(&mut inbox, LOOK_UP).timed_out() {
+                return Task::LookUp;
+            }
         }
     }
 

@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use page_source::Content;
+use page_source::{Content, SourceError};
 
 use crate::core::{Area, Core};
 use crate::fault::Origin;
@@ -50,8 +50,17 @@ impl Supervisor {
                         return;
                     }
                 }
+                Task::LookUp => self.look_up(),
                 Task::Fail(error) => return self.fail(error),
             }
+        }
+    }
+
+    /// A source that has died without a word would leave its pages outstanding for ever.
+    fn look_up(&self) {
+        if !self.core.outstanding.none() && !self.origin.feed.alive() {
+            let (peer, reason) = ("the source of the pages".into(), "it has stopped answering".into());
+            self.core.status.fail(EngineError::Broken(SourceError::Peer { peer, reason }));
         }
     }
 
@@ -149,18 +158,16 @@ impl Supervisor {
         for (first, granules) in spans {
             let mut at = first;
             while at < first + granules {
-                let run = (at..first + granules).take_while(|&granule| area.states.poison(granule)).count();
+                let run = (at..first + granules).take_while(|&granule| area.states.claim_missing(granule)).count();
                 if run > 0 {
                     self.poison_range(number, at, run);
                     at += run;
-                    continue;
-                }
-                // Whoever installs it sees that the engine has failed, and ends soon: either way.
-                if area.states.get(at).state == State::InFlight {
+                } else if matches!(area.states.get(at).state, State::InFlight | State::Missing) {
+                    // Whoever is at it sees that the engine has failed, and ends soon, one way or the other.
                     std::thread::yield_now();
-                    continue;
+                } else {
+                    at += 1;
                 }
-                at += usize::from(area.states.get(at).state != State::Missing);
             }
         }
     }
@@ -171,10 +178,13 @@ impl Supervisor {
         let (addr, len) = (area.addr(first), area.len_of(granules));
         if ops::poison(self.core.descriptor.fd(), addr.0, len.0) == ops::Done::All {
             stats::bump(&self.core.counters.poisoned, granules as u64 * area.granule.0);
-            return;
+        } else {
+            for granule in first..first + granules {
+                self.core.poison_in_kernel(number, granule);
+            }
         }
         for granule in first..first + granules {
-            self.core.poison_in_kernel(number, granule);
+            area.states.settle(granule, State::Poisoned);
         }
     }
 }
