@@ -1,0 +1,237 @@
+//! Memory that the guest gives back reads as zero, never as what the snapshot holds: at every moment of a load.
+
+mod common;
+
+use std::sync::Arc;
+
+use common::{Kind, Memory, PAGE};
+use nix::sys::mman::{MmapAdvise, madvise};
+use page_source::{BlockId, ByteLen, Layout, PageCount, PageIndex, PageRun, PageSize, PageSource, RamBlock};
+use proptest::prelude::*;
+use testkit::gate::Gate;
+use testkit::late::LateSource;
+use testkit::oracle::Oracle;
+use testkit::source::MemorySource;
+use uffd_engine::{Background, DiscardError, Discards, Engine, Handlers, PausePoint};
+
+fn oracle(seed: u64, pages: u64) -> Arc<Oracle> {
+    let block = RamBlock::new("ram", PageCount(pages).to_bytes(), PageSize::SMALL).unwrap();
+    Arc::new(Oracle::random(seed, Layout::new(vec![block]).unwrap(), 255))
+}
+
+fn run(first: u64, pages: u64) -> PageRun {
+    PageRun::new(BlockId(0), PageIndex(first), PageCount(pages))
+}
+
+/// What a balloon does: from any thread, without a word to the engine.
+#[expect(unsafe_code, reason = "a discard as a VMM does it")]
+fn give_back(memory: &Memory, run: PageRun) {
+    let at = memory.addr(run.block) + run.first.byte_offset();
+    let at = std::ptr::with_exposed_provenance_mut(usize::try_from(at.0).unwrap());
+    let advice = match memory.kind {
+        Kind::MemfdShared => MmapAdvise::MADV_REMOVE,
+        _ => MmapAdvise::MADV_DONTNEED,
+    };
+    // SAFETY: pages of the test's own mapping, of which nothing is borrowed.
+    unsafe { madvise(std::ptr::NonNull::new(at).unwrap(), run.len().get(), advice) }.unwrap();
+}
+
+fn assert_zero(memory: &Memory, run: PageRun) {
+    for page in run.iter() {
+        assert!(memory.load(run.block, page).iter().all(|&byte| byte == 0), "page {page} of {run} is not zero");
+    }
+}
+
+/// How a discard is made.
+#[derive(Clone, Copy, Debug)]
+enum Way {
+    Kernel,
+    Engine,
+    EngineAnnounced,
+}
+
+fn discard(way: Way, engine: &Engine, memory: &Memory, run: PageRun) {
+    match way {
+        Way::Kernel => give_back(memory, run),
+        Way::Engine | Way::EngineAnnounced => engine.discard(run).unwrap(),
+    }
+}
+
+fn ways() -> impl Strategy<Value = Way> {
+    prop_oneof![Just(Way::Kernel), Just(Way::Engine), Just(Way::EngineAnnounced)]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, max_shrink_iters: 16, ..ProptestConfig::default() })]
+
+    /// A writer goes through memory and keeps its own book: touches, writes and discards in any order, while the rest
+    /// is being loaded by several threads.
+    #[test]
+    fn a_guest_that_reads_writes_and_discards_sees_only_its_own_doing(
+        seed in any::<u64>(),
+        kind in prop::sample::select(&common::SMALL_KINDS[..2]),
+        way in ways(),
+        late in any::<bool>(),
+        handlers in 1..3usize,
+        loaders in 0..3usize,
+        steps in prop::collection::vec((0..3u8, 0..500u64, 1..12u64), 1..120),
+    ) {
+        testkit::require!(Userfaultfd; Ok(()));
+        let oracle = oracle(seed, 512);
+        let memory = Memory::new(kind, oracle.layout());
+        let source: Arc<dyn PageSource> = match late {
+            true => Arc::new(LateSource::new(Arc::clone(&oracle), seed).with_unasked(true)),
+            false => Arc::new(MemorySource::new(Arc::clone(&oracle))),
+        };
+        let background = Background::default().with_piece(PageCount(8)).with_threads(loaders);
+        let announced = matches!(way, Way::EngineAnnounced);
+        let engine = memory
+            .engine(source)
+            .handlers(Handlers::threads(handlers))
+            .background(if loaders == 0 { Background::off() } else { background })
+            .discards(if announced { Discards::Announced } else { Discards::Events })
+            .start()
+            .unwrap();
+        let mut book = oracle.block(BlockId(0)).to_vec();
+        for (number, (what, first, pages)) in steps.into_iter().enumerate() {
+            let run = run(first, pages);
+            let bytes = first as usize * PAGE..(first + pages) as usize * PAGE;
+            match what {
+                0 => {
+                    discard(way, &engine, &memory, run);
+                    book[bytes].fill(0);
+                }
+                1 => {
+                    let new = vec![number as u8 | 1; PAGE];
+                    memory.store(BlockId(0), run.first, &new);
+                    book[bytes.start..bytes.start + PAGE].copy_from_slice(&new);
+                }
+                _ => {
+                    let page = bytes.start..bytes.start + PAGE;
+                    prop_assert!(memory.load(BlockId(0), run.first) == book[page], "page {first} at step {number}");
+                }
+            }
+        }
+        if loaders > 0 {
+            engine.wait().unwrap();
+        }
+        for page in 0..512u64 {
+            let bytes = page as usize * PAGE..(page as usize + 1) * PAGE;
+            prop_assert!(memory.load(BlockId(0), PageIndex(page)) == book[bytes], "page {page} at the end");
+        }
+    }
+}
+
+/// The loader has claimed pages and not installed them when they are given back: the discard waits, and wins.
+#[test]
+fn a_discard_of_pages_that_are_being_installed() {
+    testkit::require!(Userfaultfd);
+    for kind in [Kind::Anonymous, Kind::MemfdShared] {
+        for way in [Way::Kernel, Way::Engine, Way::EngineAnnounced] {
+            let oracle = oracle(1, 64);
+            let memory = Memory::new(kind, oracle.layout());
+            let gate = Gate::closed();
+            let at_gate = gate.clone();
+            let announced = matches!(way, Way::EngineAnnounced);
+            let engine = memory
+                .engine(Arc::new(MemorySource::new(Arc::clone(&oracle))))
+                .background(Background::default().with_piece(PageCount(64)))
+                .discards(if announced { Discards::Announced } else { Discards::Events })
+                .pauses(move |point| {
+                    if point == PausePoint::Claimed {
+                        at_gate.enter();
+                    }
+                })
+                .start()
+                .unwrap();
+            gate.wait_for(1);
+            std::thread::scope(|scope| {
+                let discarding = scope.spawn(|| discard(way, &engine, &memory, run(0, 16)));
+                gate.pass(1);
+                gate.open();
+                discarding.join().unwrap();
+                assert_zero(&memory, run(0, 16));
+            });
+            engine.wait().unwrap();
+            assert_zero(&memory, run(0, 16));
+            for page in 16..64 {
+                assert!(memory.load(BlockId(0), PageIndex(page)) == oracle.run(run(page, 1)));
+            }
+        }
+    }
+}
+
+/// A fault and a discard of the same page wait in one batch: the discard is applied first.
+#[test]
+fn a_discard_read_together_with_a_fault_comes_first() {
+    testkit::require!(Userfaultfd);
+    let oracle = oracle(2, 64);
+    let memory = Memory::new(Kind::Anonymous, oracle.layout());
+    let gate = Gate::closed();
+    let at_gate = gate.clone();
+    let engine = memory
+        .engine(Arc::new(MemorySource::new(Arc::clone(&oracle))))
+        .background(Background::off())
+        .pauses(move |point| {
+            if point == PausePoint::FaultRead {
+                at_gate.enter();
+            }
+        })
+        .start()
+        .unwrap();
+    std::thread::scope(|scope| {
+        // The handler is held at a fault on page 9 while a discard and a fault of page 3 queue up.
+        scope.spawn(|| memory.load(BlockId(0), PageIndex(9)));
+        gate.wait_for(1);
+        let discarding = scope.spawn(|| give_back(&memory, run(3, 1)));
+        gate.open();
+        discarding.join().unwrap();
+        assert_zero(&memory, run(3, 1));
+    });
+    assert!(memory.load(BlockId(0), PageIndex(9)) == oracle.run(run(9, 1)));
+    assert!(engine.stats().removed_pages == 1, "{:?}", engine.stats());
+}
+
+/// Pages keep being given back and touched again while handlers, loaders and the kernel are all at them.
+#[test]
+fn a_storm_of_discards() {
+    testkit::require!(Userfaultfd);
+    let oracle = oracle(3, 4096);
+    let memory = Memory::new(Kind::Anonymous, oracle.layout());
+    let engine = memory
+        .engine(Arc::new(MemorySource::new(Arc::clone(&oracle))))
+        .handlers(Handlers::threads(2))
+        .background(Background::default().with_threads(2).with_piece(PageCount(16)))
+        .start()
+        .unwrap();
+    std::thread::scope(|scope| {
+        for half in 0..2u64 {
+            let memory = &memory;
+            scope.spawn(move || {
+                for round in 0..400u64 {
+                    let range = run(half * 2048 + round * 37 % 2032, 16);
+                    give_back(memory, range);
+                    assert_zero(memory, range);
+                }
+            });
+        }
+    });
+    engine.wait().unwrap();
+    assert!(engine.stats().removed_pages >= 16, "{:?}", engine.stats());
+}
+
+#[test]
+fn what_can_not_be_discarded_is_refused() {
+    testkit::require!(Userfaultfd, Hugepages);
+    let _pages = testkit::hugepages::Overcommit::reserve(4).unwrap();
+    let oracle = oracle(4, 1024);
+    let memory = Memory::new(Kind::HugetlbPrivate, oracle.layout());
+    let source = Arc::new(MemorySource::new(Arc::clone(&oracle)));
+    let engine = memory.engine(source).background(Background::off()).start().unwrap();
+    assert!(matches!(engine.discard(run(0, 1)), Err(DiscardError::Outside(_))), "half a huge page");
+    assert!(matches!(engine.discard(run(512, 1024)), Err(DiscardError::Outside(_))));
+    engine.discard(run(512, 512)).unwrap();
+    assert_zero(&memory, run(512, 512));
+    assert!(memory.load(BlockId(0), PageIndex(5)) == oracle.run(run(5, 1)));
+    assert!(memory.resident() <= ByteLen(4 << 20));
+}
