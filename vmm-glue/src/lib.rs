@@ -1,4 +1,15 @@
-//! Restores, snapshots and resets KVM guests on top of `uffd-engine`. (Being written.)
+//! Restores and saves KVM guests on top of `uffd-engine`, for VMMs on x86-64 that use `kvm-ioctls` and `vm-memory`.
+//!
+//! - [`GuestRam`]: RAM blocks, where the guest sees them (gaps included) and where they are mapped here.
+//! - [`Machine`]: a VM made in the order that is fast and right. [`Vcpus`]: its threads, which can always be stopped.
+//! - [`MachineState`]: everything but memory, taken, checked against a [`Host`], encoded as device sections, put back.
+//! - [`save()`] and [`SavedVm`]: into a snapshot file, and out of it, [eagerly](SavedVm::restore_eager) or
+//!   [on demand](SavedVm::restore_on_demand): then the guest runs while its memory is still in the file.
+//!
+//! A page whose content can't be had is never zero and never MMIO: the guest stops with a [`VmError`] that names the
+//! guest-physical address where it is known.
+//!
+//! The parts can be used one by one; `examples/restore.rs` shows them together.
 
 mod blueprint;
 mod machine;

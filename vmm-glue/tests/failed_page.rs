@@ -184,6 +184,20 @@ fn code_that_is_gone_is_told_with_its_address() {
     }
 }
 
+/// A page table is read by KVM itself, which makes a page fault of the guest's out of it: the engine's event is what
+/// tells, so the guest is stopped then.
+#[test]
+fn a_page_table_that_is_gone_is_told_by_the_engine() {
+    require!(Kvm, Userfaultfd);
+    for privilege in [Privilege::Kernel, Privilege::User] {
+        let table = |_: &Rig| GuestAddr(0x4_0000);
+        let (vm, guest, _) = restored_without(privilege, Backing::Anonymous, FailurePolicy::PoisonMissing, table);
+        let error = run_to_failure(&vm);
+        assert_eq!(error.guest.map(|guest| guest.0 >> 12), Some(guest.0 >> 12), "{error}");
+        assert!(error.engine.is_some(), "{error}");
+    }
+}
+
 #[test]
 fn an_engine_that_fails_stops_the_guest_and_says_why() {
     require!(Kvm, Userfaultfd);

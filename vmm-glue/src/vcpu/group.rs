@@ -161,6 +161,7 @@ impl Vcpus {
         });
         let fds = vcpus.into_iter().map(|fd| Arc::new(Mutex::new(fd))).collect();
         let mut all = Vcpus { fds, threads: Vec::new(), group, options, config, vm, ram };
+        let mut ready = Vec::new();
         for (fd, vcpu) in all.fds.iter().zip(0..) {
             let context = ThreadContext {
                 vcpu,
@@ -171,8 +172,11 @@ impl Vcpus {
                 kick_signal: all.options.kick_signal,
                 core: all.options.cores.get(usize::try_from(vcpu).unwrap_or(usize::MAX)).copied(),
             };
-            all.threads.push(run::spawn(context)?);
+            let started = run::spawn(context)?;
+            all.threads.push(started.thread);
+            ready.push(started.ready);
         }
+        ready.iter().try_for_each(run::is_ready)?;
         Ok(all)
     }
 

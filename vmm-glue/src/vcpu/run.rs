@@ -27,23 +27,32 @@ pub(super) struct ThreadContext {
     pub(super) core: Option<usize>,
 }
 
-/// Starts the thread, and returns when it has its signals under control: it may be kicked from then on.
-pub(super) fn spawn(context: ThreadContext) -> io::Result<JoinHandle<()>> {
-    let (ready, is_ready) = mpsc::channel();
+/// The word of a thread that has its signals under control: it may be kicked from then on.
+pub(super) type Ready = mpsc::Receiver<io::Result<()>>;
+
+pub(super) struct Started {
+    pub(super) thread: JoinHandle<()>,
+    pub(super) ready: Ready,
+}
+
+/// Waits for it.
+pub(super) fn is_ready(ready: &Ready) -> io::Result<()> {
+    ready.recv().map_err(|_| io::Error::other("the thread of a vCPU ended before it began"))?
+}
+
+/// Starts the thread.
+pub(super) fn spawn(context: ThreadContext) -> io::Result<Started> {
+    let (tell, ready) = mpsc::channel();
     let thread = Builder::new().name(format!("vcpu{}", context.vcpu)).spawn(move || {
         let _known = Known(&context);
         let set_up = context.set_up();
         let go = set_up.is_ok();
-        let told = ready.send(set_up.map(|_| ()));
+        let told = tell.send(set_up);
         if go && told.is_ok() {
             context.serve();
         }
     })?;
-    match is_ready.recv() {
-        Ok(Ok(())) => Ok(thread),
-        Ok(Err(error)) => Err(error),
-        Err(mpsc::RecvError) => Err(io::Error::other("the thread of a vCPU ended before it began")),
-    }
+    Ok(Started { thread, ready })
 }
 
 /// Takes the thread out of the table before it ends, however it does: nobody signals another one by mistake.
