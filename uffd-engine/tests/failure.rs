@@ -59,12 +59,20 @@ struct Case {
 }
 
 fn cases() -> impl Strategy<Value = Case> {
-    const KINDS: [Kind; 5] = [Kind::Anonymous, Kind::MemfdShared, Kind::MemfdPrivate, Kind::HugetlbPrivate, Kind::HugetlbAlias];
+    const KINDS: [Kind; 5] =
+        [Kind::Anonymous, Kind::MemfdShared, Kind::MemfdPrivate, Kind::HugetlbPrivate, Kind::HugetlbAlias];
     let wait = prop_oneof![3 => Just(Wait::Block), 1 => Just(Wait::Spin)];
     let discards = prop_oneof![Just(Discards::Events), Just(Discards::Announced)];
     (any::<u64>(), prop::sample::select(&KINDS[..]), 0..40u64, 0..5u8, any::<bool>(), any::<bool>(), wait, discards)
-        .prop_map(|(seed, kind, at, fault, late, background, wait, discards)| {
-            Case { seed, kind, at, fault, late, background, wait, discards }
+        .prop_map(|(seed, kind, at, fault, late, background, wait, discards)| Case {
+            seed,
+            kind,
+            at,
+            fault,
+            late,
+            background,
+            wait,
+            discards,
         })
 }
 
