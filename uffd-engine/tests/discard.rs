@@ -23,6 +23,10 @@ fn run(first: u64, pages: u64) -> PageRun {
     PageRun::new(BlockId(0), PageIndex(first), PageCount(pages))
 }
 
+fn bytes_of(run: PageRun) -> std::ops::Range<usize> {
+    run.first.byte_offset().get()..run.end().byte_offset().get()
+}
+
 /// What a balloon does: from any thread, without a word to the engine.
 #[expect(unsafe_code, reason = "a discard as a VMM does it")]
 fn give_back(memory: &Memory, run: PageRun) {
@@ -95,14 +99,14 @@ proptest! {
         let mut book = oracle.block(BlockId(0)).to_vec();
         for (number, (what, first, pages)) in steps.into_iter().enumerate() {
             let run = run(first, pages);
-            let bytes = first as usize * PAGE..(first + pages) as usize * PAGE;
+            let bytes = bytes_of(run);
             match what {
                 0 => {
                     discard(way, &engine, &memory, run);
                     book[bytes].fill(0);
                 }
                 1 => {
-                    let new = vec![number as u8 | 1; PAGE];
+                    let new = vec![u8::try_from(number).unwrap() | 1; PAGE];
                     memory.store(BlockId(0), run.first, &new);
                     book[bytes.start..bytes.start + PAGE].copy_from_slice(&new);
                 }
@@ -116,8 +120,7 @@ proptest! {
             engine.wait().unwrap();
         }
         for page in 0..512u64 {
-            let bytes = page as usize * PAGE..(page as usize + 1) * PAGE;
-            prop_assert!(memory.load(BlockId(0), PageIndex(page)) == book[bytes], "page {page} at the end");
+            prop_assert!(memory.load(BlockId(0), PageIndex(page)) == book[bytes_of(run(page, 1))], "page {page} at the end");
         }
     }
 }

@@ -149,7 +149,7 @@ fn without_background_only_what_is_touched_comes() {
     let stats = engine.stats();
     assert!(engine.outcome().is_none());
     assert!(stats.demand_faults <= 64 && stats.background_pages == 0, "{stats:?}");
-    assert!(memory.resident() <= ByteLen(64 * 64 << 10), "{:?}", memory.resident());
+    assert!(memory.resident() <= ByteLen((64 * 64) << 10), "{:?}", memory.resident());
 }
 
 #[test]

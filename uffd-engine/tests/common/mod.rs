@@ -11,7 +11,7 @@ use nix::unistd::Pid;
 use page_source::{BlockId, ByteLen, HostAddr, Layout, PageIndex, PageRun, PageSource};
 use testkit::oracle::Oracle;
 use uffd_engine::{Backing, Builder, Engine, Region};
-use vm_memory::mmap::{MmapRegionBuilder, NewBitmap};
+use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
 
 pub(crate) const PAGE: usize = 4096;
@@ -40,9 +40,7 @@ pub(crate) struct Memory {
 }
 
 fn map(len: usize, flags: i32, file: Option<FileOffset>) -> MmapRegion {
-    let builder = MmapRegionBuilder::new_with_bitmap(len, <()>::with_len(len))
-        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-        .with_mmap_flags(flags);
+    let builder = MmapRegionBuilder::new(len).with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE).with_mmap_flags(flags);
     let builder = match file {
         Some(file) => builder.with_file_offset(file),
         None => builder,
