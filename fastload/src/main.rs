@@ -5,6 +5,7 @@
 mod commands;
 mod output;
 mod parse;
+mod rewrite;
 
 use std::process::ExitCode;
 
@@ -22,6 +23,9 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Command {
     Inspect(commands::inspect::Inspect),
+    Check(commands::check::Check),
+    Convert(commands::convert::Convert),
+    Repair(commands::repair::Repair),
     Load(Box<commands::load::Load>),
     Serve(Box<commands::serve::Serve>),
 }
@@ -29,6 +33,9 @@ enum Command {
 fn main() -> ExitCode {
     let done = match Arguments::parse().command {
         Command::Inspect(inspect) => inspect.run(),
+        Command::Check(check) => check.run(),
+        Command::Convert(convert) => convert.run(),
+        Command::Repair(repair) => repair.run(),
         Command::Load(load) => load.run(),
         Command::Serve(serve) => serve.run(),
     };

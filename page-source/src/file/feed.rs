@@ -16,7 +16,7 @@ use crate::zeros::{PAGE, deliver_without_zeros};
 use crate::{Content, Feed, Flow, PageBytes, PageSink, SinkError, SourceError, Span, Urgency};
 
 /// After how many demand requests the file is checked for changes.
-const CHECK_EVERY: u32 = 64;
+const CHECK_EVERY: u32 = 128;
 /// The most that is delivered in the background between two such checks, in pages: 8 MiB. Pieces end at multiples of
 /// it, so that no huge page is cut.
 const PIECE: u64 = 2048;

@@ -1,0 +1,165 @@
+//! What the commands share that write one file from another.
+
+use std::fmt::Write as _;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use mapped_ram::{Snapshot, Writer};
+use page_source::{
+    FlatBlock, FlatSink, MappedRamSink, PageSink, PageSource, Progress, PumpError, PumpOptions, Pumped, pump,
+};
+use page_units::{ByteLen, FileOffset, Layout};
+use serde::Serialize;
+use vmstate::SectionKind;
+
+use crate::commands::Failure;
+use crate::output;
+
+/// The most device state that is taken from one file to another: it goes through memory.
+const MAX_DEVICE_STATE: ByteLen = ByteLen(1 << 30);
+
+/// What was written.
+#[derive(Debug, Serialize)]
+pub(crate) struct Written {
+    output: PathBuf,
+    format: &'static str,
+    machine: Option<String>,
+    ram_bytes: u64,
+    stored_pages: u64,
+    zero_pages: u64,
+    device_state_bytes: u64,
+    blocks: Vec<Place>,
+}
+
+/// A RAM block in the file that was written.
+#[derive(Debug, Serialize)]
+struct Place {
+    name: String,
+    length: u64,
+    offset: u64,
+}
+
+impl Written {
+    /// Tells the user.
+    pub(crate) fn print(&self, json: bool) -> Result<(), Failure> {
+        let mut text = String::new();
+        if json {
+            text = serde_json::to_string_pretty(self)? + "\n";
+        } else {
+            let Written { format, stored_pages, zero_pages, .. } = self;
+            let (output, ram) = (self.output.display(), output::size(self.ram_bytes));
+            writeln!(text, "{output}: {format}, {ram} of RAM, {stored_pages} pages stored, {zero_pages} zero")?;
+            for block in &self.blocks {
+                writeln!(text, "  {:#014x}  {:>10}  {}", block.offset, output::size(block.length), block.name)?;
+            }
+        }
+        Ok(output::print(&text)?)
+    }
+}
+
+/// Writes what `source` has as a mapped-ram file, with the configuration and the device state of `template`.
+pub(crate) fn to_mapped_ram(
+    source: &dyn PageSource,
+    template: &Snapshot,
+    output: &Path,
+    quiet: bool,
+) -> Result<Written, Failure> {
+    let name = template.path().display();
+    let ram = template.sections().iter().position(|section| section.kind == SectionKind::Start);
+    let early = template.sections()[..ram.unwrap_or(0)].iter().find(|section| section.kind == SectionKind::Full);
+    if let Some(early) = early {
+        return Err(
+            format!("{name}: device section \"{}\" comes before RAM, which can't be rewritten", early.name).into()
+        );
+    }
+    let tail = template.tail();
+    if tail.end - tail.start > MAX_DEVICE_STATE {
+        return Err(format!("{name}: more than {MAX_DEVICE_STATE} bytes of device state").into());
+    }
+    let device_state = template.read(tail).map_err(|error| format!("{name}: reading the device state: {error}"))?;
+    let writer = Writer::create(output, template.configuration(), source.layout().clone())?;
+    let offsets = source.layout().runs().map(|run| writer.data_offset(run).unwrap_or_default());
+    let blocks = places(source.layout(), offsets);
+    let machine = Some(writer.machine().to_owned());
+    let device_state_bytes = device_state.len() as u64;
+    let sink = Arc::new(MappedRamSink::new(writer));
+    sink.set_device_state(device_state);
+    let pumped = pump_with_bar(source, Arc::clone(&sink) as Arc<dyn PageSink>, quiet)?;
+    sink.outcome()?;
+    if let Some(what) = template.changed()? {
+        return Err(format!("{name}: {what} changed while it was read: {} can't be trusted", output.display()).into());
+    }
+    Ok(written(output, "mapped-ram", machine, source.layout(), pumped, device_state_bytes, blocks))
+}
+
+/// Writes what `source` has as a flat file, one block after the other.
+pub(crate) fn to_flat(source: &dyn PageSource, output: &Path, quiet: bool) -> Result<Written, Failure> {
+    let blocks = FlatBlock::concatenated(source.layout().blocks().to_vec())?;
+    let sink = Arc::new(FlatSink::create(output, &blocks)?);
+    let pumped = pump_with_bar(source, Arc::clone(&sink) as Arc<dyn PageSink>, quiet)?;
+    sink.outcome()?;
+    let blocks = places(source.layout(), blocks.iter().map(|block| block.offset));
+    Ok(written(output, "flat", None, source.layout(), pumped, 0, blocks))
+}
+
+/// [`pump`], showing how far it is, unless `quiet` or where nobody would see it.
+pub(crate) fn pump_with_bar(
+    source: &dyn PageSource,
+    sink: Arc<dyn PageSink>,
+    quiet: bool,
+) -> Result<Pumped, PumpError> {
+    let bar = if quiet { ProgressBar::hidden() } else { ProgressBar::new(source.layout().total().0) };
+    let style = ProgressStyle::with_template("{wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}");
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    let progress = |progress: Progress| bar.set_position(progress.done.to_bytes().0);
+    let threads = thread::available_parallelism().map_or(1, |threads| threads.get().min(4));
+    let options = PumpOptions { threads, find_zeros: true, progress: Some(&progress), ..PumpOptions::default() };
+    let pumped = pump(source, sink, &options);
+    bar.finish_and_clear();
+    pumped
+}
+
+/// Refuses to write a file over one that is read.
+pub(crate) fn refuse_same(input: &Path, output: &Path) -> Result<(), Failure> {
+    let inode = |path: &Path| std::fs::metadata(path).map(|meta| (meta.dev(), meta.ino())).ok();
+    match (inode(input), inode(output)) {
+        (Some(input_inode), Some(output_inode)) if input_inode == output_inode => {
+            Err(format!("{} and {} are the same file", input.display(), output.display()).into())
+        }
+        _ => Ok(()),
+    }
+}
+
+fn places(layout: &Layout, offsets: impl Iterator<Item = FileOffset>) -> Vec<Place> {
+    let blocks = layout.blocks().iter().zip(offsets);
+    let place = |block: &page_units::RamBlock, offset: FileOffset| Place {
+        name: block.name().to_owned(),
+        length: block.length().0,
+        offset: offset.0,
+    };
+    blocks.map(|(block, offset)| place(block, offset)).collect()
+}
+
+fn written(
+    output: &Path,
+    format: &'static str,
+    machine: Option<String>,
+    layout: &Layout,
+    pumped: Pumped,
+    device_state_bytes: u64,
+    blocks: Vec<Place>,
+) -> Written {
+    Written {
+        output: output.to_owned(),
+        format,
+        machine,
+        ram_bytes: layout.total().0,
+        stored_pages: pumped.stored.0,
+        zero_pages: pumped.zero.0,
+        device_state_bytes,
+        blocks,
+    }
+}
