@@ -101,15 +101,15 @@ impl RecordReader {
         let word = from.u64()?;
         let (offset, flags) = (ByteLen(word & !(PAGE_SIZE - 1)), word & (PAGE_SIZE - 1));
         match flags {
-            flag::EOS => return Ok(Record::EndOfSection),
-            flag::MULTIFD_FLUSH => return Ok(Record::MultifdFlush),
+            flag::EOS if offset.0 == 0 => return Ok(Record::EndOfSection),
+            flag::MULTIFD_FLUSH if offset.0 == 0 => return Ok(Record::MultifdFlush),
             flag::MEM_SIZE => return Ok(Record::MemSize { total: offset }),
             _ => {}
         }
         let named = flags & flag::CONTINUE == 0;
         let kind = flags & !flag::CONTINUE;
         if !matches!(kind, flag::ZERO | flag::PAGE | flag::XBZRLE) {
-            return Err(invalid(format!("unknown RAM record with flags {flags:#x}")));
+            return Err(invalid(format!("unknown RAM record {word:#x}")));
         }
         if named {
             let name = from.counted_string()?;

@@ -311,3 +311,13 @@ proptest! {
         let _ = VmDesc::parse(&text);
     }
 }
+
+/// Found by fuzzing: an offset in a record that has none would be lost.
+#[test]
+fn records_without_a_page_have_no_offset() {
+    for word in [0x1010u64, 0x1200] {
+        let bytes = word.to_be_bytes();
+        let mut from = StreamReader::nested(bytes.as_slice(), FileOffset(0));
+        assert!(RecordReader::new().next(&mut from).is_err(), "{word:#x}");
+    }
+}
