@@ -39,3 +39,8 @@ pub use sections::{SectionEntry, SectionKind};
 pub use value::{Content, Value, ValueError};
 pub use walk::{WalkError, walk};
 pub use write::StreamWriter;
+
+/// The examples of the README.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+mod readme {}
