@@ -68,6 +68,7 @@ impl Load {
         options.background = !self.no_background;
         options.preempt = waiting.preempt;
         let server = image.server(&blocks, options)?;
+        let control = server.control();
         let recover =
             format!("fastload load {} --qmp {} --recover", serving::quoted(&self.snapshot), serving::quoted(&self.qmp));
         let connecting = Instant::now();
@@ -93,21 +94,26 @@ impl Load {
             // All was over before we looked.
             running = waiting.qmp.wait_event(&["RESUME"], Duration::ZERO)?.map(|event| event.seen);
         }
-        let said = waiting.finish(served.is_ok());
+        // A QEMU that did not get as far knows why; one whose guest runs has nothing to add.
+        let said = waiting.finish(served.is_ok(), control.progress().phase < Phase::Started);
         let report = served.map_err(|failure| match &said {
             Ok(Some(why)) => format!("{failure}. QEMU says: {why}").into(),
             _ => failure,
         })?;
         said?;
+        let state = waiting.qmp.run_state()?;
+        let paused = state != "running";
+        if paused && !waiting.paused && !self.json {
+            serving::note(&format!("QEMU did not start the guest (it was started with -S, perhaps): it is {state}"));
+        }
         if self.json {
             let mut figures = serving::figures(&report);
             let since = |from: Instant| running.map(|at| serving::micros(at.saturating_duration_since(from)));
-            let state = if paused { "paused" } else { "running" };
             figures["running_us"] = json!(since(begun).filter(|_| !paused));
             figures["loaded_us"] = json!(report.to_started.map(|to| serving::micros(connecting - begun + to)));
             figures["connect_to_running_us"] = json!(since(connecting).filter(|_| !paused));
             figures["complete_us"] = json!(serving::micros(connecting - begun + report.to_complete));
-            figures["state"] = json!(state);
+            figures["state"] = json!(if paused { "paused" } else { "running" });
             figures["preempt"] = json!(waiting.preempt);
             figures["recovered"] = json!(self.recover);
             return Ok(output::print(&format!("{figures}\n"))?);

@@ -147,6 +147,15 @@ impl Qemu {
         self.child.wait().map(drop)
     }
 
+    /// Sends it a signal.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn signal(&self, signal: nix::sys::signal::Signal) -> io::Result<()> {
+        let id = nix::unistd::Pid::from_raw(i32::try_from(self.child.id()).map_err(io::Error::other)?);
+        Ok(nix::sys::signal::kill(id, signal)?)
+    }
+
     /// Waits until it ends by itself.
     ///
     /// # Errors

@@ -264,9 +264,8 @@ impl Routines {
     fn write(&mut self, a: &mut CodeAssembler, plan: &Plan) -> Result<(), IcedError> {
         a.set_label(&mut self.fill)?;
         each_page(a, plan, false, |a| {
-            let mut zero = a.create_label();
+            let (mut zero, mut next, mut word) = (a.create_label(), a.create_label(), a.create_label());
             skip_unless_stored(a, plan, zero)?;
-            let mut word = a.create_label();
             a.lea(rdx, qword_ptr(rsi + 4096))?;
             a.mov(rdi, rsi)?;
             a.set_label(&mut word)?;
@@ -275,7 +274,14 @@ impl Routines {
             a.add(rdi, 8)?;
             a.cmp(rdi, rdx)?;
             a.jb(word)?;
+            a.jmp(next)?;
+            // The firmware may have left something there.
             a.set_label(&mut zero)?;
+            a.mov(rdi, rsi)?;
+            a.mov(ecx, 512)?;
+            a.xor(eax, eax)?;
+            a.rep().stosq()?;
+            a.set_label(&mut next)?;
             a.nop()
         })?;
 

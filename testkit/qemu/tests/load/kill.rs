@@ -1,0 +1,144 @@
+//! Servers and destinations that die or stall.
+
+use std::io::{BufRead, BufReader};
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use serde_json::json;
+use testkit_qemu::guest::Plan;
+use testkit_qemu::{Fastload, Machine, Qemu, Setup};
+
+use crate::MIB;
+use crate::support::{How, Saved};
+
+/// Waits until the guest was started.
+fn started(qemu: &mut Qemu) {
+    let resumed = qemu.qmp().wait_event(&["RESUME"], Duration::from_secs(30)).unwrap();
+    assert!(resumed.is_some(), "{}", qemu.stderr());
+}
+
+/// Kills the server `after` a time, then recovers.
+fn killed_and_recovered(saved: &Saved, after: Duration, more: &[&str]) {
+    let mut qemu = saved.waiting(&saved.setup);
+    let server = Fastload::start(saved.load_arguments(&qemu, more)).unwrap();
+    started(&mut qemu);
+    // Not a matter of waiting for something: this is the point at which it is to die.
+    std::thread::sleep(after);
+    server.kill().unwrap();
+    let state = qemu.qmp().migration().unwrap().0;
+    assert!(state.starts_with("postcopy-"), "killed too late to prove anything: {state}");
+    let recovered = saved.load(&qemu, &["--recover"]);
+    let figures = recovered.figures();
+    assert_eq!(figures["recovered"], true);
+    let (before, after) = (&figures["received_before_pages"], figures["background_pages"].as_u64().unwrap());
+    assert!(before.as_u64().unwrap() > 0 && after > 0, "{figures}");
+    saved.is_whole(&mut qemu);
+}
+
+#[test]
+fn a_killed_server_is_recovered_from_five_points() {
+    testkit::require!(Qemu, Userfaultfd);
+    let setup = Setup::new(Machine::Pc, 256);
+    let saved = Saved::new(&setup, &Plan { step: 512, ..Plan::check(250 * MIB) }, How::default());
+    for (milliseconds, preempt) in [(0, false), (3, true), (8, false), (15, true), (25, false)] {
+        let more: &[&str] = if preempt { &["--preempt"] } else { &[] };
+        killed_and_recovered(&saved, Duration::from_millis(milliseconds), more);
+    }
+}
+
+#[test]
+fn a_guest_at_work_waits_for_the_recovery() {
+    testkit::require!(Qemu, Userfaultfd);
+    let setup = Setup { cpus: 2, virtio: true, ..Setup::new(Machine::Q35, 64) };
+    let plan = Plan { cpus: 2, ..Plan::check(60 * MIB) };
+    let saved = Saved::new(&setup, &plan, How { at_work: true, ..How::default() });
+    killed_and_recovered(&saved, Duration::from_millis(5), &["--no-background"]);
+    killed_and_recovered(&saved, Duration::from_millis(50), &["--no-background", "--preempt"]);
+}
+
+#[test]
+fn twice_killed() {
+    testkit::require!(Qemu, Userfaultfd);
+    let setup = Setup::new(Machine::Microvm, 64);
+    let saved = Saved::new(&setup, &Plan::check(60 * MIB), How::default());
+    let mut qemu = saved.waiting(&setup);
+    let server = Fastload::start(saved.load_arguments(&qemu, &["--no-background"])).unwrap();
+    started(&mut qemu);
+    server.kill().unwrap();
+    qemu.set_capabilities(&[("events", true)]).unwrap();
+    qemu.qmp().forget_events();
+    let second = Fastload::start(saved.load_arguments(&qemu, &["--no-background", "--recover"])).unwrap();
+    qemu.wait_migration("postcopy-active").unwrap();
+    second.kill().unwrap();
+    qemu.set_capabilities(&[("events", false)]).unwrap();
+    assert!(saved.load(&qemu, &["--recover"]).status.success());
+    saved.is_whole(&mut qemu);
+}
+
+#[test]
+fn a_server_that_stalls_holds_the_guest_up_and_no_more() {
+    testkit::require!(Qemu, Userfaultfd);
+    let setup = Setup::new(Machine::Pc, 64);
+    let saved = Saved::new(&setup, &Plan::check(60 * MIB), How { at_work: true, ..How::default() });
+    let mut qemu = saved.waiting(&setup);
+    let server = Fastload::start(saved.load_arguments(&qemu, &["--no-background"])).unwrap();
+    started(&mut qemu);
+    server.signal(Signal::SIGSTOP).unwrap();
+    // The monitor answers while the guest waits for its pages.
+    assert_eq!(qemu.qmp().migration().unwrap().0, "postcopy-active");
+    server.signal(Signal::SIGCONT).unwrap();
+    let (passes, errors) = qemu.order('?').unwrap();
+    while qemu.order('?').unwrap().0 < passes + 1 {}
+    assert_eq!(errors, 0);
+    server.signal(Signal::SIGINT).unwrap();
+    assert!(server.finish().unwrap().status.success());
+    saved.is_whole(&mut qemu);
+}
+
+#[test]
+fn a_destination_that_dies_is_named() {
+    testkit::require!(Qemu, Userfaultfd);
+    let setup = Setup::new(Machine::Pc, 64);
+    let saved = Saved::new(&setup, &Plan::check(60 * MIB), How::default());
+    let mut qemu = saved.waiting(&setup);
+    let server = Fastload::start(saved.load_arguments(&qemu, &["--no-background"])).unwrap();
+    started(&mut qemu);
+    qemu.kill().unwrap();
+    let ended = server.finish().unwrap();
+    assert!(ended.error().contains("QEMU closed it"), "{ended:?}");
+}
+
+#[test]
+fn ctrl_c_drains_and_the_second_one_tells_how_to_recover() {
+    testkit::require!(Qemu, Userfaultfd);
+    let setup = Setup::new(Machine::Pc, 64);
+    let saved = Saved::new(&setup, &Plan::check(60 * MIB), How::default());
+    let mut qemu = saved.waiting(&setup);
+    let server = Fastload::start(saved.load_arguments(&qemu, &["--no-background"])).unwrap();
+    started(&mut qemu);
+    server.signal(Signal::SIGINT).unwrap();
+    let figures = server.finish().unwrap().figures();
+    assert!(figures["background_pages"].as_u64().unwrap() * 4096 > 40 * MIB, "{figures}");
+    saved.is_whole(&mut qemu);
+
+    // The destination takes nothing any more, so that the first Ctrl-C can't come to its end.
+    let mut qemu = saved.waiting(&setup);
+    let mut server = Fastload::start(saved.load_arguments(&qemu, &["--no-background"])).unwrap();
+    started(&mut qemu);
+    qemu.signal(Signal::SIGSTOP).unwrap();
+    server.signal(Signal::SIGINT).unwrap();
+    let mut stderr = BufReader::new(server.stderr().unwrap()).lines();
+    let first = stderr.next().unwrap().unwrap();
+    assert!(first.contains("Ctrl-C again"), "{first}");
+    server.signal(Signal::SIGINT).unwrap();
+    let last = stderr.map(Result::unwrap).last().unwrap();
+    qemu.signal(Signal::SIGCONT).unwrap();
+    assert!(!server.finish().unwrap().status.success());
+    let command = last.split("until: fastload ").nth(1).unwrap_or_else(|| panic!("{last}"));
+    let recovered = Fastload::start(command.split(' ').chain(["--json"])).unwrap().finish().unwrap();
+    assert!(recovered.status.success(), "{recovered:?}");
+    saved.is_whole(&mut qemu);
+    let again = saved.load(&qemu, &["--recover"]);
+    assert!(again.error().contains("nothing to recover"), "{again:?}");
+    qemu.execute("query-status", json!({})).unwrap();
+}

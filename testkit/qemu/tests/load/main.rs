@@ -1,0 +1,10 @@
+//! `fastload load` and `fastload serve` into real, unmodified QEMUs.
+
+mod kill;
+mod matrix;
+mod refuse;
+mod serve;
+mod support;
+mod switches;
+
+const MIB: u64 = 1 << 20;
