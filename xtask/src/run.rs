@@ -4,14 +4,20 @@ use std::error::Error;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
+use std::sync::LazyLock;
 
 /// What a task ends with.
 pub(crate) type Done<T = ()> = Result<T, Box<dyn Error>>;
 
-/// The workspace's root.
+/// The workspace's root. What `cargo run` says when we run counts, not where we were built: clones may share a target
+/// directory.
 pub(crate) fn root() -> &'static Path {
-    let own = Path::new(env!("CARGO_MANIFEST_DIR"));
-    own.parent().unwrap_or(own)
+    static ROOT: LazyLock<PathBuf> = LazyLock::new(|| {
+        let own =
+            std::env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from);
+        own.parent().map(Path::to_owned).unwrap_or(own)
+    });
+    &ROOT
 }
 
 /// The cargo that runs us.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::Kvm;
-use page_source::ByteLen;
+use page_source::{ByteLen, PageCount};
 use testkit::guest::{Oracle, Walker};
 use uffd_engine::{Background, Discards, Engine, Handlers};
 use vmm_glue::{Bus, Host, Mode, RestoreOptions, SavedVm, Step, VcpuOptions, Vm};
@@ -128,7 +128,10 @@ fn restore(path: &Path, kvm: &Kvm, host: &Host, way: Way) -> Done<Restored> {
     stopped(vm.vcpus())?;
     let resumed = port.check()?.duration_since(called);
     let numbers = match vm.engine() {
-        Some(engine) => on_demand(engine, resumed, engine_at.duration_since(called)),
+        Some(engine) => {
+            let pages = saved.source().layout().total().to_pages();
+            on_demand(engine, pages, resumed, engine_at.duration_since(called))
+        }
         None => eager(&vm, resumed),
     };
     let timeline = Timeline { resumed: numbers.resume_us, complete: numbers.complete_us };
@@ -153,7 +156,7 @@ fn eager(vm: &Vm, resumed: Duration) -> Restore {
     }
 }
 
-fn on_demand(engine: &Engine, resumed: Duration, engine_after: Duration) -> Restore {
+fn on_demand(engine: &Engine, pages: PageCount, resumed: Duration, engine_after: Duration) -> Restore {
     let stats = engine.stats();
     let after_call = |time: Option<Duration>| time.map_or(0, |time| micros(engine_after + time));
     Restore {
@@ -162,7 +165,7 @@ fn on_demand(engine: &Engine, resumed: Duration, engine_after: Duration) -> Rest
         complete_us: after_call(stats.time_to_complete),
         demand_faults: stats.demand_faults,
         background_pages: stats.background_pages,
-        zero_pages: stats.zero_pages_skipped + stats.zero_pages_installed,
+        zero_pages: pages.0 - stats.demand_pages - stats.background_pages,
     }
 }
 

@@ -5,6 +5,7 @@ mod busy;
 mod fault;
 mod files;
 mod open;
+mod resume;
 
 use std::error::Error;
 use std::path::PathBuf;
@@ -37,6 +38,8 @@ pub struct Group {
 /// All groups, in the order in which they are measured.
 pub const GROUPS: &[Group] = &[
     Group { names: &["open"], measure: open::measure },
+    Group { names: &["resume.sparse", "resume.library"], measure: resume::sparse },
+    Group { names: &["resume.eager"], measure: resume::eager },
     Group { names: &["fault.same_core", "fault.other_core"], measure: fault::measure },
     Group { names: &["fault.busy"], measure: busy::measure },
     Group { names: &["background.load", "background.threads"], measure: background::load },

@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_msr_entry,
-    kvm_regs, kvm_sregs, kvm_userspace_memory_region, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_clock_data, kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state,
+    kvm_msr_entry, kvm_regs, kvm_sregs, kvm_userspace_memory_region, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{Error, Kvm, VcpuExit, VcpuFd, VmFd};
 use testkit::guest::{GuestImage, layout};
@@ -24,6 +24,7 @@ pub struct State {
     mp: kvm_mp_state,
     regs: kvm_regs,
     chips: Vec<kvm_irqchip>,
+    clock: kvm_clock_data,
 }
 
 impl std::fmt::Debug for State {
@@ -66,17 +67,16 @@ fn create(kvm: &Kvm, slots: &[Slot]) -> Result<Vm, Error> {
 ///
 /// # Panics
 /// If KVM refuses to boot the vCPU.
-pub fn boot_and_take(image: &GuestImage, slots: &[Slot]) -> Result<State, Error> {
-    let kvm = Kvm::new()?;
-    let mut vm = create(&kvm, slots)?;
-    image.boot_vcpu(&kvm, &vm.vcpu, 0);
+pub fn boot_and_take(kvm: &Kvm, image: &GuestImage, slots: &[Slot]) -> Result<State, Error> {
+    let mut vm = create(kvm, slots)?;
+    image.boot_vcpu(kvm, &vm.vcpu, 0);
     run_to_signal(&mut vm.vcpu)?;
     // The port write is completed by the next KVM_RUN, and only then part of the state.
     vm.vcpu.set_kvm_immediate_exit(1);
     let completed = vm.vcpu.run().map(|exit| format!("{exit:?}"));
     assert_eq!(completed.map_err(|error| error.errno()), Err(libc::EINTR));
     vm.vcpu.set_kvm_immediate_exit(0);
-    take(&kvm, &vm)
+    take(kvm, &vm)
 }
 
 fn run_to_signal(vcpu: &mut VcpuFd) -> Result<(), Error> {
@@ -114,6 +114,7 @@ fn take(kvm: &Kvm, vm: &Vm) -> Result<State, Error> {
         mp: vcpu.get_mp_state()?,
         regs: vcpu.get_regs()?,
         chips: chips.collect::<Result<_, _>>()?,
+        clock: kvm_clock_data { clock: vm.vm.get_clock()?.clock, ..kvm_clock_data::default() },
     })
 }
 
@@ -125,13 +126,13 @@ fn msrs_of(entries: &[kvm_msr_entry]) -> Result<Msrs, Error> {
 ///
 /// # Errors
 /// If KVM refuses, or the guest does something else.
-pub fn resume(state: &State, slots: &[Slot]) -> Result<Duration, Error> {
+pub fn resume(kvm: &Kvm, state: &State, slots: &[Slot]) -> Result<Duration, Error> {
     let start = Instant::now();
-    let kvm = Kvm::new()?;
-    let mut vm = create(&kvm, slots)?;
+    let mut vm = create(kvm, slots)?;
     for chip in &state.chips {
         vm.vm.set_irqchip(chip)?;
     }
+    vm.vm.set_clock(&state.clock)?;
     let vcpu = &mut vm.vcpu;
     vcpu.set_cpuid2(&state.cpuid)?;
     vcpu.set_sregs(&state.sregs)?;
@@ -163,9 +164,10 @@ mod tests {
         let image = GuestImage::build(&memory, GuestConfig { privilege: Privilege::Kernel, vcpus: 1 });
         let program = Program { report_every: 1, pattern: Pattern::Random, ..Program::write_all(2 << 20) };
         image.write_program(&memory, 0, &program);
-        let state = boot_and_take(&image, &slots(&memory)).unwrap();
+        let kvm = Kvm::new().unwrap();
+        let state = boot_and_take(&kvm, &image, &slots(&memory)).unwrap();
         let before = image.report(&memory, 0);
-        assert!(resume(&state, &slots(&memory)).unwrap() > Duration::ZERO);
+        assert!(resume(&kvm, &state, &slots(&memory)).unwrap() > Duration::ZERO);
         let after = image.report(&memory, 0);
         assert_eq!((before.counter, after.counter), (1, 2));
     }
