@@ -35,3 +35,8 @@ pub use state::{Host, MachineState, StateError, VcpuState, VmState};
 pub use uffd_engine::Backing;
 pub use vcpu::{Bus, FailedPage, Next, StopError, StopHandle, VcpuError, VcpuOptions, Vcpus};
 pub use vm::{Vm, VmError, VmStopError};
+
+/// The example in the README compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -1,60 +1,20 @@
 //! Guest memory: RAM blocks, where they lie in guest-physical memory, and where in this process.
 
+mod map;
+mod spec;
+
 use std::fs::File;
-use std::io;
 
 use kvm_ioctls::VmFd;
-use nix::sys::memfd::{MFdFlags, memfd_create};
-use page_source::{
-    BlockId, ByteLen, GuestAddr, HostAddr, Layout, LayoutError, PAGE_SIZE, PageIndex, PageRun, PageSize, RamBlock,
-};
+use page_source::{BlockId, ByteLen, GuestAddr, HostAddr, Layout, LayoutError, PageIndex, PageRun, RamBlock};
 use uffd_engine::{Backing, Region};
-use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{
-    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
-};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
 
+pub use self::spec::{MemoryError, RamSpec};
 use crate::sys;
 
 /// Guest memory as `vm-memory` has it.
 pub type Memory = GuestMemoryMmap<()>;
-
-/// A RAM block to allocate, and where the guest sees it. A block may be seen in several pieces, as a PC's RAM is
-/// around the hole below 4 GiB.
-#[derive(Clone, Debug)]
-pub struct RamSpec {
-    name: String,
-    pieces: Vec<(GuestAddr, ByteLen)>,
-}
-
-impl RamSpec {
-    /// A block of that name, with no memory yet.
-    #[must_use]
-    pub fn new(name: impl Into<String>) -> RamSpec {
-        RamSpec { name: name.into(), pieces: Vec::new() }
-    }
-
-    /// The next `length` bytes of the block are at `guest`.
-    #[must_use]
-    pub fn at(mut self, guest: GuestAddr, length: ByteLen) -> RamSpec {
-        self.pieces.push((guest, length));
-        self
-    }
-
-    /// How long all its pieces are together; `None` if that is no number.
-    #[must_use]
-    pub fn length(&self) -> Option<ByteLen> {
-        self.pieces.iter().try_fold(ByteLen(0), |sum, piece| sum.checked_add(piece.1))
-    }
-
-    /// Memory of `length` bytes as PCs have it: up to 3 GiB from 0 on, the rest from 4 GiB on.
-    #[must_use]
-    pub fn pc(name: impl Into<String>, length: ByteLen) -> RamSpec {
-        let low = length.min(ByteLen(3 << 30));
-        let spec = RamSpec::new(name).at(GuestAddr(0), low);
-        if length > low { spec.at(GuestAddr(4 << 30), length - low) } else { spec }
-    }
-}
 
 /// A part of a RAM block that is contiguous everywhere.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -88,41 +48,6 @@ pub struct GuestRam {
     aliases: Vec<Option<MmapRegion<()>>>,
 }
 
-/// Why guest memory can't be had.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum MemoryError {
-    /// The blocks are impossible.
-    #[error(transparent)]
-    Layout(#[from] LayoutError),
-    /// The pieces overlap or are empty.
-    #[error("guest memory can't be put together: {0}")]
-    Collection(String),
-    /// The system refused memory.
-    #[error("{length} bytes of {backing:?} memory for RAM block \"{block}\" can't be had: {reason}")]
-    Allocate {
-        /// The block.
-        block: String,
-        /// How much.
-        length: ByteLen,
-        /// Of what kind.
-        backing: Backing,
-        /// What the system said.
-        reason: String,
-    },
-    /// KVM refused a memory slot.
-    #[error("KVM refuses {length} bytes of RAM at guest-physical {guest}: {error}")]
-    Slot {
-        /// Where.
-        guest: GuestAddr,
-        /// How much.
-        length: ByteLen,
-        /// What KVM said.
-        #[source]
-        error: io::Error,
-    },
-}
-
 impl GuestRam {
     /// Allocates memory, which is all zero and costs nothing until it is touched.
     ///
@@ -136,13 +61,13 @@ impl GuestRam {
             let block = RamBlock::new(&spec.name, length, backing.granule())?;
             let failed =
                 |error: String| MemoryError::Allocate { block: spec.name.clone(), length, backing, reason: error };
-            let file = file_of(&block, backing).map_err(|error| failed(error.to_string()))?;
+            let file = map::file_of(&block, backing).map_err(|error| failed(error.to_string()))?;
             let mut offset = ByteLen(0);
             for &(guest, len) in &spec.pieces {
                 if len.0 == 0 || !(len.0 | guest.0).is_multiple_of(backing.granule().bytes().0) {
                     return Err(failed(format!("{len} bytes at guest-physical {guest} are not whole pages")));
                 }
-                let map = || map(len, file.as_ref(), offset, backing);
+                let map = || map::map(len, file.as_ref(), offset, backing);
                 let region = map().map_err(|error| failed(error.to_string()))?;
                 let alias = match backing {
                     Backing::Hugetlb => Some(map().map_err(|error| failed(error.to_string()))?),
@@ -297,39 +222,4 @@ impl GuestRam {
         let piece = self.pieces.iter().find(|piece| piece.run.block == block && piece.run.contains(page))?;
         Some(piece.guest + (page - piece.run.first).to_bytes())
     }
-}
-
-fn file_of(block: &RamBlock, backing: Backing) -> io::Result<Option<File>> {
-    let flags = match backing {
-        Backing::Anonymous => return Ok(None),
-        Backing::Memfd => MFdFlags::MFD_CLOEXEC,
-        Backing::Hugetlb => MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB,
-    };
-    debug_assert!(block.page_size() != PageSize::HUGE || backing == Backing::Hugetlb);
-    debug_assert!(block.length().0.is_multiple_of(PAGE_SIZE));
-    let file = File::from(memfd_create(block.name(), flags)?);
-    file.set_len(block.length().0)?;
-    Ok(Some(file))
-}
-
-fn map(
-    len: ByteLen,
-    file: Option<&File>,
-    offset: ByteLen,
-    backing: Backing,
-) -> Result<MmapRegion<()>, Box<dyn std::error::Error>> {
-    let builder = MmapRegionBuilder::new_with_bitmap(len.get(), ())
-        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-        .with_hugetlbfs(backing == Backing::Hugetlb);
-    let builder = match file {
-        None => builder.with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE),
-        Some(file) => {
-            // Huge pages are reserved: there is an error here instead of a signal later.
-            let lazily = if backing == Backing::Hugetlb { 0 } else { libc::MAP_NORESERVE };
-            builder
-                .with_mmap_flags(libc::MAP_SHARED | lazily)
-                .with_file_offset(FileOffset::new(file.try_clone()?, offset.0))
-        }
-    };
-    Ok(builder.build()?)
 }

@@ -9,7 +9,9 @@ mod bus;
 mod exit;
 mod group;
 mod run;
+mod table;
 
 pub use bus::{Bus, Next};
 pub use exit::{FailedPage, VcpuError};
-pub use group::{StopError, StopHandle, VcpuOptions, Vcpus};
+pub use group::{StopError, VcpuOptions, Vcpus};
+pub use table::StopHandle;

@@ -10,6 +10,11 @@ use super::error::Call;
 use super::{Host, StateError, msrs};
 use crate::sys;
 
+/// The guest has switched on VMX (Intel SDM volume 3, 2.5).
+const CR4_VMXE: u64 = 1 << 13;
+/// The guest has switched on SVM (AMD APM volume 2, 3.1.7).
+const EFER_SVME: u64 = 1 << 12;
+
 /// The state of one vCPU.
 #[derive(Clone, Debug, Default, PartialEq)]
 #[non_exhaustive]
@@ -54,6 +59,10 @@ impl VcpuState {
         // First of all, since it may deliver a start-up message, which changes registers.
         let mp_state = vcpu.get_mp_state().call("KVM_GET_MP_STATE", id)?;
         let cpuid = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).call("KVM_GET_CPUID2", id)?;
+        let sregs = vcpu.get_sregs().call("KVM_GET_SREGS", id)?;
+        if sregs.cr4 & CR4_VMXE != 0 || sregs.efer & EFER_SVME != 0 {
+            return Err(StateError::Unsupported(format!("saving a guest that runs guests itself (vCPU {id})")));
+        }
         let lapic = if irqchip { Some(vcpu.get_lapic().call("KVM_GET_LAPIC", id)?) } else { None };
         let sregs2 = if host.sregs2 { Some(sys::get_sregs2(vcpu).call("KVM_GET_SREGS2", id)?) } else { None };
         Ok(VcpuState {
@@ -62,7 +71,7 @@ impl VcpuState {
             tsc_khz: vcpu.get_tsc_khz().ok(),
             tsc_offset: sys::get_tsc_offset(vcpu).ok(),
             regs: vcpu.get_regs().call("KVM_GET_REGS", id)?,
-            sregs: vcpu.get_sregs().call("KVM_GET_SREGS", id)?,
+            sregs,
             sregs2,
             xcrs: vcpu.get_xcrs().call("KVM_GET_XCRS", id)?,
             xsave: sys::get_xsave(vcpu, host.xsave_len).call("KVM_GET_XSAVE", id)?,
@@ -109,7 +118,12 @@ impl VcpuState {
         msrs::set(vcpu, id, &self.msrs)?;
         vcpu.set_regs(&self.regs).call("KVM_SET_REGS", id)?;
         vcpu.set_vcpu_events(&self.events).call("KVM_SET_VCPU_EVENTS", id)?;
-        vcpu.set_mp_state(self.mp_state).call("KVM_SET_MP_STATE", id)
+        vcpu.set_mp_state(self.mp_state).call("KVM_SET_MP_STATE", id)?;
+        // Tells a guest that uses kvmclock that it was stopped, so that it raises no lockup alarm; others have none.
+        if let Err(error) = vcpu.kvmclock_ctrl() {
+            log::debug!("vCPU {id} has no kvmclock: {error}");
+        }
+        Ok(())
     }
 
     /// The guest must find its clock running at the speed it has measured: within 250 ppm, what an NTP client corrects.

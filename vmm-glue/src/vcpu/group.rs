@@ -2,17 +2,17 @@
 
 use std::fmt;
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::{VcpuFd, VmFd};
-use parking_lot::{Condvar, Mutex, MutexGuard};
+use parking_lot::{Mutex, MutexGuard};
 
 use super::run::{self, ThreadContext};
+use super::table::{Group, StopHandle, Wanted, failure, stopped};
 use super::{Bus, VcpuError};
-use crate::{GuestRam, Host, Machine, MachineConfig, MachineState, StateError, sys};
+use crate::{GuestRam, Host, Machine, MachineConfig, MachineState, StateError};
 
 /// How the threads are set up.
 #[derive(Clone, Debug)]
@@ -30,81 +30,6 @@ impl Default for VcpuOptions {
     /// The last but one real-time signal, no fixed cores, running at once.
     fn default() -> VcpuOptions {
         VcpuOptions { kick_signal: libc::SIGRTMAX() - 1, cores: Vec::new(), paused: false }
-    }
-}
-
-/// What a vCPU is doing.
-#[derive(Debug)]
-pub(super) enum Phase {
-    Running,
-    Paused,
-    Failed(Arc<VcpuError>),
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Wanted {
-    Run,
-    Pause,
-    End,
-}
-
-/// What the threads and their owner share.
-pub(super) struct Group {
-    /// Who runs and who should. Held for moments only, and never while anything waits.
-    pub(super) table: Mutex<Vec<Entry>>,
-    /// Any change of the table.
-    pub(super) changed: Condvar,
-    /// Somebody wants something other than running: looked at after each exit.
-    pub(super) attention: AtomicBool,
-    /// What interrupts a vCPU.
-    kick_signal: i32,
-}
-
-pub(super) struct Entry {
-    pub(super) wanted: Wanted,
-    pub(super) phase: Phase,
-    /// The thread, from when it has its signals under control until just before it ends.
-    pub(super) thread: Option<i32>,
-}
-
-impl Group {
-    /// Changes what all vCPUs are to do, and interrupts those that are in `KVM_RUN`.
-    pub(super) fn want(&self, wanted: Wanted) {
-        let mut table = self.table.lock();
-        for entry in table.iter_mut().filter(|entry| entry.wanted != Wanted::End) {
-            entry.wanted = wanted;
-        }
-        self.attention.store(wanted != Wanted::Run, Ordering::SeqCst);
-        self.changed.notify_all();
-        if wanted != Wanted::Run {
-            self.kick(&table);
-        }
-    }
-
-    /// Interrupts all vCPUs. The table is locked, so no thread ends meanwhile.
-    pub(super) fn kick(&self, table: &[Entry]) {
-        table.iter().filter_map(|entry| entry.thread).for_each(|thread| sys::kick(thread, self.kick_signal));
-    }
-}
-
-/// Asks a machine's vCPUs to stop, from anywhere, without waiting. Does not keep the machine alive.
-#[derive(Clone)]
-pub struct StopHandle {
-    group: Weak<Group>,
-}
-
-impl fmt::Debug for StopHandle {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("StopHandle").finish_non_exhaustive()
-    }
-}
-
-impl StopHandle {
-    /// Asks all vCPUs to stop, as [`Vcpus::pause`] does, but does not wait.
-    pub fn stop(&self) {
-        if let Some(group) = self.group.upgrade() {
-            group.want(Wanted::Pause);
-        }
     }
 }
 
@@ -152,13 +77,7 @@ impl Vcpus {
     pub fn start(machine: Machine, bus: Arc<dyn Bus>, options: VcpuOptions) -> io::Result<Vcpus> {
         let Machine { vcpus, vm, ram, config } = machine;
         let wanted = if options.paused { Wanted::Pause } else { Wanted::Run };
-        let entry = |_: &VcpuFd| Entry { wanted, phase: Phase::Paused, thread: None };
-        let group = Arc::new(Group {
-            table: Mutex::new(vcpus.iter().map(entry).collect()),
-            changed: Condvar::new(),
-            attention: AtomicBool::new(options.paused),
-            kick_signal: options.kick_signal,
-        });
+        let group = Arc::new(Group::new(vcpus.len(), wanted, options.kick_signal));
         let fds = vcpus.into_iter().map(|fd| Arc::new(Mutex::new(fd))).collect();
         let mut all = Vcpus { fds, threads: Vec::new(), group, options, config, vm, ram };
         let mut ready = Vec::new();
@@ -275,24 +194,13 @@ impl Vcpus {
     /// Something to stop them with from elsewhere.
     #[must_use]
     pub fn stop_handle(&self) -> StopHandle {
-        StopHandle { group: Arc::downgrade(&self.group) }
+        StopHandle::of(&self.group)
     }
 
     /// Tells all vCPUs to end, and does not wait.
     pub(crate) fn begin_end(&self) {
         self.group.want(Wanted::End);
     }
-}
-
-fn stopped(entry: &Entry) -> bool {
-    entry.wanted != Wanted::Run && !matches!(entry.phase, Phase::Running)
-}
-
-fn failure(table: &[Entry]) -> Option<Arc<VcpuError>> {
-    table.iter().find_map(|entry| match &entry.phase {
-        Phase::Failed(error) => Some(Arc::clone(error)),
-        Phase::Running | Phase::Paused => None,
-    })
 }
 
 impl Drop for Vcpus {

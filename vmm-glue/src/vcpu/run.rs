@@ -12,7 +12,7 @@ use nix::unistd::Pid;
 use parking_lot::Mutex;
 
 use super::exit::{Outcome, failed_page, run_once};
-use super::group::{Group, Phase, Wanted};
+use super::table::{Group, Phase, Wanted};
 use super::{Bus, FailedPage, VcpuError};
 use crate::GuestRam;
 use crate::sys::{self, Signals};

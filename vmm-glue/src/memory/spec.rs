@@ -1,0 +1,78 @@
+//! What memory to allocate, and why that may fail.
+
+use std::io;
+
+use page_source::{ByteLen, GuestAddr, LayoutError};
+use uffd_engine::Backing;
+
+/// A RAM block to allocate, and where the guest sees it. A block may be seen in several pieces, as a PC's RAM is
+/// around the hole below 4 GiB.
+#[derive(Clone, Debug)]
+pub struct RamSpec {
+    pub(super) name: String,
+    pub(super) pieces: Vec<(GuestAddr, ByteLen)>,
+}
+
+impl RamSpec {
+    /// A block of that name, with no memory yet.
+    #[must_use]
+    pub fn new(name: impl Into<String>) -> RamSpec {
+        RamSpec { name: name.into(), pieces: Vec::new() }
+    }
+
+    /// The next `length` bytes of the block are at `guest`.
+    #[must_use]
+    pub fn at(mut self, guest: GuestAddr, length: ByteLen) -> RamSpec {
+        self.pieces.push((guest, length));
+        self
+    }
+
+    /// How long all its pieces are together; `None` if that is no number.
+    #[must_use]
+    pub fn length(&self) -> Option<ByteLen> {
+        self.pieces.iter().try_fold(ByteLen(0), |sum, piece| sum.checked_add(piece.1))
+    }
+
+    /// Memory of `length` bytes as PCs have it: up to 3 GiB from 0 on, the rest from 4 GiB on.
+    #[must_use]
+    pub fn pc(name: impl Into<String>, length: ByteLen) -> RamSpec {
+        let low = length.min(ByteLen(3 << 30));
+        let spec = RamSpec::new(name).at(GuestAddr(0), low);
+        if length > low { spec.at(GuestAddr(4 << 30), length - low) } else { spec }
+    }
+}
+
+/// Why guest memory can't be had.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum MemoryError {
+    /// The blocks are impossible.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// The pieces overlap or are empty.
+    #[error("guest memory can't be put together: {0}")]
+    Collection(String),
+    /// The system refused memory.
+    #[error("{length} bytes of {backing:?} memory for RAM block \"{block}\" can't be had: {reason}")]
+    Allocate {
+        /// The block.
+        block: String,
+        /// How much.
+        length: ByteLen,
+        /// Of what kind.
+        backing: Backing,
+        /// What the system said.
+        reason: String,
+    },
+    /// KVM refused a memory slot.
+    #[error("KVM refuses {length} bytes of RAM at guest-physical {guest}: {error}")]
+    Slot {
+        /// Where.
+        guest: GuestAddr,
+        /// How much.
+        length: ByteLen,
+        /// What KVM said.
+        #[source]
+        error: io::Error,
+    },
+}

@@ -1,0 +1,112 @@
+//! Who runs and who should: what the threads of a machine's vCPUs and their owner share.
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
+
+use parking_lot::{Condvar, Mutex};
+
+use super::VcpuError;
+use crate::sys;
+
+/// What a vCPU is doing.
+#[derive(Debug)]
+pub(super) enum Phase {
+    Running,
+    Paused,
+    Failed(Arc<VcpuError>),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wanted {
+    Run,
+    Pause,
+    End,
+}
+
+/// What the threads and their owner share.
+pub(super) struct Group {
+    /// Who runs and who should. Held for moments only, and never while anything waits.
+    pub(super) table: Mutex<Vec<Entry>>,
+    /// Any change of the table.
+    pub(super) changed: Condvar,
+    /// Somebody wants something other than running: looked at after each exit.
+    pub(super) attention: AtomicBool,
+    /// What interrupts a vCPU.
+    kick_signal: i32,
+}
+
+pub(super) struct Entry {
+    pub(super) wanted: Wanted,
+    pub(super) phase: Phase,
+    /// The thread, from when it has its signals under control until just before it ends.
+    pub(super) thread: Option<i32>,
+}
+
+impl Group {
+    pub(super) fn new(vcpus: usize, wanted: Wanted, kick_signal: i32) -> Group {
+        let entry = || Entry { wanted, phase: Phase::Paused, thread: None };
+        Group {
+            table: Mutex::new(std::iter::repeat_with(entry).take(vcpus).collect()),
+            changed: Condvar::new(),
+            attention: AtomicBool::new(wanted != Wanted::Run),
+            kick_signal,
+        }
+    }
+
+    /// Changes what all vCPUs are to do, and interrupts those that are in `KVM_RUN`.
+    pub(super) fn want(&self, wanted: Wanted) {
+        let mut table = self.table.lock();
+        for entry in table.iter_mut().filter(|entry| entry.wanted != Wanted::End) {
+            entry.wanted = wanted;
+        }
+        self.attention.store(wanted != Wanted::Run, Ordering::SeqCst);
+        self.changed.notify_all();
+        if wanted != Wanted::Run {
+            self.kick(&table);
+        }
+    }
+
+    /// Interrupts all vCPUs. The table is locked, so no thread ends meanwhile.
+    pub(super) fn kick(&self, table: &[Entry]) {
+        table.iter().filter_map(|entry| entry.thread).for_each(|thread| sys::kick(thread, self.kick_signal));
+    }
+}
+
+/// Asks a machine's vCPUs to stop, from anywhere, without waiting. Does not keep the machine alive.
+#[derive(Clone)]
+pub struct StopHandle {
+    group: Weak<Group>,
+}
+
+impl fmt::Debug for StopHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("StopHandle").finish_non_exhaustive()
+    }
+}
+
+impl StopHandle {
+    pub(super) fn of(group: &Arc<Group>) -> StopHandle {
+        StopHandle { group: Arc::downgrade(group) }
+    }
+
+    /// Asks all vCPUs to stop, as [`Vcpus::pause`] does, but does not wait.
+    pub fn stop(&self) {
+        if let Some(group) = self.group.upgrade() {
+            group.want(Wanted::Pause);
+        }
+    }
+}
+
+/// Whether a vCPU does not run, and will not.
+pub(super) fn stopped(entry: &Entry) -> bool {
+    entry.wanted != Wanted::Run && !matches!(entry.phase, Phase::Running)
+}
+
+/// Why one of them can't go on.
+pub(super) fn failure(table: &[Entry]) -> Option<Arc<VcpuError>> {
+    table.iter().find_map(|entry| match &entry.phase {
+        Phase::Failed(error) => Some(Arc::clone(error)),
+        Phase::Running | Phase::Paused => None,
+    })
+}

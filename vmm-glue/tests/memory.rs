@@ -1,0 +1,87 @@
+//! Guest memory: pieces, gaps, other people's regions, impossible wishes.
+
+mod common;
+
+use page_source::{BlockId, ByteLen, GuestAddr, Layout, PageIndex, PageSize, RamBlock};
+use vm_memory::{Bytes, GuestAddress};
+use vmm_glue::{Backing, GuestRam, Memory, RamSource, RamSpec};
+
+/// A page that is touched may bring a whole huge page, where the system is set up so.
+const HUGE: u64 = 512;
+
+#[test]
+fn addresses_go_both_ways_around_the_gaps() {
+    for backing in [Backing::Anonymous, Backing::Memfd] {
+        let ram = GuestRam::allocate(&common::specs(), backing).unwrap();
+        assert_eq!(ram.layout().total(), ByteLen(12 << 20));
+        assert_eq!(ram.pieces().len(), 3);
+        for piece in ram.pieces() {
+            let last = ByteLen(piece.run.len().0 - 1);
+            for at in [ByteLen(0), last] {
+                assert_eq!(ram.to_host(piece.guest + at), Some(piece.host + at));
+                assert_eq!(ram.to_guest(piece.host + at), Some(piece.guest + at));
+            }
+            assert!(!ram.contains(piece.guest + piece.run.len()));
+            assert_eq!(ram.page_to_guest(piece.run.block, piece.run.first), Some(piece.guest));
+        }
+        // The second piece of the first block begins where the first one ends.
+        assert_eq!(ram.page_to_guest(BlockId(0), PageIndex(1024)), Some(GuestAddr(1 << 32)));
+        assert_eq!(ram.page_to_guest(BlockId(0), PageIndex(1024 + 1536)), None);
+    }
+}
+
+#[test]
+fn impossible_memory_is_refused() {
+    let allocate = |specs: &[RamSpec]| GuestRam::allocate(specs, Backing::Anonymous);
+    let at = |name: &str, guest, len| RamSpec::new(name).at(GuestAddr(guest), ByteLen(len));
+    assert!(allocate(&[at("a", 0, 8192), at("b", 8192, 4096)]).is_ok());
+    assert!(allocate(&[at("a", 0, 8192), at("b", 4096, 4096)]).is_err(), "overlap");
+    assert!(allocate(&[at("a", 0, 8192), at("a", 8192, 4096)]).is_err(), "one name");
+    assert!(allocate(&[at("a", 0, 100)]).is_err(), "partial page");
+    assert!(allocate(&[at("a", 1, 4096)]).is_err(), "unaligned");
+    assert!(allocate(&[at("a", 0, !4095)]).is_err(), "too much");
+    assert!(allocate(&[at("a", !4095, 8192)]).is_err(), "too high");
+    assert!(allocate(&[at("a\0b", 0, 4096)]).is_ok(), "names of anonymous memory go nowhere");
+    assert!(GuestRam::allocate(&[at("a\0b", 0, 4096)], Backing::Memfd).is_err());
+}
+
+#[test]
+fn a_source_of_other_blocks_is_refused() {
+    let ram = GuestRam::allocate(&common::specs(), Backing::Anonymous).unwrap();
+    let block = |name: &str, len| RamBlock::new(name, ByteLen(len), PageSize::SMALL).unwrap();
+    let regions = |blocks| ram.regions(&Layout::new(blocks).unwrap());
+    // Another order and more blocks are fine: they are found by name.
+    let more = vec![block("rom", 4096), block("more", 2 << 20), block("ram", 10 << 20)];
+    assert_eq!(regions(more).unwrap().len(), 3);
+    let error = regions(vec![block("ram", 10 << 20)]).unwrap_err().to_string();
+    assert!(error.contains("\"more\""), "{error}");
+    let error = regions(vec![block("ram", 8 << 20), block("more", 2 << 20)]).unwrap_err().to_string();
+    assert!(error.contains("\"ram\""), "{error}");
+}
+
+#[test]
+fn regions_of_a_vmm_are_adopted() {
+    let memory = Memory::from_ranges(&[(GuestAddress(0), 1 << 20), (GuestAddress(1 << 32), 2 << 20)]).unwrap();
+    memory.write_slice(b"hello", GuestAddress((1 << 32) + 5)).unwrap();
+    let ram = GuestRam::adopt(memory, |guest| format!("ram@{guest}")).unwrap();
+    let names: Vec<_> = ram.layout().blocks().iter().map(RamBlock::name).collect();
+    assert_eq!(names, ["ram@0x0", "ram@0x100000000"]);
+    assert!(ram.pieces().iter().all(|piece| piece.backing == Backing::Anonymous && !piece.shared));
+    // Only what was touched exists.
+    let source = RamSource::new(std::sync::Arc::new(ram)).unwrap();
+    assert!((1..=HUGE).contains(&source.populated().0), "{:?}", source.populated());
+}
+
+#[test]
+fn looking_for_pages_does_not_make_any() {
+    for backing in [Backing::Anonymous, Backing::Memfd] {
+        let ram = std::sync::Arc::new(GuestRam::allocate(&[RamSpec::pc("ram", ByteLen(5 << 30))], backing).unwrap());
+        for at in [0, (3 << 30) - 4096, 4 << 30, (6 << 30) - 1] {
+            ram.memory().write_obj(7u8, GuestAddress(at)).unwrap();
+        }
+        let populated = || RamSource::new(std::sync::Arc::clone(&ram)).unwrap().populated().0;
+        let first = populated();
+        assert!((4..=4 * HUGE).contains(&first), "{first} pages of {backing:?}");
+        assert_eq!(populated(), first, "{backing:?}");
+    }
+}
