@@ -295,10 +295,11 @@ fn demand_alone_notices_a_change_in_time() {
     let sink = Collector::new();
     let feed = source.start(sink.clone()).unwrap();
     std::fs::remove_file(&path).unwrap();
-    for page in 0..64 {
+    for page in (0..64).chain(0..64) {
         feed.request(run(0, page, 1), Urgency::Demand);
     }
-    assert!(matches!(sink.once(0, 63), Got::Failed(_)));
+    feed.request(run(1, 0, 1), Urgency::Demand);
+    assert!(matches!(sink.once(1, 0), Got::Failed(_)));
 }
 
 #[test]

@@ -75,16 +75,15 @@ impl Oracle {
         oracle
     }
 
-    /// One to four blocks of at most `pages` pages together, with random names and lengths, and one empty sometimes.
+    /// One to four blocks of at most `pages` pages together, none empty.
     #[must_use]
     pub fn random_layout(seed: u64, pages: u64) -> Layout {
         let mut random = StdRng::seed_from_u64(seed ^ 0x6c61_796f_7574);
         let names = ["pc.ram", "/rom@etc/acpi/tables", "vga.vram", "0000:00:02.0/virtio-net-pci.rom"];
         let count = random.random_range(1..=names.len());
         let longest = (pages / count as u64).max(1);
-        let blocks = names[..count].iter().enumerate().map(|(i, name)| {
-            let shortest = u64::from(i == 0 || count < 4);
-            let length = PageCount(random.random_range(shortest..=longest));
+        let blocks = names[..count].iter().map(|name| {
+            let length = PageCount(random.random_range(1..=longest));
             RamBlock::new(*name, length.to_bytes(), PageSize::SMALL).expect("whole pages")
         });
         Layout::new(blocks.collect()).expect("small blocks of different names")
