@@ -5,6 +5,28 @@
 //! nothing is ever *read* synchronously, a local file (answers at once), a network peer (answers late, from its own
 //! thread, out of order, with pages nobody asked for) and the frozen memory of a running guest are the same thing to
 //! whoever takes the pages.
+//!
+//! - Sources: [`MappedRam`], [`FlatFile`], and [`Threaded`] around any other.
+//! - Sinks: [`MappedRamSink`], [`FlatSink`].
+//! - [`pump`] drives a source into a sink, when all pages are wanted and none is urgent.
+//!
+//! ```
+//! use std::sync::Arc;
+//! use page_source::{ByteLen, FlatBlock, FlatFile, FlatSink, PageSink, PageSize, PumpOptions, RamBlock, pump};
+//!
+//! let dir = tempfile::tempdir()?;
+//! let (from, to) = (dir.path().join("memory"), dir.path().join("copy"));
+//! std::fs::write(&from, vec![7; 8 << 20])?;
+//! let blocks = FlatBlock::concatenated(vec![RamBlock::new("ram", ByteLen(8 << 20), PageSize::SMALL)?])?;
+//!
+//! let source = FlatFile::open(&from, blocks.clone())?;
+//! let sink = Arc::new(FlatSink::create(&to, &blocks)?);
+//! let pumped = pump(&source, Arc::clone(&sink) as Arc<dyn PageSink>, &PumpOptions::default())?;
+//! sink.outcome()?;
+//! assert_eq!(pumped.stored.0, 2048);
+//! assert_eq!(std::fs::read(&from)?, std::fs::read(&to)?);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 mod bytes;
 mod error;
