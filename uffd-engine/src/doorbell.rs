@@ -47,7 +47,7 @@ impl Doorbell {
         }
         for page in self.pages.iter().take(self.alive.load(Ordering::Acquire)) {
             // With no handler left the pages are ordinary memory (see `left`).
-            page.touch();
+            page.touch(ByteLen(0));
         }
     }
 

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sched::{CpuSet, sched_setaffinity};
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::unistd::Pid;
 use page_source::HostAddr;
@@ -173,5 +173,17 @@ pub(crate) fn bind(cpu: Option<usize>) {
     let mut set = CpuSet::new();
     if let Err(errno) = set.set(cpu).and_then(|()| sched_setaffinity(Pid::from_raw(0), &set)) {
         log::warn!("binding a thread of the engine to core {cpu} failed: {errno}");
+    }
+}
+
+/// The cores that this thread may run on.
+pub(crate) fn affinity() -> Option<CpuSet> {
+    sched_getaffinity(Pid::from_raw(0)).ok()
+}
+
+/// Puts back what [`affinity`] said.
+pub(crate) fn set_affinity(set: Option<CpuSet>) {
+    if let Some(Err(errno)) = set.map(|set| sched_setaffinity(Pid::from_raw(0), &set)) {
+        log::warn!("putting back the cores of a thread failed: {errno}");
     }
 }

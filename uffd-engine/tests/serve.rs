@@ -5,7 +5,11 @@ mod common;
 use std::sync::Arc;
 
 use common::{HUGE_KINDS, Kind, Memory, SMALL_KINDS};
-use page_source::{ByteLen, Layout, PageCount, PageIndex, PageRun, PageSize, PageSource, RamBlock};
+use page_source::{
+    ByteLen, Feed, Layout, PageCount, PageIndex, PageRun, PageSink, PageSize, PageSource, RamBlock, SourceError, Span,
+    Urgency,
+};
+use parking_lot::Mutex;
 use proptest::prelude::*;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
@@ -198,4 +202,71 @@ fn a_rate_limits_the_background_and_not_the_demand() {
     assert!(engine.stats().background_pages <= 16 + 16, "one piece, then a debt of days: {:?}", engine.stats());
     drop(engine);
     memory.assert_equals(&oracle);
+}
+
+#[test]
+fn the_background_follows_the_faults() {
+    testkit::require!(Userfaultfd);
+    let oracle = Arc::new(Oracle::random(4, one_block(8192), 255));
+    let memory = Memory::new(Kind::Anonymous, oracle.layout());
+    let order = Arc::new(Mutex::new(Vec::new()));
+    let source = Recording { inner: MemorySource::new(Arc::clone(&oracle)), order: Arc::clone(&order) };
+    let background = Background::default().paused().with_piece(PageCount(64));
+    let engine = memory.engine(Arc::new(source)).background(background).start().unwrap();
+    memory.load(page_source::BlockId(0), PageIndex(5000));
+    engine.resume_background();
+    engine.wait().unwrap();
+    let order = order.lock();
+    assert_eq!(order[0], (PageIndex(5000), Urgency::Demand));
+    let start = order.iter().position(|&(page, _)| page < PageIndex(5000)).unwrap();
+    assert!(start > 4, "it goes on from there before it begins at the start: {order:?}");
+    assert!(order[1..start].iter().all(|&(page, _)| (5001..5512).contains(&page.0)), "{order:?}");
+    memory.assert_equals(&oracle);
+}
+
+/// Notes what is asked for.
+#[derive(Debug)]
+struct Recording {
+    inner: MemorySource,
+    order: Arc<Mutex<Vec<(PageIndex, Urgency)>>>,
+}
+
+#[derive(Debug)]
+struct RecordingFeed(Box<dyn Feed>, Arc<Mutex<Vec<(PageIndex, Urgency)>>>);
+
+impl PageSource for Recording {
+    fn layout(&self) -> &Layout {
+        self.inner.layout()
+    }
+
+    fn run_at(&self, block: page_source::BlockId, first: PageIndex) -> Span {
+        self.inner.run_at(block, first)
+    }
+
+    fn start(&self, sink: Arc<dyn PageSink>) -> Result<Box<dyn Feed>, SourceError> {
+        Ok(Box::new(RecordingFeed(self.inner.start(sink)?, Arc::clone(&self.order))))
+    }
+}
+
+impl Feed for RecordingFeed {
+    fn request(&self, run: PageRun, urgency: Urgency) {
+        self.1.lock().push((run.first, urgency));
+        self.0.request(run, urgency);
+    }
+}
+
+#[test]
+fn arrangements_of_handlers_are_measured_and_work() {
+    testkit::require!(Userfaultfd, TwoCpus);
+    let measured = Handlers::measure(&[0], Some(1)).unwrap();
+    assert_eq!(measured.len(), 4);
+    assert!(measured.windows(2).all(|pair| pair[0].median <= pair[1].median), "{measured:?}");
+    let oracle = Arc::new(Oracle::random(8, one_block(512), 200));
+    for one in measured {
+        let memory = Memory::new(Kind::Anonymous, oracle.layout());
+        let source = Arc::new(MemorySource::new(Arc::clone(&oracle)));
+        let engine = memory.engine(source).handlers(one.handlers).discards(Discards::Announced).start().unwrap();
+        touch_all(&memory, &oracle, 1, 1);
+        engine.wait().unwrap();
+    }
 }

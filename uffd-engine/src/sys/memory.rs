@@ -46,10 +46,15 @@ impl Scratch {
         self.start.as_ptr().cast()
     }
 
-    /// Reads the first byte: a page fault if it is missing.
-    pub(crate) fn touch(&self) -> u8 {
-        // SAFETY: mapped and readable for as long as `self` lives.
-        unsafe { self.as_ptr().read_volatile() }
+    /// Reads the byte at `at`: a page fault if its page is missing.
+    ///
+    /// # Panics
+    /// If it is not inside.
+    pub(crate) fn touch(&self, at: ByteLen) -> u8 {
+        assert!(at.get() < self.len.get(), "outside the scratch memory");
+        let byte = self.as_ptr().wrapping_add(at.get());
+        // SAFETY: inside the mapping (just checked), readable for as long as `self` lives.
+        unsafe { byte.read_volatile() }
     }
 
     /// All of it.
