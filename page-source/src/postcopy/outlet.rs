@@ -70,8 +70,8 @@ impl Outgoing {
             same = false;
         }
         match content {
-            Some(content) => record::push_page(to, &block.name, page, same, content),
-            None => record::push_zero(to, &block.name, page, same),
+            Some(content) => record::push_page(to, &block.name, PageIndex(page), same, content),
+            None => record::push_zero(to, &block.name, PageIndex(page), same),
         }
     }
 }

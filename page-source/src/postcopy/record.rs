@@ -18,45 +18,29 @@ pub const CONTINUE: u64 = 0x20;
 
 const PAGE_BYTES: usize = 4096;
 
-/// Appends the records of consecutive pages: `content` is a whole number of pages. The first record names the block,
-/// so that the records stand on their own.
+/// Appends the record of a page with content. `same` leaves out the name of the block: only right if the record before,
+/// on the same channel, is one of the same block.
 ///
 /// # Panics
-/// If the name is longer than 255 bytes, or the content is not a whole number of pages.
-pub fn push_pages(to: &mut Vec<u8>, block: &str, first: PageIndex, content: &[u8]) {
-    assert!(content.len().is_multiple_of(PAGE_BYTES), "a partial page");
-    to.reserve(content.len() + (content.len() / PAGE_BYTES) * 8 + 256);
-    for (page, bytes) in (first.0..).zip(content.chunks_exact(PAGE_BYTES)) {
-        push_header(to, block, page, PAGE, page > first.0);
-        to.extend_from_slice(bytes);
-    }
-}
-
-/// Appends the records of `pages` consecutive pages that are zero. The first record names the block.
-///
-/// # Panics
-/// If the name is longer than 255 bytes.
-pub fn push_zeros(to: &mut Vec<u8>, block: &str, first: PageIndex, pages: u64) {
-    for page in first.0..first.0 + pages {
-        push_zero(to, block, page, page > first.0);
-    }
-}
-
-/// Appends the record of one zero page; `same` if the record before is one of the same block.
-pub(super) fn push_zero(to: &mut Vec<u8>, block: &str, page: u64, same: bool) {
-    push_header(to, block, page, ZERO, same);
-    to.push(0);
-}
-
-/// Appends the record of one page; `same` as above.
-pub(super) fn push_page(to: &mut Vec<u8>, block: &str, page: u64, same: bool, content: &[u8]) {
+/// If the name is longer than 255 bytes, or the content is not 4096 bytes long.
+pub fn push_page(to: &mut Vec<u8>, block: &str, page: PageIndex, same: bool, content: &[u8]) {
+    assert_eq!(content.len(), PAGE_BYTES, "a partial page");
     push_header(to, block, page, PAGE, same);
     to.extend_from_slice(content);
 }
 
-fn push_header(to: &mut Vec<u8>, block: &str, page: u64, kind: u64, same: bool) {
+/// Appends the record of a zero page; `same` as in [`push_page`].
+///
+/// # Panics
+/// If the name is longer than 255 bytes.
+pub fn push_zero(to: &mut Vec<u8>, block: &str, page: PageIndex, same: bool) {
+    push_header(to, block, page, ZERO, same);
+    to.push(0);
+}
+
+fn push_header(to: &mut Vec<u8>, block: &str, page: PageIndex, kind: u64, same: bool) {
     let flags = if same { kind | CONTINUE } else { kind };
-    to.extend_from_slice(&((page * PAGE_SIZE) | flags).to_be_bytes());
+    to.extend_from_slice(&((page.0 * PAGE_SIZE) | flags).to_be_bytes());
     if !same {
         let length = u8::try_from(block.len()).expect("the name of a RAM block has at most 255 bytes");
         to.push(length);
@@ -79,6 +63,7 @@ pub enum Record {
 #[derive(Clone, Debug, Default)]
 pub struct Reader {
     block: Option<String>,
+    named: bool,
 }
 
 impl Reader {
@@ -92,6 +77,12 @@ impl Reader {
     #[must_use]
     pub fn block(&self) -> &str {
         self.block.as_deref().unwrap_or("")
+    }
+
+    /// Whether the last record named its block, rather than leaving it to the record before.
+    #[must_use]
+    pub fn is_named(&self) -> bool {
+        self.named
     }
 
     /// Reads a record; the content of a page goes into `page`.
@@ -109,7 +100,8 @@ impl Reader {
         if flags == END {
             return Ok(Record::End);
         }
-        if flags & CONTINUE == 0 {
+        self.named = flags & CONTINUE == 0;
+        if self.named {
             let mut length = [0];
             from.read_exact(&mut length)?;
             let mut name = vec![0; length[0].into()];
@@ -143,9 +135,9 @@ mod tests {
     #[test]
     fn records_come_back() {
         let mut wire = Vec::new();
-        let content: Vec<u8> = [[7; 4096], [9; 4096]].concat();
-        push_pages(&mut wire, "pc.ram", PageIndex(3), &content);
-        push_zeros(&mut wire, "pc.rom", PageIndex(1), 1);
+        push_page(&mut wire, "pc.ram", PageIndex(3), false, &[7; 4096]);
+        push_page(&mut wire, "pc.ram", PageIndex(4), true, &[9; 4096]);
+        push_zero(&mut wire, "pc.rom", PageIndex(1), false);
         wire.extend_from_slice(&END.to_be_bytes());
         assert_eq!(wire[..15], [0, 0, 0, 0, 0, 0, 0x30, 0x08, 6, b'p', b'c', b'.', b'r', b'a', b'm']);
         let (mut from, mut reader, mut page) = (wire.as_slice(), Reader::new(), [0; 4096]);

@@ -1,6 +1,7 @@
 //! The postcopy server against a destination that keeps QEMU's rules and complains of every breach.
 
 mod stub;
+mod trace;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -331,5 +332,58 @@ fn a_fresh_server_resumes_from_what_the_destination_has() {
         check(&stub.finish(), &oracle);
         assert_eq!(report.progress.received_before.0, before);
         assert_eq!(report.progress.demand.0 + report.progress.background.0, oracle.stored_pages().0 - before);
+    }
+}
+
+/// Pages and zero pages on the main connection, the same on the second one, requests: counted by another program.
+const TRACES: [(&str, [u64; 5]); 4] = [
+    ("postcopy-trace-microvm-q10-slow", [9006, 7415, 0, 0, 121]),
+    ("postcopy-trace-pc-q10-preempt-slow", [3529, 6639, 5554, 792, 6381]),
+    ("postcopy-trace-pc-q10-slow", [9083, 7431, 0, 0, 161]),
+    ("postcopy-trace-pc-q10-to-q11-slow", [9083, 7431, 0, 0, 95]),
+];
+
+#[test]
+fn recorded_conversations_go_through_both_sides() {
+    for (name, trace) in trace::all() {
+        let mut sent = trace::Sent::default();
+        sent.main(&trace.there[&0]);
+        let main = (sent.data, sent.zeros);
+        if let Some(fast) = trace.there.get(&1) {
+            sent.fast(fast);
+        }
+        let messages = trace::back(&trace.back[&0]);
+        let requests: Vec<&Message> = messages.iter().filter(|m| matches!(m, Message::Request { .. })).collect();
+        let counts = [main.0, main.1, sent.data - main.0, sent.zeros - main.1, requests.len() as u64];
+        let known = TRACES.iter().find(|(known, _)| *known == name);
+        assert_eq!(known.map(|(_, counts)| *counts), Some(counts), "{name}");
+        assert_eq!(messages.back(), Some(&Message::Shut(0)), "{name}");
+
+        // The same requests to our server, which has the same pages.
+        let mut content = Oracle::zero(sent.layout());
+        let layout = sent.layout();
+        for ((block, page), bytes) in &sent.pages {
+            let at = usize::try_from(page * 4096).unwrap();
+            content.block_mut(layout.find(block).unwrap().0)[at..at + 4096].copy_from_slice(bytes);
+        }
+        let oracle = Arc::new(content);
+        let dir = tempfile::tempdir().unwrap();
+        let (door, address) = Door::unix(dir.path());
+        let preempt = trace.there.contains_key(&1);
+        let stub = Stub::open(door, Habits { preempt, ..Habits::default() });
+        let source = Arc::new(MemorySource::new(Arc::clone(&oracle)));
+        let server = Running::start(source, options(|options| options.preempt = preempt), address);
+        stub.wait("the package", |state| state.loaded);
+        let mut last = String::new();
+        for request in requests {
+            let Message::Request { block, start, length } = request else { continue };
+            last = block.clone().unwrap_or(last);
+            if stub.state().ended {
+                break;
+            }
+            stub.request(&last, start / 4096, u64::from(*length) / 4096);
+        }
+        server.finish().unwrap();
+        check(&stub.finish(), &oracle);
     }
 }
