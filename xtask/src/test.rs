@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::e2e;
 use crate::results::{Counts, read_skips, run_counted};
-use crate::run::{Done, cargo, root, run as run_command, show};
+use crate::run::{Done, cargo, cargo_path, root, run as run_command, show};
 use crate::setup::{self, Need};
 use crate::tidy;
 
@@ -26,7 +26,7 @@ pub(crate) struct Args {
 /// # Errors
 /// If a step failed, or something is missing that the tests can't do without.
 pub(crate) fn run(args: &Args) -> Done {
-    setup::ensure(&[Need::Libclang, Need::Rustfmt, Need::Clippy])?;
+    setup::ensure(&[Need::Libclang, Need::Cxx, Need::Rustfmt, Need::Clippy])?;
     let mut gate = Gate::new(args.full)?;
     gate.step("format", |_| run_command(cargo("fmt").args(["--all", "--check"])));
     gate.step("source rules", |_| tidy::run());
@@ -107,7 +107,7 @@ impl Gate {
         let mut command = cargo("test");
         command.args(["--quiet", "--workspace", "--no-fail-fast"]).env("TESTKIT_SKIPS", &self.skips);
         if self.full {
-            command.env("TESTKIT_FULL", "1");
+            command.env("FASTLOAD_FULL", "1");
         }
         command
     }
@@ -150,11 +150,35 @@ impl Gate {
     }
 }
 
-/// Builds the fuzz targets, and runs each for a moment. They are a workspace of their own.
-fn fuzz(_: &mut Gate) -> Done {
-    let manifest = root().join("fuzz/Cargo.toml");
-    if !Path::new(&manifest).exists() {
-        return Err("there is no fuzz/Cargo.toml".into());
+/// Builds the fuzz targets, and runs each for a moment. They are a workspace of their own, with flags of its own, which
+/// cargo finds by the directory it is called in.
+fn fuzz(gate: &mut Gate) -> Done {
+    let directory = root().join("fuzz");
+    let cargo_there = |subcommand: &str| {
+        let mut command = Command::new(cargo_path());
+        command.arg(subcommand).args(["--quiet", "--release"]).current_dir(&directory);
+        command
+    };
+    run_command(cargo_there("build").arg("--bins"))?;
+    let seconds = if gate.full { 60 } else { 3 };
+    for target in fuzz_targets(&directory.join("targets"))? {
+        let mut command = cargo_there("run");
+        let limit = format!("-max_total_time={seconds}");
+        command.args(["--bin", &target, "--", &format!("corpus/{target}"), &limit, "-verbosity=0"]);
+        println!("   {}", show(&command));
+        run_command(&mut command)?;
     }
     Ok(())
+}
+
+fn fuzz_targets(directory: &Path) -> Done<Vec<String>> {
+    let entries = std::fs::read_dir(directory).map_err(|error| format!("{}: {error}", directory.display()))?;
+    let mut names: Vec<String> = entries
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "rs"))
+        .filter_map(|path| path.file_stem()?.to_str().map(str::to_owned))
+        .collect();
+    names.sort();
+    if names.is_empty() { Err(format!("no fuzz target in {}", directory.display()).into()) } else { Ok(names) }
 }

@@ -36,6 +36,7 @@ impl Facts {
             }
         };
         note(Need::Libclang, libclang());
+        note(Need::Cxx, runs(Command::new("c++").arg("--version")));
         note(Need::Rustfmt, runs(Command::new(cargo_path()).args(["fmt", "--version"])));
         note(Need::Clippy, runs(Command::new(cargo_path()).args(["clippy", "--version"])));
         note(Need::Qemu, qemu_major().is_some_and(|major| major >= 10));

@@ -14,6 +14,8 @@ use plan::Plan;
 pub(crate) enum Need {
     /// libclang, with which the `userfaultfd` crate reads the kernel's header while it is built.
     Libclang,
+    /// A C++ compiler, with which libFuzzer is built for the fuzz targets.
+    Cxx,
     /// `cargo fmt`.
     Rustfmt,
     /// `cargo clippy`.
@@ -23,11 +25,12 @@ pub(crate) enum Need {
 }
 
 impl Need {
-    const ALL: [Need; 4] = [Need::Libclang, Need::Rustfmt, Need::Clippy, Need::Qemu];
+    const ALL: [Need; 5] = [Need::Libclang, Need::Cxx, Need::Rustfmt, Need::Clippy, Need::Qemu];
 
     fn name(self) -> &'static str {
         match self {
             Need::Libclang => "libclang (for the userfaultfd crate)",
+            Need::Cxx => "a C++ compiler (for the fuzz targets)",
             Need::Rustfmt => "rustfmt",
             Need::Clippy => "clippy",
             Need::Qemu => "QEMU 10 or later (qemu-system-x86_64)",

@@ -33,7 +33,7 @@ pub(crate) struct Plan {
 pub(crate) fn make(facts: &Facts, needs: &[Need]) -> Done<Plan> {
     let missing: Vec<Need> = needs.iter().copied().filter(|&need| !facts.has(need)).collect();
     let mut steps = Vec::new();
-    if missing.iter().any(|need| matches!(need, Need::Libclang | Need::Qemu)) {
+    if missing.iter().any(|need| matches!(need, Need::Libclang | Need::Cxx | Need::Qemu)) {
         if !facts.os.is_debian() || !facts.apt_get {
             let names: Vec<&str> = missing.iter().map(|need| need.name()).collect();
             return Err(format!(
@@ -49,7 +49,7 @@ pub(crate) fn make(facts: &Facts, needs: &[Need]) -> Done<Plan> {
         .filter_map(|need| match need {
             Need::Rustfmt => Some("rustfmt"),
             Need::Clippy => Some("clippy"),
-            Need::Libclang | Need::Qemu => None,
+            Need::Libclang | Need::Cxx | Need::Qemu => None,
         })
         .collect();
     if !components.is_empty() {
@@ -69,6 +69,9 @@ fn packages(facts: &Facts, missing: &[Need]) -> Done<Vec<Step>> {
     let mut steps = Vec::new();
     if missing.contains(&Need::Libclang) {
         own.push("libclang-dev");
+    }
+    if missing.contains(&Need::Cxx) {
+        own.push("g++");
     }
     if missing.contains(&Need::Qemu) {
         if facts.os.has_own_qemu() { &mut own } else { &mut from_backports }.push("qemu-system-x86");
@@ -204,7 +207,7 @@ mod tests {
             plan.shell(true),
             "printf %s 'deb [signed-by=/k.gpg] http://mirror.test/debian bookworm-backports main\n' > \
              /etc/apt/sources.list.d/fastload-backports.list && apt-get update && \
-             apt-get install -y --no-install-recommends libclang-dev && \
+             apt-get install -y --no-install-recommends libclang-dev g++ && \
              apt-get install -y --no-install-recommends -t bookworm-backports qemu-system-x86"
         );
         let mut configured = fresh(12, "bookworm");
@@ -221,13 +224,14 @@ mod tests {
         let plan = make(&fresh(13, "trixie"), &Need::ALL).unwrap();
         assert_eq!(
             plan.shell(false),
-            "sudo sh -c 'apt-get update && apt-get install -y --no-install-recommends libclang-dev qemu-system-x86'"
+            "sudo sh -c 'apt-get update && apt-get install -y --no-install-recommends libclang-dev g++ qemu-system-x86'"
         );
     }
 
     #[test]
     fn toolchain_parts_need_no_root() {
-        let facts = Facts { present: vec![Need::Libclang, Need::Qemu], root: false, ..fresh(12, "bookworm") };
+        let facts =
+            Facts { present: vec![Need::Libclang, Need::Cxx, Need::Qemu], root: false, ..fresh(12, "bookworm") };
         let plan = make(&facts, &Need::ALL).unwrap();
         assert!(!plan.needs_root());
         assert_eq!(plan.shell(false), "rustup component add rustfmt clippy");
