@@ -203,6 +203,10 @@ impl<P: Places> FileFeed<P> {
 }
 
 impl<P: Places> Feed for FileFeed<P> {
+    fn alive(&self) -> bool {
+        !self.stopped.load(Ordering::Relaxed)
+    }
+
     fn request(&self, run: PageRun, urgency: Urgency) {
         if run.is_empty() || self.stopped.load(Ordering::Relaxed) {
             return;

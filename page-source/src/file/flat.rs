@@ -171,6 +171,13 @@ impl Places for Inner {
             let name = self.layout.get(block).map_or("?", RamBlock::name);
             self.mapped.read_error(name, base + first.byte_offset(), ByteLen(PAGE_SIZE), error)
         })?;
+        // A hole may be one because the file was cut off since the last look: that must not pass for zeros.
+        if content == Content::Zero
+            && let Err(what) = self.mapped.check()
+        {
+            let name = self.layout.get(block).map_or("?", RamBlock::name);
+            return Err(self.mapped.change_error(what, name, base + first.byte_offset()));
+        }
         extents.learn(first, end, content);
         Ok(Span { content, pages: end - first })
     }
