@@ -76,6 +76,14 @@ pub(crate) struct Fill {
     pub(crate) done: i64,
 }
 
+/// `struct uffdio_writeprotect`.
+#[repr(C)]
+#[derive(Debug)]
+pub(crate) struct WriteProtect {
+    pub(crate) range: Range,
+    pub(crate) mode: u64,
+}
+
 /// `struct uffd_msg`, with the payload of the events that are used here side by side.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
@@ -94,6 +102,7 @@ pub(crate) const UFFD_API: u64 = 0xaa;
 pub(crate) const UFFD_API_IOCTL: u64 = ioc(READ | WRITE, 0xaa, 0x3f, size_of::<Api>());
 pub(crate) const UFFDIO_COPY: u64 = ioc(READ | WRITE, 0xaa, 0x03, size_of::<Copy>());
 pub(crate) const UFFDIO_ZEROPAGE: u64 = ioc(READ | WRITE, 0xaa, 0x04, size_of::<Fill>());
+pub(crate) const UFFDIO_WRITEPROTECT: u64 = ioc(READ | WRITE, 0xaa, 0x06, size_of::<WriteProtect>());
 pub(crate) const UFFDIO_CONTINUE: u64 = ioc(READ | WRITE, 0xaa, 0x07, size_of::<Fill>());
 pub(crate) const UFFDIO_POISON: u64 = ioc(READ | WRITE, 0xaa, 0x08, size_of::<Fill>());
 /// On `/dev/userfaultfd`. Linux 6.1.
@@ -103,6 +112,8 @@ pub(crate) const UFFD_EVENT_PAGEFAULT: u8 = 0x12;
 pub(crate) const UFFD_EVENT_REMOVE: u8 = 0x15;
 pub(crate) const UFFD_EVENT_UNMAP: u8 = 0x16;
 
+pub(crate) const UFFDIO_WRITEPROTECT_MODE_WP: u64 = 1 << 0;
+pub(crate) const UFFD_PAGEFAULT_FLAG_WP: u64 = 1 << 1;
 pub(crate) const UFFD_PAGEFAULT_FLAG_MINOR: u64 = 1 << 2;
 
 const WRITE: u64 = 1;
@@ -117,10 +128,12 @@ const _: () = {
     assert!(size_of::<Api>() == 24);
     assert!(size_of::<Copy>() == 40);
     assert!(size_of::<Fill>() == 32);
+    assert!(size_of::<WriteProtect>() == 24);
     assert!(size_of::<Message>() == 32);
     assert!(UFFD_API_IOCTL == 0xc018_aa3f);
     assert!(UFFDIO_COPY == 0xc028_aa03);
     assert!(UFFDIO_ZEROPAGE == 0xc020_aa04);
+    assert!(UFFDIO_WRITEPROTECT == 0xc018_aa06);
     assert!(UFFDIO_CONTINUE == 0xc020_aa07);
     assert!(UFFDIO_POISON == 0xc020_aa08);
     assert!(USERFAULTFD_IOC_NEW == 0xaa00);

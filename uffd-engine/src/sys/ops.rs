@@ -5,7 +5,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 
 use nix::errno::Errno;
 
-use super::abi::{self, Copy, Fill, Message, Range};
+use super::abi::{self, Copy, Fill, Message, Range, WriteProtect};
 
 /// What an install did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,6 +60,15 @@ pub(crate) fn map_cached(fd: BorrowedFd<'_>, start: u64, len: u64) -> Done {
 /// `UFFDIO_POISON`: any access is an error from now on, also after the descriptor was closed.
 pub(crate) fn poison(fd: BorrowedFd<'_>, start: u64, len: u64) -> Done {
     fill(fd, abi::UFFDIO_POISON, start, len)
+}
+
+/// `UFFDIO_WRITEPROTECT`: arms what is populated of a range, or releases it and wakes its writers.
+pub(crate) fn write_protect(fd: BorrowedFd<'_>, start: u64, len: u64, armed: bool) -> Result<(), Errno> {
+    let mode = if armed { abi::UFFDIO_WRITEPROTECT_MODE_WP } else { 0 };
+    let mut arg = WriteProtect { range: Range { start, len }, mode };
+    // SAFETY: `arg` is the structure this ioctl reads; the kernel checks the range in it.
+    let status = unsafe { libc::ioctl(fd.as_raw_fd(), abi::UFFDIO_WRITEPROTECT, &raw mut arg) };
+    if status < 0 { Err(Errno::last()) } else { Ok(()) }
 }
 
 /// Reads as many messages as are there and fit.

@@ -1,0 +1,167 @@
+//! From regions to frozen memory: everything that can fail first, then the arming.
+
+use std::io;
+use std::sync::Arc;
+use std::thread::Builder as Thread;
+
+use nix::errno::Errno;
+use page_source::{ByteLen, HostAddr, Layout, PageRun};
+use userfaultfd::RegisterMode;
+
+use super::frozen::{Frozen, Shared, Zone};
+use super::pages::{PageTable, Saved};
+use super::pool::Pool;
+use super::writes;
+use crate::descriptor::Descriptor;
+use crate::region::{self, Backing, Region};
+use crate::sys::abi::Features;
+use crate::sys::ops;
+use crate::{Handlers, OpenError, StartError};
+
+/// How memory is frozen.
+#[derive(Clone, Debug)]
+pub struct FreezeOptions {
+    /// Copies of pages whose writers went on, and that are not written out yet, take at most so much memory. When it
+    /// is full, writers wait.
+    pub pool: ByteLen,
+    /// The threads that serve write faults.
+    pub handlers: Handlers,
+}
+
+impl Default for FreezeOptions {
+    /// A pool of 32 MiB, one handler.
+    fn default() -> FreezeOptions {
+        FreezeOptions { pool: ByteLen(32 << 20), handlers: Handlers::default() }
+    }
+}
+
+/// Why memory can't be frozen. The guest's memory is as it was.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum FreezeError {
+    /// There is no descriptor, or the kernel can't write-protect this memory.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The regions can't be, or a thread or memory is missing.
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// The kernel refused to register or to write-protect a range. `EBUSY`: another userfaultfd has it, that of an
+    /// engine which is still loading.
+    #[error("write-protecting {length} bytes at {start} failed: {errno}")]
+    Arm {
+        /// Where.
+        start: HostAddr,
+        /// How much.
+        length: ByteLen,
+        /// What the kernel said.
+        errno: Errno,
+    },
+}
+
+/// Everything a freeze needs, made before the guest is stopped.
+#[derive(Debug)]
+pub struct Freezer {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) threads: Vec<std::thread::JoinHandle<()>>,
+}
+
+impl Freezer {
+    /// Checks the regions, and makes the descriptor, the pool and the threads. All regions must be of one granule.
+    ///
+    /// # Errors
+    /// If anything is missing. Nothing has happened to the memory then.
+    pub fn prepare(regions: Vec<Region>, layout: Layout, options: &FreezeOptions) -> Result<Freezer, FreezeError> {
+        region::check(&regions, &layout)?;
+        let system = |what| move |error: io::Error| StartError::System { what, error };
+        let mut features = Features::PAGEFAULT_FLAG_WP | Features::EVENT_REMOVE;
+        for region in &regions {
+            features |= region.backing.features();
+            if region.backing != Backing::Anonymous {
+                features |= Features::WP_HUGETLBFS_SHMEM;
+            }
+        }
+        let descriptor = Descriptor::create(features, true)?;
+        let granule = regions.first().map_or(Backing::Anonymous, |region| region.backing).granule();
+        if regions.iter().any(|region| region.backing.granule() != granule) {
+            return Err(StartError::Incomplete("regions of different page sizes are not frozen together").into());
+        }
+        let buffers = ByteLen(options.pool.0 / granule.bytes().0).get();
+        let pool = Pool::new(buffers, granule.bytes()).map_err(system("the pool of copied pages"))?;
+        let page_table = PageTable::open().map_err(system("/proc/self/pagemap"))?;
+        let zones = regions
+            .into_iter()
+            .map(|region| Zone { saved: Saved::new(region.granules()), granule: region.backing.granule(), region })
+            .collect();
+        let shared = Shared::new(descriptor, zones, layout, pool, page_table);
+        let shared = Arc::new(shared.map_err(|errno| system("an event descriptor")(errno.into()))?);
+        let mut freezer = Freezer { shared, threads: Vec::new() };
+        for (number, &cpu) in options.handlers.cores.iter().enumerate() {
+            let shared = Arc::clone(&freezer.shared);
+            let thread = Thread::new().name(format!("uffd-write-{number}")).spawn(move || writes::run(&shared, cpu));
+            freezer.threads.push(thread.map_err(system("a thread"))?);
+        }
+        Ok(freezer)
+    }
+
+    /// Write-protects what is populated. That moment is the freeze point; the caller has stopped everything that writes
+    /// to the memory: vCPUs, device models, and I/O in flight that goes around the page tables (direct I/O,
+    /// `io_uring`, DMA, other mappings of the same memory), which nothing here could catch.
+    ///
+    /// `populated` names the pages of shared memory (memfd, hugetlbfs) that its file holds: for private memory the
+    /// page table tells, and nothing needs to be given. It costs the time of the write-protection and no more.
+    ///
+    /// # Errors
+    /// If the kernel refuses. The memory is as it was then.
+    pub fn arm(mut self, populated: &[PageRun]) -> Result<Frozen, FreezeError> {
+        let threads = std::mem::take(&mut self.threads);
+        let mut frozen = Frozen { shared: Arc::clone(&self.shared), threads };
+        let result = self.shared.zones.iter().try_for_each(|zone| arm(&self.shared, zone, populated));
+        match result {
+            Ok(()) => Ok(frozen),
+            Err(error) => {
+                frozen.release();
+                Err(error)
+            }
+        }
+    }
+}
+
+impl Drop for Freezer {
+    fn drop(&mut self) {
+        self.shared.stop();
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn arm(shared: &Shared, zone: &Zone, populated: &[PageRun]) -> Result<(), FreezeError> {
+    let region = &zone.region;
+    let refused = |start: HostAddr, length: ByteLen, errno| FreezeError::Arm { start, length, errno };
+    let mode = RegisterMode::MISSING | RegisterMode::WRITE_PROTECT;
+    shared.descriptor.register(region.start, region.len(), mode).map_err(|error| {
+        let errno = match error {
+            userfaultfd::Error::SystemError(errno) => Errno::from_raw(errno as i32),
+            _ => Errno::last(),
+        };
+        refused(region.start, region.len(), errno)
+    })?;
+    let protect = |start: HostAddr, len: ByteLen| {
+        ops::write_protect(shared.descriptor.fd(), start.0, len.0, true).map_err(|errno| refused(start, len, errno))
+    };
+    if region.backing == Backing::Anonymous || !region.shared {
+        return protect(region.start, region.len());
+    }
+    let granule = zone.granule.bytes().0;
+    for run in populated {
+        let here = run.intersect(region.run);
+        if here.is_empty() {
+            continue;
+        }
+        let from = (here.first - region.run.first).to_bytes().0 / granule * granule;
+        let to = (here.end() - region.run.first).to_bytes().0.next_multiple_of(granule);
+        protect(region.start + ByteLen(from), ByteLen(to - from))?;
+    }
+    shared.note_populated(populated);
+    Ok(())
+}

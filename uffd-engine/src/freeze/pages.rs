@@ -1,0 +1,79 @@
+//! Which granules are saved, and which granules exist at all.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use page_source::{HostAddr, PAGE_SHIFT};
+
+use crate::sys::memory::zeroed_table;
+
+const UNSAVED: u8 = 0;
+const CLAIMED: u8 = 1;
+const SAVED: u8 = 2;
+
+/// For each granule: not saved, being copied, or saved.
+#[derive(Debug)]
+pub(crate) struct Saved(Box<[AtomicU8]>);
+
+impl Saved {
+    pub(crate) fn new(granules: usize) -> Saved {
+        Saved(zeroed_table(granules))
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    pub(crate) fn unsaved(&self, granule: usize) -> bool {
+        self.0[granule].load(Ordering::Acquire) == UNSAVED
+    }
+
+    pub(crate) fn saved(&self, granule: usize) -> bool {
+        self.0[granule].load(Ordering::Acquire) == SAVED
+    }
+
+    /// The caller is the one who saves it.
+    pub(crate) fn claim(&self, granule: usize) -> bool {
+        self.0[granule].compare_exchange(UNSAVED, CLAIMED, Ordering::AcqRel, Ordering::Acquire).is_ok()
+    }
+
+    /// A claimed granule is saved.
+    pub(crate) fn done(&self, granule: usize) {
+        self.0[granule].store(SAVED, Ordering::Release);
+    }
+
+    /// A claimed granule could not be saved now.
+    pub(crate) fn give_back(&self, granule: usize) {
+        self.0[granule].store(UNSAVED, Ordering::Release);
+    }
+}
+
+/// Present or swapped out: bits 63 and 62 of an entry of `/proc/self/pagemap`
+/// (Linux Documentation/admin-guide/mm/pagemap.rst).
+const EXISTS: u64 = 3 << 62;
+
+/// This process's page table, as the kernel shows it.
+#[derive(Debug)]
+pub(crate) struct PageTable(File);
+
+impl PageTable {
+    pub(crate) fn open() -> io::Result<PageTable> {
+        Ok(PageTable(File::open("/proc/self/pagemap")?))
+    }
+
+    /// For each of so many pages from `start` on: whether there is one.
+    pub(crate) fn exist(&self, start: HostAddr, pages: usize) -> io::Result<Vec<bool>> {
+        let mut entries = vec![0; 8 * pages];
+        self.0.read_exact_at(&mut entries, (start.0 >> PAGE_SHIFT) * 8)?;
+        // The kernel's own integers, in memory order: this never leaves the machine.
+        let (words, _) = entries.as_chunks::<8>();
+        Ok(words.iter().map(|&word| native(word) & EXISTS != 0).collect())
+    }
+}
+
+#[expect(clippy::host_endian_bytes, reason = "a kernel interface in the byte order of the machine")]
+fn native(word: [u8; 8]) -> u64 {
+    u64::from_ne_bytes(word)
+}

@@ -1,0 +1,158 @@
+//! Serving writers: the old content is copied away, the writer goes on.
+
+use std::os::fd::AsFd;
+use std::sync::atomic::Ordering;
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use page_source::{ByteLen, HostAddr};
+
+use super::frozen::{FrozenError, Shared, Zone};
+use super::pool::Copied;
+use crate::handler::bind;
+use crate::region::Backing;
+use crate::sys::abi::{Message, UFFD_EVENT_PAGEFAULT, UFFD_EVENT_REMOVE, UFFD_EVENT_UNMAP, UFFD_PAGEFAULT_FLAG_WP};
+use crate::sys::memory::read_granule;
+use crate::sys::ops::{self, Done};
+
+/// So many messages are read at a time at most.
+const BATCH: usize = 64;
+
+/// Serves write faults until the freeze is over.
+pub(crate) fn run(shared: &Shared, cpu: Option<usize>) {
+    bind(cpu);
+    let mut messages = [Message::default(); BATCH];
+    let mut again: Vec<(HostAddr, u64)> = Vec::new();
+    while !shared.stopping() {
+        let wait = if again.is_empty() { PollTimeout::NONE } else { PollTimeout::ZERO };
+        let mut fds = [
+            PollFd::new(shared.descriptor.fd(), PollFlags::POLLIN),
+            PollFd::new(shared.event.as_fd(), PollFlags::POLLIN),
+        ];
+        match poll(&mut fds, wait) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => return fail(shared, "waiting for faults", HostAddr(0), errno),
+        }
+        let count = match ops::read(shared.descriptor.fd(), &mut messages) {
+            Ok(count) => count,
+            Err(Errno::EAGAIN | Errno::EINTR) => 0,
+            Err(errno) => return fail(shared, "reading faults", HostAddr(0), errno),
+        };
+        for message in &messages[..count] {
+            if matches!(message.event, UFFD_EVENT_REMOVE | UFFD_EVENT_UNMAP) {
+                given_back(shared, HostAddr(message.word0), HostAddr(message.word1));
+            }
+        }
+        let mut faults = std::mem::take(&mut again);
+        let fresh = messages[..count].iter().filter(|message| message.event == UFFD_EVENT_PAGEFAULT);
+        faults.extend(fresh.map(|message| (HostAddr(message.word1), message.word0)));
+        again.extend(faults.into_iter().filter(|&(addr, flags)| !serve(shared, addr, flags)));
+        if !again.is_empty() {
+            std::thread::yield_now();
+        }
+    }
+}
+
+fn fail(shared: &Shared, what: &'static str, at: HostAddr, errno: Errno) {
+    if !shared.stopping() {
+        shared.end(Err(FrozenError::Kernel { what, at, errno }));
+    }
+}
+
+/// Memory was given back. What of it was not saved is lost to the snapshot.
+fn given_back(shared: &Shared, start: HostAddr, end: HostAddr) {
+    for zone in &shared.zones {
+        let range = zone.region.range();
+        let (from, to) = (start.max(range.start), end.min(range.end));
+        if from >= to {
+            continue;
+        }
+        let unit = zone.granule.bytes().0;
+        let first = ByteLen((from - range.start).0 / unit).get();
+        let last = ByteLen((to - range.start).0.div_ceil(unit)).get();
+        if (first..last).any(|granule| !zone.saved.saved(granule)) {
+            shared.end(Err(FrozenError::Discarded { start: from, end: to }));
+        }
+    }
+}
+
+/// Serves one fault. `false` if it has to be tried again after an event was read.
+fn serve(shared: &Shared, addr: HostAddr, flags: u64) -> bool {
+    let Some((number, granule)) = locate(shared, addr) else { return true };
+    let zone = &shared.zones[number];
+    if flags & UFFD_PAGEFAULT_FLAG_WP == 0 { hole(shared, zone, granule) } else { write(shared, number, granule) }
+}
+
+fn locate(shared: &Shared, addr: HostAddr) -> Option<(usize, usize)> {
+    shared.zones.iter().enumerate().find_map(|(number, zone)| {
+        let range = zone.region.range();
+        range.contains(&addr).then(|| (number, ByteLen((addr - range.start).0 / zone.granule.bytes().0).get()))
+    })
+}
+
+/// A page that does not exist is zero at the freeze point. Its toucher gets an ordinary page.
+fn hole(shared: &Shared, zone: &Zone, granule: usize) -> bool {
+    let (addr, len) = (zone.addr(granule), zone.len_of(1));
+    // Claimed by the saver: it found no page, and will not look again.
+    let claimed = zone.saved.claim(granule);
+    let done = match zone.region.backing {
+        Backing::Hugetlb => ops::copy(shared.descriptor.fd(), addr.0, shared.zeros(), len.0),
+        Backing::Anonymous | Backing::Memfd => ops::zeropage(shared.descriptor.fd(), addr.0, len.0),
+    };
+    if matches!(done, Done::Failed(Errno::EAGAIN) | Done::Part(_)) {
+        if claimed {
+            zone.saved.give_back(granule);
+        }
+        return false;
+    }
+    if done != Done::All {
+        drop(shared.descriptor.wake(addr, len));
+    }
+    if claimed {
+        shared.hole_faults.fetch_add(1, Ordering::Relaxed);
+        shared.zero_pages.fetch_add(zone.granule.pages().0, Ordering::Relaxed);
+        zone.saved.done(granule);
+    }
+    true
+}
+
+/// A page that is about to be written.
+fn write(shared: &Shared, number: usize, granule: usize) -> bool {
+    let zone = &shared.zones[number];
+    let addr = zone.addr(granule);
+    if zone.saved.saved(granule) {
+        return release(shared, zone, granule);
+    }
+    if !zone.saved.claim(granule) {
+        // The saver is copying it, and releases it, and wakes its writers.
+        return true;
+    }
+    let Some(mut buffer) = shared.pool.take() else {
+        shared.waits.fetch_add(1, Ordering::Relaxed);
+        zone.saved.give_back(granule);
+        shared.parked.lock().push((number, granule));
+        shared.wake_saver();
+        return true;
+    };
+    read_granule(addr, buffer.bytes_mut(0, zone.granule.bytes().get()));
+    shared.write_faults.fetch_add(1, Ordering::Relaxed);
+    let first = shared.pool.push(Copied { area: number, granule, buffer });
+    zone.saved.done(granule);
+    if first {
+        shared.wake_saver();
+    }
+    release(shared, zone, granule)
+}
+
+/// Takes the protection off a saved granule, and wakes its writers.
+fn release(shared: &Shared, zone: &Zone, granule: usize) -> bool {
+    let (addr, len) = (zone.addr(granule), zone.len_of(1));
+    match ops::write_protect(shared.descriptor.fd(), addr.0, len.0, false) {
+        Ok(()) => true,
+        Err(Errno::EAGAIN) => false,
+        Err(errno) => {
+            fail(shared, "releasing a page", addr, errno);
+            true
+        }
+    }
+}
