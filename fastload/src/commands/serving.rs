@@ -129,7 +129,11 @@ pub(crate) fn explain(error: &ServeError, recover: &str) -> Failure {
     if error.is_recoverable() {
         return format!("{error}. The guest is not lost: it waits for the pages it misses, until: {recover}").into();
     }
-    format!("{error}. The guest was not started; QEMU ends then, and its standard error says more").into()
+    match error {
+        // QEMU has not heard from us.
+        ServeError::Connect { .. } | ServeError::Encode { .. } => error.to_string().into(),
+        _ => format!("{error}. QEMU ends then, and its standard error says more").into(),
+    }
 }
 
 /// The figures of a report, for `--json`.

@@ -1,6 +1,7 @@
 //! Servers and destinations that die or stall.
 
 use std::io::{BufRead, BufReader};
+use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
@@ -141,4 +142,26 @@ fn ctrl_c_drains_and_the_second_one_tells_how_to_recover() {
     let again = saved.load(&qemu, &["--recover"]);
     assert!(again.error().contains("nothing to recover"), "{again:?}");
     qemu.execute("query-status", json!({})).unwrap();
+}
+
+#[test]
+fn a_snapshot_that_changes_meanwhile_is_never_taken_for_complete() {
+    testkit::require!(Qemu, Userfaultfd);
+    let setup = Setup::new(Machine::Pc, 64);
+    let saved = Saved::new(&setup, &Plan::check(60 * MIB), How::default());
+    let mut qemu = saved.waiting(&setup);
+    let server = Fastload::start(saved.load_arguments(&qemu, &["--no-background"])).unwrap();
+    started(&mut qemu);
+    let before = std::fs::read(&saved.file).unwrap();
+    let file = std::fs::OpenOptions::new().write(true).open(&saved.file).unwrap();
+    file.write_all_at(&[0; 4096], 2 * MIB).unwrap();
+    server.signal(Signal::SIGINT).unwrap();
+    let ended = server.finish().unwrap();
+    assert!(ended.error().contains("changed") && ended.error().contains("--recover"), "{ended:?}");
+    assert!(qemu.qmp().migration().unwrap().0.starts_with("postcopy-"));
+    // The guest still waits, and an intact file brings what is missing: nothing wrong had been sent.
+    file.write_all_at(&before[2 << 20..(2 << 20) + 4096], 2 * MIB).unwrap();
+    drop(file);
+    assert!(saved.load(&qemu, &["--recover"]).status.success());
+    saved.is_whole(&mut qemu);
 }

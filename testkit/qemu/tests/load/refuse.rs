@@ -88,3 +88,20 @@ fn files_that_are_no_snapshots() {
     file.set_len(0).unwrap();
     refused(&saved, &setup, &[]);
 }
+
+/// Not everything can be compared beforehand: what QEMU finds out itself ends it, before its guest was started.
+#[test]
+fn a_device_that_only_qemu_misses() {
+    testkit::require!(Qemu, Userfaultfd);
+    let bare = Setup::new(Machine::Pc, 64);
+    let extra = ["-chardev", "null,id=p", "-device", "isa-parallel,chardev=p"].map(str::to_owned).to_vec();
+    let saved = Saved::new(&Setup { extra, ..bare.clone() }, &Plan::check(16 * MIB), How::default());
+    let mut qemu = saved.waiting(&bare);
+    let ended = saved.load(&qemu, &[]);
+    let error = ended.error();
+    assert!(error.contains("standard error") && !error.contains("--recover"), "{error}");
+    assert!(!qemu.wait_exit().unwrap().success());
+    assert!(qemu.stderr().contains("parallel_isa"), "{}", qemu.stderr());
+    let ended = saved.load(&qemu, &["--recover"]);
+    assert!(ended.error().contains("QMP socket"), "{ended:?}");
+}
