@@ -2,6 +2,7 @@
 
 mod kill;
 mod matrix;
+mod record;
 mod refuse;
 mod serve;
 mod support;
