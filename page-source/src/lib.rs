@@ -37,6 +37,8 @@ mod pages;
 pub mod postcopy;
 mod pump;
 mod sink;
+#[cfg(feature = "stream")]
+pub mod stream;
 mod sys;
 mod threaded;
 mod zeros;

@@ -1,12 +1,14 @@
 //! Commands, their answers, and events.
 
 use std::collections::VecDeque;
-use std::io::Write;
+use std::io::{IoSlice, Write};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde_json::{Value, json};
 
 use crate::QmpError;
@@ -24,6 +26,8 @@ pub struct Event {
     pub data: Value,
     /// When it was taken from the socket.
     pub seen: Instant,
+    /// When it happened, by QEMU's clock: the time since 1970.
+    pub happened: Duration,
 }
 
 /// A connection to one QEMU. Dropping it closes the socket; QEMU goes on.
@@ -86,10 +90,33 @@ impl Qmp {
     /// # Errors
     /// If QEMU refuses, goes away, or does not answer in time. After a time-out the late answer is thrown away.
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, QmpError> {
-        self.serial += 1;
-        let mut line = json!({"execute": command, "arguments": arguments, "id": self.serial}).to_string();
-        line.push('\n');
+        let line = self.line(command, &arguments);
         self.socket.write_all(line.as_bytes()).map_err(|_| QmpError::Closed)?;
+        self.answer(command)
+    }
+
+    /// Gives QEMU a file descriptor, under a name that `fd:NAME` in a later command means. It belongs to this
+    /// connection until it is used.
+    ///
+    /// # Errors
+    /// As [`execute`](Qmp::execute).
+    pub fn pass_fd(&mut self, name: &str, fd: BorrowedFd<'_>) -> Result<(), QmpError> {
+        const COMMAND: &str = "getfd";
+        let line = self.line(COMMAND, &json!({"fdname": name}));
+        let fds = [fd.as_raw_fd()];
+        let (part, with) = ([IoSlice::new(line.as_bytes())], [ControlMessage::ScmRights(&fds)]);
+        let sent = sendmsg::<()>(self.socket.as_raw_fd(), &part, &with, MsgFlags::MSG_NOSIGNAL, None);
+        let sent = sent.map_err(|_| QmpError::Closed)?;
+        self.socket.write_all(line.as_bytes().get(sent..).unwrap_or_default()).map_err(|_| QmpError::Closed)?;
+        self.answer(COMMAND).map(drop)
+    }
+
+    fn line(&mut self, command: &str, arguments: &Value) -> String {
+        self.serial += 1;
+        format!("{}\n", json!({"execute": command, "arguments": arguments, "id": self.serial}))
+    }
+
+    fn answer(&mut self, command: &str) -> Result<Value, QmpError> {
         let until = Instant::now() + self.limit;
         loop {
             let mut message = match self.reader.next(until) {
@@ -146,7 +173,11 @@ impl Qmp {
         if self.events.len() == MOST_EVENTS {
             self.events.pop_front();
         }
-        let event = Event { name: name.to_owned(), data: message["data"].clone(), seen: Instant::now() };
+        let stamp = |unit: &str| message["timestamp"][unit].as_u64().unwrap_or(0);
+        // A clock that fails says -1: no time then.
+        let happened =
+            Duration::from_secs(stamp("seconds")).saturating_add(Duration::from_micros(stamp("microseconds")));
+        let event = Event { name: name.to_owned(), data: message["data"].clone(), seen: Instant::now(), happened };
         self.events.push_back(event);
         true
     }
