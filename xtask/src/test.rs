@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::e2e;
 use crate::results::{Counts, read_skips, run_counted};
-use crate::run::{Done, cargo, cargo_path, root, run as run_command, show};
+use crate::run::{Done, cargo, cargo_path, root, run as run_command, show, succeeded};
 use crate::setup::{self, Need};
 use crate::tidy;
 
@@ -164,9 +164,16 @@ fn fuzz(gate: &mut Gate) -> Done {
     for target in fuzz_targets(&directory.join("targets"))? {
         let mut command = cargo_there("run");
         let limit = format!("-max_total_time={seconds}");
-        command.args(["--bin", &target, "--", &format!("corpus/{target}"), &limit, "-verbosity=0"]);
+        command.args(["--bin", &target, "--", &format!("corpus/{target}"), &limit]);
         println!("   {}", show(&command));
-        run_command(&mut command)?;
+        // It says much, which is of use only if it finds something.
+        let output = command.output().map_err(|error| format!("{}: {error}", show(&command)))?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        if let Err(error) = succeeded(&command, output.status) {
+            println!("{said}");
+            return Err(error);
+        }
+        said.lines().filter(|line| line.starts_with("Done ")).for_each(|line| println!("   {target}: {line}"));
     }
     Ok(())
 }
