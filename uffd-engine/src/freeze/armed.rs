@@ -128,6 +128,10 @@ impl Freezer {
 
 impl Drop for Freezer {
     fn drop(&mut self) {
+        // Once armed, the threads belong to the frozen memory.
+        if self.threads.is_empty() {
+            return;
+        }
         self.shared.stop();
         for thread in self.threads.drain(..) {
             let _ = thread.join();

@@ -34,10 +34,10 @@ pub(crate) fn run(shared: &Shared, sink: &dyn PageSink) -> Outcome {
         for granule in 0..zone.saved.len() {
             while !zone.saved.saved(granule) {
                 written_first(shared, sink, &mut buffer)?;
-                if zone.saved.unsaved(granule) {
-                    sweep(shared, sink, number, granule..granule + 1, &mut buffer)?;
-                } else {
+                if zone.saved.claimed(granule) {
                     std::thread::yield_now();
+                } else {
+                    sweep(shared, sink, number, granule..granule + 1, &mut buffer)?;
                 }
             }
         }
@@ -90,7 +90,9 @@ fn sweep(
         let alike = (at..granules.end).take_while(|&granule| exists[granule - granules.start] == there);
         let claimed = alike.take_while(|&granule| zone.saved.claim(granule)).count();
         if claimed == 0 {
-            at += 1;
+            let holes = (at..granules.end).take_while(|&granule| zone.saved.take_hole(granule)).count();
+            zeros(shared, sink, zone.pages(at, holes))?;
+            at += holes.max(1);
             continue;
         }
         let run = zone.pages(at, claimed);
@@ -102,12 +104,19 @@ fn sweep(
             taken(deliver(shared, sink, run, bytes))?;
         } else {
             (at..at + claimed).for_each(|granule| zone.saved.done(granule));
-            shared.zero_pages.fetch_add(run.pages.0, Ordering::Relaxed);
-            taken(sink.zero(run))?;
+            zeros(shared, sink, run)?;
         }
         at += claimed;
     }
     Ok(())
+}
+
+fn zeros(shared: &Shared, sink: &dyn PageSink, run: PageRun) -> Outcome {
+    if run.is_empty() {
+        return Ok(());
+    }
+    shared.zero_pages.fetch_add(run.pages.0, Ordering::Relaxed);
+    taken(sink.zero(run))
 }
 
 /// For each granule, whether it existed at the freeze point, unless it is saved already. A granule that came into being

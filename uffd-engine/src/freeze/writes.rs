@@ -70,7 +70,7 @@ fn given_back(shared: &Shared, start: HostAddr, end: HostAddr) {
         let unit = zone.granule.bytes().0;
         let first = ByteLen((from - range.start).0 / unit).get();
         let last = ByteLen((to - range.start).0.div_ceil(unit)).get();
-        if (first..last).any(|granule| !zone.saved.saved(granule)) {
+        if (first..last).any(|granule| !zone.saved.may_change(granule)) {
             shared.end(Err(FrozenError::Discarded { start: from, end: to }));
         }
     }
@@ -110,8 +110,7 @@ fn hole(shared: &Shared, zone: &Zone, granule: usize) -> bool {
     }
     if claimed {
         shared.hole_faults.fetch_add(1, Ordering::Relaxed);
-        shared.zero_pages.fetch_add(zone.granule.pages().0, Ordering::Relaxed);
-        zone.saved.done(granule);
+        zone.saved.hole(granule);
     }
     true
 }
@@ -120,7 +119,7 @@ fn hole(shared: &Shared, zone: &Zone, granule: usize) -> bool {
 fn write(shared: &Shared, number: usize, granule: usize) -> bool {
     let zone = &shared.zones[number];
     let addr = zone.addr(granule);
-    if zone.saved.saved(granule) {
+    if zone.saved.may_change(granule) {
         return release(shared, zone, granule);
     }
     if !zone.saved.claim(granule) {

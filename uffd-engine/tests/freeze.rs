@@ -1,0 +1,321 @@
+//! Frozen memory is exactly what it was at the freeze point, while writers run over it at full speed.
+
+mod common;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use common::{Kind, Memory, PAGE};
+use page_source::{
+    BlockId, ByteLen, End, Flow, Layout, PageBytes, PageCount, PageIndex, PageRun, PageSink, PageSize, PageSource,
+    RamBlock, SinkError, SourceError,
+};
+use parking_lot::{Condvar, Mutex};
+use testkit::gate::Gate;
+use testkit::hugepages::Overcommit;
+use testkit::oracle::Oracle;
+use uffd_engine::{FreezeError, FreezeOptions, Freezer, Frozen, FrozenError, Handlers};
+
+/// Collects pages, and notices one that comes twice.
+#[derive(Debug)]
+struct Collector {
+    bytes: Mutex<Vec<Vec<u8>>>,
+    seen: Mutex<Vec<Vec<bool>>>,
+    end: Mutex<Option<End>>,
+    ended: Condvar,
+    gate: Option<Gate>,
+    fail_at: u64,
+    calls: AtomicU64,
+}
+
+impl Collector {
+    fn new(layout: &Layout, gate: Option<Gate>, fail_at: u64) -> Arc<Collector> {
+        let blocks = layout.blocks();
+        let pages = |block: &RamBlock| block.length().get() / PAGE;
+        Arc::new(Collector {
+            bytes: Mutex::new(blocks.iter().map(|block| vec![0xee; block.length().get()]).collect()),
+            seen: Mutex::new(blocks.iter().map(|block| vec![false; pages(block)]).collect()),
+            end: Mutex::default(),
+            ended: Condvar::new(),
+            gate,
+            fail_at,
+            calls: AtomicU64::new(0),
+        })
+    }
+
+    fn take(&self, run: PageRun, fill: impl Fn(&mut [u8])) -> Flow {
+        if let Some(gate) = &self.gate {
+            gate.enter();
+        }
+        if self.calls.fetch_add(1, Ordering::AcqRel) >= self.fail_at {
+            return Flow::Break(SinkError::Stopped { reason: "injected".into() });
+        }
+        let mut seen = self.seen.lock();
+        for page in run.iter() {
+            let once = &mut seen[run.block.0 as usize][page.byte_offset().get() / PAGE];
+            assert!(!std::mem::replace(once, true), "page {page} came twice");
+        }
+        let range = run.first.byte_offset().get()..run.end().byte_offset().get();
+        fill(&mut self.bytes.lock()[run.block.0 as usize][range]);
+        Flow::Continue(())
+    }
+
+    fn complete(&self) -> bool {
+        let mut end = self.end.lock();
+        while end.is_none() {
+            self.ended.wait(&mut end);
+        }
+        matches!(*end, Some(End::Complete))
+    }
+
+    fn assert_equals(&self, expected: &[Vec<u8>]) {
+        assert!(self.seen.lock().iter().flatten().all(|&seen| seen), "a page never came");
+        for (block, (bytes, expected)) in self.bytes.lock().iter().zip(expected).enumerate() {
+            let differs = bytes.chunks(PAGE).zip(expected.chunks(PAGE)).position(|(a, b)| a != b);
+            assert_eq!(differs, None, "block {block}: this page is not what it was at the freeze point");
+        }
+    }
+}
+
+impl PageSink for Collector {
+    fn data(&self, run: PageRun, bytes: PageBytes<'_>) -> Flow {
+        self.take(run, |to| bytes.copy_to(to).unwrap())
+    }
+
+    fn zero(&self, run: PageRun) -> Flow {
+        self.take(run, |to| to.fill(0))
+    }
+
+    fn failed(&self, run: PageRun, error: SourceError) -> Flow {
+        panic!("{run}: {error}")
+    }
+
+    fn end(&self, end: End) {
+        *self.end.lock() = Some(end);
+        self.ended.notify_all();
+    }
+}
+
+fn layout(pages: &[u64]) -> Layout {
+    let block = |(i, &pages): (usize, &u64)| {
+        RamBlock::new(format!("ram{i}"), PageCount(pages).to_bytes(), PageSize::SMALL).unwrap()
+    };
+    Layout::new(pages.iter().enumerate().map(block).collect()).unwrap()
+}
+
+/// Fills what the oracle has content for: the rest stays a hole.
+fn populate(memory: &Memory, oracle: &Oracle) -> Vec<PageRun> {
+    let runs: Vec<_> = memory.layout.runs().flat_map(|run| oracle.kinds(run).collect::<Vec<_>>()).collect();
+    let stored: Vec<PageRun> = runs.into_iter().filter(|(_, zero)| !zero).map(|(run, _)| run).collect();
+    for run in &stored {
+        for page in run.iter() {
+            memory.store(run.block, page, oracle.run(PageRun::single(run.block, page)));
+        }
+    }
+    stored
+}
+
+fn copy_of(memory: &Memory, exists: &[PageRun]) -> Vec<Vec<u8>> {
+    let mut copy: Vec<Vec<u8>> = memory.layout.blocks().iter().map(|block| vec![0; block.length().get()]).collect();
+    for run in exists {
+        for page in run.iter() {
+            let at = page.byte_offset().get();
+            copy[run.block.0 as usize][at..at + PAGE].copy_from_slice(&memory.load(run.block, page));
+        }
+    }
+    copy
+}
+
+fn freeze(memory: &Memory, populated: &[PageRun], pool: ByteLen, handlers: usize) -> Frozen {
+    let options = FreezeOptions { pool, handlers: Handlers::threads(handlers) };
+    Freezer::prepare(memory.regions(), memory.layout.clone(), &options).unwrap().arm(populated).unwrap()
+}
+
+/// Writers that touch every page again and again until told to stop; each write is a new value.
+fn storm(memory: &Memory, stop: &AtomicBool, writers: u64, sequential: bool, body: impl FnOnce()) {
+    std::thread::scope(|scope| {
+        let done = Arc::new(AtomicU64::new(0));
+        for writer in 0..writers {
+            let done = Arc::clone(&done);
+            scope.spawn(move || {
+                let runs: Vec<_> = memory.layout.runs().filter(|run| !run.is_empty()).collect();
+                let mut state = writer * 77 + 1;
+                while !stop.load(Ordering::Acquire) {
+                    state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                    let run = runs[usize::try_from(state >> 60).unwrap() % runs.len()];
+                    let page = if sequential { (state >> 3) % run.pages.0 } else { (state >> 20) % run.pages.0 };
+                    let at = state.to_le_bytes();
+                    memory.store(run.block, PageIndex(page), &at);
+                    done.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        // Also when the body fails: the writers end.
+        let _stopping = Stopping(stop);
+        body();
+    });
+}
+
+struct Stopping<'a>(&'a AtomicBool);
+
+impl Drop for Stopping<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
+}
+
+#[test]
+fn what_is_delivered_is_what_was_there_at_the_freeze_point() {
+    testkit::require!(Userfaultfd, Hugepages);
+    let _pages = Overcommit::reserve(16).unwrap();
+    let kinds = [Kind::Anonymous, Kind::MemfdShared, Kind::HugetlbPrivate, Kind::HugetlbShared];
+    for (seed, kind) in (0..24u64).zip(kinds.into_iter().cycle()) {
+        let huge = matches!(kind, Kind::HugetlbPrivate | Kind::HugetlbShared);
+        let oracle = Oracle::random(seed, layout(if huge { &[1024, 512] } else { &[3000, 700] }), 150);
+        let memory = Memory::new(kind, oracle.layout());
+        let mut stored = populate(&memory, &oracle);
+        if huge {
+            // A huge page exists as a whole.
+            let whole = |run: &PageRun| {
+                let first = PageIndex(run.first.0 / 512 * 512);
+                PageRun::new(run.block, first, PageCount(run.end().0.next_multiple_of(512)) - PageCount(first.0))
+            };
+            stored = stored.iter().map(whole).collect();
+        }
+        let before = copy_of(&memory, &stored);
+        let pool = if seed % 2 == 0 { ByteLen(8 << 20) } else { ByteLen(1) };
+        let frozen = freeze(&memory, &stored, pool, 1 + usize::try_from(seed % 2).unwrap());
+        let stop = AtomicBool::new(false);
+        storm(&memory, &stop, 2, seed % 4 < 2, || {
+            let sink = Collector::new(oracle.layout(), None, u64::MAX);
+            let feed = frozen.start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
+            assert!(sink.complete());
+            let stats = frozen.wait().unwrap();
+            assert_eq!(stats.pages + stats.zero_pages, oracle.layout().total().to_pages().0, "{kind:?} {stats:?}");
+            sink.assert_equals(&before);
+            drop(feed);
+        });
+    }
+}
+
+#[test]
+fn writers_go_on_while_the_sink_stands_still() {
+    testkit::require!(Userfaultfd);
+    let oracle = Oracle::random(5, layout(&[512]), 255);
+    let memory = Memory::new(Kind::Anonymous, oracle.layout());
+    let stored = populate(&memory, &oracle);
+    let before = copy_of(&memory, &stored);
+    let frozen = freeze(&memory, &stored, ByteLen(4 << 20), 1);
+    let gate = Gate::closed();
+    let sink = Collector::new(oracle.layout(), Some(gate.clone()), u64::MAX);
+    let feed = frozen.start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
+    gate.wait_for(1);
+    // The pool holds all of memory: no write waits for the sink.
+    for page in 0..512 {
+        memory.store(BlockId(0), PageIndex(page), &[0xab; PAGE]);
+    }
+    gate.open();
+    assert!(sink.complete());
+    sink.assert_equals(&before);
+    assert!(memory.load(BlockId(0), PageIndex(17)).iter().all(|&byte| byte == 0xab));
+    drop(feed);
+}
+
+#[test]
+fn a_hole_that_is_written_is_zero_in_the_snapshot() {
+    testkit::require!(Userfaultfd);
+    for kind in [Kind::Anonymous, Kind::MemfdShared] {
+        let memory = Memory::new(kind, &layout(&[4096]));
+        memory.store(BlockId(0), PageIndex(7), &[1; PAGE]);
+        let stored = [PageRun::single(BlockId(0), PageIndex(7))];
+        let before = copy_of(&memory, &stored);
+        let frozen = freeze(&memory, &stored, ByteLen(1 << 20), 1);
+        for page in (0..4096).step_by(3) {
+            memory.store(BlockId(0), PageIndex(page), &[9; 8]);
+        }
+        let sink = Collector::new(&memory.layout, None, u64::MAX);
+        let _feed = frozen.start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
+        assert!(sink.complete());
+        sink.assert_equals(&before);
+        let stats = frozen.stats();
+        assert!(stats.hole_faults >= 1365 && stats.pages == 1, "{kind:?} {stats:?}");
+        assert!(memory.load(BlockId(0), PageIndex(9))[..8] == [9; 8]);
+    }
+}
+
+#[test]
+fn two_freezes_in_a_row_and_one_that_is_given_up() {
+    testkit::require!(Userfaultfd);
+    for kind in [Kind::Anonymous, Kind::MemfdShared] {
+        let oracle = Oracle::random(6, layout(&[1500]), 200);
+        let memory = Memory::new(kind, oracle.layout());
+        let stored = populate(&memory, &oracle);
+        let stop = AtomicBool::new(false);
+        storm(&memory, &stop, 1, false, || {
+            // Given up before, in the middle of, and without a delivery: the writer goes on.
+            drop(freeze(&memory, &stored, ByteLen(1), 1));
+            for fail_at in [0, 1, 2] {
+                let frozen = freeze(&memory, &stored, ByteLen(1 << 16), 1);
+                let sink = Collector::new(oracle.layout(), None, fail_at);
+                let feed = frozen.start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
+                assert!(!sink.complete());
+                assert!(matches!(frozen.wait(), Err(FrozenError::Sink(_))));
+                drop(feed);
+            }
+            let frozen = freeze(&memory, &stored, ByteLen(1 << 16), 1);
+            frozen.cancel();
+            assert!(matches!(frozen.wait(), Err(FrozenError::Cancelled)));
+        });
+        // Everything exists by now, or may; nobody writes.
+        let all: Vec<_> = memory.layout.runs().collect();
+        for round in 0..2u8 {
+            let before = copy_of(&memory, &all);
+            let frozen = freeze(&memory, &all, ByteLen(1 << 20), 1);
+            memory.store(BlockId(0), PageIndex(100), &[round; PAGE]);
+            let sink = Collector::new(oracle.layout(), None, u64::MAX);
+            let _feed = frozen.start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
+            assert!(sink.complete());
+            sink.assert_equals(&before);
+        }
+    }
+}
+
+#[test]
+fn memory_that_is_given_back_before_it_is_saved_fails_the_snapshot() {
+    testkit::require!(Userfaultfd);
+    let oracle = Oracle::random(7, layout(&[64]), 255);
+    let memory = Memory::new(Kind::Anonymous, oracle.layout());
+    let stored = populate(&memory, &oracle);
+    let frozen = freeze(&memory, &stored, ByteLen(1 << 20), 1);
+    give_back(&memory);
+    assert!(matches!(frozen.wait(), Err(FrozenError::Discarded { .. })), "{:?}", frozen.stats());
+    assert!(memory.load(BlockId(0), PageIndex(3)).iter().all(|&byte| byte == 0));
+}
+
+#[expect(unsafe_code, reason = "a discard as a VMM does it")]
+fn give_back(memory: &Memory) {
+    let at = usize::try_from(memory.addr(BlockId(0)).0).unwrap();
+    let at = std::ptr::NonNull::new(std::ptr::with_exposed_provenance_mut(at)).unwrap();
+    // SAFETY: pages of the test's own mapping, of which nothing is borrowed.
+    unsafe { nix::sys::mman::madvise(at, 16 * 4096, nix::sys::mman::MmapAdvise::MADV_DONTNEED) }.unwrap();
+}
+
+#[test]
+fn memory_that_is_still_being_loaded_is_refused() {
+    testkit::require!(Userfaultfd);
+    let oracle = Arc::new(Oracle::random(8, layout(&[256]), 255));
+    let memory = Memory::new(Kind::Anonymous, oracle.layout());
+    let source = Arc::new(testkit::source::MemorySource::new(Arc::clone(&oracle)));
+    let engine = memory.engine(source).background(uffd_engine::Background::default().paused()).start().unwrap();
+    let freezer = Freezer::prepare(memory.regions(), memory.layout.clone(), &FreezeOptions::default()).unwrap();
+    assert!(matches!(freezer.arm(&[]), Err(FreezeError::Arm { errno: nix::errno::Errno::EBUSY, .. })));
+    engine.resume_background();
+    engine.wait().unwrap();
+    memory.assert_equals(&oracle);
+    let all: Vec<_> = memory.layout.runs().collect();
+    let frozen = freeze(&memory, &all, ByteLen(1 << 20), 1);
+    let sink = Collector::new(oracle.layout(), None, u64::MAX);
+    let _feed = frozen.start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
+    assert!(sink.complete());
+    sink.assert_equals(&[oracle.block(BlockId(0)).to_vec()]);
+}
