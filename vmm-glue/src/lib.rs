@@ -5,6 +5,8 @@
 //! - [`MachineState`]: everything but memory, taken, checked against a [`Host`], encoded as device sections, put back.
 //! - [`save()`] and [`SavedVm`]: into a snapshot file, and out of it, [eagerly](SavedVm::restore_eager) or
 //!   [on demand](SavedVm::restore_on_demand): then the guest runs while its memory is still in the file.
+//! - [`snapshot_live`]: into a snapshot file while the guest runs; it stands still only for its device state and for
+//!   the write-protection of its memory.
 //!
 //! A page whose content can't be had is never zero and never MMIO: the guest stops with a [`VmError`] that names the
 //! guest-physical address where it is known.
@@ -12,6 +14,7 @@
 //! The parts can be used one by one; `examples/restore.rs` shows them together.
 
 mod blueprint;
+mod live;
 mod machine;
 mod memory;
 mod populated;
@@ -25,6 +28,7 @@ mod sys;
 mod vcpu;
 mod vm;
 
+pub use live::{Blackout, LiveError, LiveEvent, LiveOptions, LiveProgress, LiveReport, LiveSnapshot, snapshot_live};
 pub use machine::{Machine, MachineConfig, MachineError};
 pub use memory::{GuestRam, Memory, MemoryError, Piece, RamSpec};
 pub use ram_source::RamSource;
@@ -32,7 +36,7 @@ pub use report::{Mode, RestoreReport, Step};
 pub use restore::{Observer, RestoreError, RestoreOptions, SavedVm};
 pub use save::{SaveError, SaveOptions, Saved, save};
 pub use state::{Host, MachineState, StateError, VcpuState, VmState};
-pub use uffd_engine::Backing;
+pub use uffd_engine::{Backing, FreezeOptions, FreezeStats, Handlers};
 pub use vcpu::{Bus, FailedPage, Next, StopError, StopHandle, VcpuError, VcpuOptions, Vcpus};
 pub use vm::{Vm, VmError, VmStopError};
 

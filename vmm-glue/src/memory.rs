@@ -4,6 +4,8 @@ mod map;
 mod spec;
 
 use std::fs::File;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use kvm_ioctls::VmFd;
 use page_source::{BlockId, ByteLen, GuestAddr, HostAddr, Layout, LayoutError, PageIndex, PageRun, RamBlock};
@@ -46,6 +48,25 @@ pub struct GuestRam {
     pieces: Vec<Piece>,
     /// Second mappings of shared huge pages, by piece.
     aliases: Vec<Option<MmapRegion<()>>>,
+    /// A live snapshot has it write-protected.
+    frozen: AtomicBool,
+}
+
+/// The right to freeze some memory, which one snapshot at a time has.
+#[derive(Debug)]
+pub(crate) struct FreezeClaim(Arc<GuestRam>);
+
+impl FreezeClaim {
+    /// `None` if somebody else has it.
+    pub(crate) fn new(ram: &Arc<GuestRam>) -> Option<FreezeClaim> {
+        (!ram.frozen.swap(true, Ordering::AcqRel)).then(|| FreezeClaim(Arc::clone(ram)))
+    }
+}
+
+impl Drop for FreezeClaim {
+    fn drop(&mut self) {
+        self.0.frozen.store(false, Ordering::Release);
+    }
 }
 
 impl GuestRam {
@@ -93,7 +114,7 @@ impl GuestRam {
             aliases.push(alias);
         }
         let memory = Memory::from_regions(mapped).map_err(|error| MemoryError::Collection(error.to_string()))?;
-        Ok(GuestRam { memory, layout, pieces, aliases })
+        Ok(GuestRam { memory, layout, pieces, aliases, frozen: AtomicBool::new(false) })
     }
 
     /// Takes memory that a VMM has already: each region is a RAM block of its own, named by `name`.
@@ -118,7 +139,7 @@ impl GuestRam {
             pieces.push(Piece { guest, host, run, backing, shared });
         }
         let aliases = pieces.iter().map(|_| None).collect();
-        Ok(GuestRam { layout: Layout::new(blocks)?, memory, pieces, aliases })
+        Ok(GuestRam { layout: Layout::new(blocks)?, memory, pieces, aliases, frozen: AtomicBool::new(false) })
     }
 
     /// The memory itself. Reading a page that is still missing waits until the engine has brought it.

@@ -50,6 +50,9 @@ fn in_file(piece: &Piece, file: &File, offset: u64) -> io::Result<Vec<PageRun>> 
 
 /// From this process's page table: right for private memory.
 fn in_page_table(piece: &Piece) -> io::Result<Vec<PageRun>> {
+    if piece.backing == Backing::Hugetlb {
+        return huge_in_page_table(piece);
+    }
     let pagemap = File::open("/proc/self/pagemap")?;
     let mut runs: Vec<PageRun> = Vec::new();
     let mut buffer = vec![0; 8 * ENTRIES];
@@ -67,6 +70,26 @@ fn in_page_table(piece: &Piece) -> io::Result<Vec<PageRun>> {
                 }
             }
             page += PageCount(1);
+        }
+    }
+    Ok(runs)
+}
+
+/// The same for huge pages, of which the first entry tells for all.
+fn huge_in_page_table(piece: &Piece) -> io::Result<Vec<PageRun>> {
+    let pagemap = File::open("/proc/self/pagemap")?;
+    let huge = Backing::Hugetlb.granule().pages();
+    let mut runs: Vec<PageRun> = Vec::new();
+    let mut entry = [0; 8];
+    for page in (0..piece.run.pages.0).step_by(usize::try_from(huge.0).unwrap_or(1)) {
+        pagemap.read_exact_at(&mut entry, ((piece.host.0 >> PAGE_SHIFT) + page) * 8)?;
+        if u64::from_le_bytes(entry) & EXISTS == 0 {
+            continue;
+        }
+        let run = PageRun::new(piece.run.block, piece.run.first + PageCount(page), huge).intersect(piece.run);
+        match runs.last_mut() {
+            Some(last) if last.end() == run.first => last.pages = PageCount(last.pages.0 + run.pages.0),
+            _ => runs.push(run),
         }
     }
     Ok(runs)

@@ -13,7 +13,7 @@ use crate::state::{Host, StateError};
 use crate::{RamSource, StopError, Vcpus, blueprint};
 
 /// Not 0 and 1, which the stream's other sections have.
-const FIRST_DEVICE: u32 = 2;
+pub(crate) const FIRST_DEVICE: u32 = 2;
 
 /// How to save.
 #[derive(Clone, Debug)]

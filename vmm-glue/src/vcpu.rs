@@ -14,4 +14,5 @@ mod table;
 pub use bus::{Bus, Next};
 pub use exit::{FailedPage, VcpuError};
 pub use group::{StopError, VcpuOptions, Vcpus};
+pub(crate) use table::Hold;
 pub use table::StopHandle;

@@ -8,6 +8,7 @@ use std::time::Duration;
 use page_source::GuestAddr;
 use uffd_engine::{Engine, EngineError};
 
+use crate::live::{LiveError, LiveOptions, LiveSnapshot, snapshot_live};
 use crate::report::RestoreReport;
 use crate::save::{SaveError, SaveOptions, Saved, save};
 use crate::state::Host;
@@ -170,6 +171,24 @@ impl Vm {
             return Err(SaveError::Loading);
         }
         save(self.vcpus(), host, path, options)
+    }
+
+    /// Takes a snapshot while the guest runs; see [`snapshot_live`](crate::snapshot_live()).
+    ///
+    /// Memory that is still being loaded on demand belongs to the engine's userfaultfd, and a page can't have two: such
+    /// a guest is refused, or its memory waited for first ([`LiveOptions::wait_for_load`]). A joint mode, in which the
+    /// missing pages are taken straight from the source, is future work.
+    ///
+    /// # Errors
+    /// If memory is still missing, or anything fails: the guest goes on, and there is no file.
+    pub fn snapshot_live(&self, host: &Host, path: &Path, options: &LiveOptions) -> Result<LiveSnapshot, LiveError> {
+        if !self.wait_complete(Duration::ZERO)? {
+            let limit = options.wait_for_load.ok_or(LiveError::Loading)?;
+            if !self.wait_complete(limit)? {
+                return Err(LiveError::LoadTimeout(limit));
+            }
+        }
+        snapshot_live(self.vcpus(), host, path, options)
     }
 }
 

@@ -10,7 +10,7 @@ use kvm_ioctls::{VcpuFd, VmFd};
 use parking_lot::{Mutex, MutexGuard};
 
 use super::run::{self, ThreadContext};
-use super::table::{Group, StopHandle, Wanted, failure, stopped};
+use super::table::{Group, Hold, StopHandle, Wanted, failure, stopped};
 use super::{Bus, VcpuError};
 use crate::{GuestRam, Host, Machine, MachineConfig, MachineState, StateError};
 
@@ -150,6 +150,23 @@ impl Vcpus {
                 return Err(StopError::Timeout { vcpus: running, limit });
             }
         }
+    }
+
+    /// Stops those that run, for a moment: see [`let_go`](Vcpus::let_go). On an error they run again.
+    pub(crate) fn hold(&self, limit: Duration) -> Result<Hold, StopError> {
+        let hold = self.group.hold();
+        match self.wait_stopped(limit) {
+            Ok(()) => Ok(hold),
+            Err(error) => {
+                self.group.let_go(&hold);
+                Err(error)
+            }
+        }
+    }
+
+    /// Lets those go on that were held, unless there is a reason not to that is not the holder's.
+    pub(crate) fn let_go(&self, hold: &Hold) {
+        self.group.let_go(hold);
     }
 
     /// Lets all stopped vCPUs run. One that has failed stays as it is.

@@ -94,8 +94,9 @@ impl ThreadContext {
             let mut table = self.group.table.lock();
             let failed = result.is_err();
             let entry = &mut table[self.index()];
+            entry.by_device = matches!(result, Ok(true));
             entry.phase = match result {
-                Ok(()) => Phase::Paused,
+                Ok(_) => Phase::Paused,
                 Err(error) => Phase::Failed(Arc::new(error)),
             };
             if entry.wanted == Wanted::Run {
@@ -137,29 +138,37 @@ impl ThreadContext {
         self.group.attention.load(Ordering::SeqCst) && self.group.table.lock()[self.index()].wanted != Wanted::Run
     }
 
-    /// Runs the vCPU until it is to stop. What its last exit asked for is completed then.
-    fn run(&self) -> Result<(), VcpuError> {
+    /// Runs the vCPU until it is to stop; says whether a device has stopped it. What its last exit asked for is
+    /// completed then.
+    fn run(&self) -> Result<bool, VcpuError> {
         let mut fd = self.fd.lock();
+        let mut by_device = false;
         while !self.to_stop() {
             match run_once(&mut fd, self.vcpu, &self.ram, &*self.bus) {
                 Outcome::Run => {}
                 Outcome::Interrupted => self.take_signals()?,
-                Outcome::Stop | Outcome::Halted => break,
+                Outcome::Stop | Outcome::Halted => {
+                    by_device = true;
+                    break;
+                }
                 Outcome::Failed(error) => return Err(error),
             }
         }
-        self.complete(&mut fd)
+        Ok(self.complete(&mut fd)? || by_device)
     }
 
     /// An access that the devices have answered takes effect in the next `KVM_RUN`, which must not go any further.
-    /// An instruction that makes several accesses asks for the next one instead, which is answered as well.
-    fn complete(&self, fd: &mut VcpuFd) -> Result<(), VcpuError> {
+    /// An instruction that makes several accesses asks for the next one instead, which is answered as well. Says
+    /// whether a device stopped the vCPU with that.
+    fn complete(&self, fd: &mut VcpuFd) -> Result<bool, VcpuError> {
         fd.set_kvm_immediate_exit(1);
+        let mut by_device = false;
         let result = loop {
             match run_once(fd, self.vcpu, &self.ram, &*self.bus) {
-                Outcome::Interrupted => break self.take_signals(),
-                Outcome::Halted => break Ok(()),
-                Outcome::Run | Outcome::Stop => {}
+                Outcome::Interrupted => break self.take_signals().map(|()| by_device),
+                Outcome::Halted => break Ok(true),
+                Outcome::Run => {}
+                Outcome::Stop => by_device = true,
                 Outcome::Failed(error) => break Err(error),
             }
         };

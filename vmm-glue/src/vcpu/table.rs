@@ -1,7 +1,7 @@
 //! Who runs and who should: what the threads of a machine's vCPUs and their owner share.
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 use parking_lot::{Condvar, Mutex};
@@ -32,6 +32,9 @@ pub(super) struct Group {
     pub(super) changed: Condvar,
     /// Somebody wants something other than running: looked at after each exit.
     pub(super) attention: AtomicBool,
+    /// How often somebody asked for something: who holds vCPUs for a moment sees whether he still may let them go.
+    /// Changes with the table locked.
+    asked: AtomicU64,
     /// What interrupts a vCPU.
     kick_signal: i32,
 }
@@ -39,17 +42,20 @@ pub(super) struct Group {
 pub(super) struct Entry {
     pub(super) wanted: Wanted,
     pub(super) phase: Phase,
+    /// It paused because a device stopped it (or it halted), not only because it was asked to.
+    pub(super) by_device: bool,
     /// The thread, from when it has its signals under control until just before it ends.
     pub(super) thread: Option<i32>,
 }
 
 impl Group {
     pub(super) fn new(vcpus: usize, wanted: Wanted, kick_signal: i32) -> Group {
-        let entry = || Entry { wanted, phase: Phase::Paused, thread: None };
+        let entry = || Entry { wanted, phase: Phase::Paused, by_device: false, thread: None };
         Group {
             table: Mutex::new(std::iter::repeat_with(entry).take(vcpus).collect()),
             changed: Condvar::new(),
             attention: AtomicBool::new(wanted != Wanted::Run),
+            asked: AtomicU64::new(0),
             kick_signal,
         }
     }
@@ -57,8 +63,10 @@ impl Group {
     /// Changes what all vCPUs are to do, and interrupts those that are in `KVM_RUN`.
     pub(super) fn want(&self, wanted: Wanted) {
         let mut table = self.table.lock();
+        self.asked.fetch_add(1, Ordering::Relaxed);
         for entry in table.iter_mut().filter(|entry| entry.wanted != Wanted::End) {
             entry.wanted = wanted;
+            entry.by_device &= wanted != Wanted::Run;
         }
         self.attention.store(wanted != Wanted::Run, Ordering::SeqCst);
         self.changed.notify_all();
@@ -67,10 +75,52 @@ impl Group {
         }
     }
 
+    /// Asks those that run to stop for a moment.
+    pub(super) fn hold(&self) -> Hold {
+        let mut table = self.table.lock();
+        let vcpus = table.iter_mut().map(|entry| {
+            let runs = entry.wanted == Wanted::Run;
+            if runs {
+                entry.wanted = Wanted::Pause;
+            }
+            runs
+        });
+        let vcpus = vcpus.collect();
+        self.attention.store(true, Ordering::SeqCst);
+        self.changed.notify_all();
+        self.kick(&table);
+        Hold { vcpus, asked: self.asked.load(Ordering::Relaxed) }
+    }
+
+    /// Lets those go on that were held, unless somebody asked for something else meanwhile, one of them has failed, or
+    /// a device has stopped them.
+    pub(super) fn let_go(&self, hold: &Hold) {
+        let mut table = self.table.lock();
+        if self.asked.load(Ordering::Relaxed) != hold.asked || failure(&table).is_some() {
+            return;
+        }
+        for (entry, _) in table.iter_mut().zip(&hold.vcpus).filter(|(_, held)| **held) {
+            if entry.wanted == Wanted::Pause && !entry.by_device {
+                entry.wanted = Wanted::Run;
+            }
+        }
+        let all = table.iter().all(|entry| entry.wanted == Wanted::Run);
+        self.attention.store(!all, Ordering::SeqCst);
+        self.changed.notify_all();
+    }
+
     /// Interrupts all vCPUs. The table is locked, so no thread ends meanwhile.
     pub(super) fn kick(&self, table: &[Entry]) {
         table.iter().filter_map(|entry| entry.thread).for_each(|thread| sys::kick(thread, self.kick_signal));
     }
+}
+
+/// vCPUs that were stopped for a moment.
+#[derive(Debug)]
+pub(crate) struct Hold {
+    /// Which ones ran.
+    vcpus: Vec<bool>,
+    asked: u64,
 }
 
 /// Asks a machine's vCPUs to stop, from anywhere, without waiting. Does not keep the machine alive.

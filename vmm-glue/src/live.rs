@@ -1,0 +1,139 @@
+//! Saving a machine while it runs.
+//!
+//! The guest stands still only for its device state and for the write-protection of its memory; then it runs on, and
+//! its memory is written to the file as it was at that moment, the freeze point.
+
+mod check;
+mod error;
+mod handle;
+mod options;
+mod sink;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use mapped_ram::Writer;
+use page_source::{ByteLen, PageSink, PageSource};
+use uffd_engine::Freezer;
+use vmstate::{Configuration, DeviceWriter};
+
+pub use self::error::LiveError;
+pub use self::handle::{LiveProgress, LiveReport, LiveSnapshot};
+pub use self::options::{LiveEvent, LiveOptions};
+use self::sink::LiveSink;
+use crate::memory::FreezeClaim;
+use crate::save::FIRST_DEVICE;
+use crate::state::{Host, MachineState};
+use crate::vcpu::Hold;
+use crate::{Vcpus, blueprint};
+
+/// What the blackout was spent on.
+#[derive(Clone, Copy, Debug, Default)]
+#[non_exhaustive]
+pub struct Blackout {
+    /// From the request until no vCPU ran any more.
+    pub stop: Duration,
+    /// Reading the device state from KVM.
+    pub state: Duration,
+    /// What the caller did meanwhile: see [`LiveOptions::with_drain`].
+    pub drain: Duration,
+    /// Looking up which pages of shared memory exist. Private memory needs no look-up.
+    pub look_up: Duration,
+    /// Write-protecting them.
+    pub arm: Duration,
+    /// All of it: from the request to stop until the vCPUs were let go. No vCPU stood still longer.
+    pub total: Duration,
+}
+
+/// Lets the held vCPUs go on, whatever happens.
+struct Held<'a> {
+    vcpus: &'a Vcpus,
+    hold: Hold,
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.vcpus.let_go(&self.hold);
+    }
+}
+
+/// Takes a snapshot while the guest runs. Returns when it runs again; the file is written from then on, appears at
+/// `path` when it is complete and durable, and shows exactly the freeze point.
+///
+/// Everything that can be checked is checked, and made, before a vCPU stops: the memory, userfaultfd, the file under
+/// its temporary name, the free space. vCPUs that did not run before (paused, or stopped by a device) do not run
+/// afterwards either.
+///
+/// The memory must be complete: see [`Vm::snapshot_live`](crate::Vm::snapshot_live), which checks it or waits for it.
+///
+/// # What is not caught
+/// Writes that go through the guest's memory as it is mapped here are caught, those of the caller's device models
+/// too. Not caught are those that go around it: direct I/O and `io_uring` in flight, DMA, other mappings of the same
+/// file, other processes. Stop and finish those in [`LiveOptions::with_drain`], or refuse there. As long as the
+/// snapshot is not complete, discard no memory (a balloon, `madvise`, `fallocate`): the snapshot fails if one is seen.
+///
+/// # Errors
+/// If anything fails: the guest goes on as it was, and there is no file, or the one that was there before.
+pub fn snapshot_live(
+    vcpus: &Vcpus,
+    host: &Host,
+    path: &Path,
+    options: &LiveOptions,
+) -> Result<LiveSnapshot, LiveError> {
+    let begun = Instant::now();
+    let ram = vcpus.ram();
+    check::memory(ram)?;
+    let claim = FreezeClaim::new(ram).ok_or(LiveError::Busy)?;
+    let regions = ram.regions(ram.layout())?;
+    let freezer = Freezer::prepare(regions, ram.layout().clone(), &options.freeze)?;
+    let mut devices = DeviceWriter::new(FIRST_DEVICE);
+    devices.push(blueprint::section(ram)?);
+    let configuration = Configuration::new(options.machine.clone());
+    let writer = Writer::create(path, &configuration, ram.layout().clone())?;
+    if options.check_space {
+        check::space(ram, path)?;
+    }
+    let sink = Arc::new(LiveSink::new(writer, claim));
+
+    let (state, frozen, blackout) = freeze(vcpus, host, freezer, options)?;
+    options.tell(&LiveEvent::FreezePoint { blackout: blackout.total });
+
+    let frozen = Arc::new(frozen);
+    for section in state.sections()? {
+        devices.push(section);
+    }
+    let state = devices.finish(&options.machine)?;
+    let length = ByteLen::of(state.len());
+    sink.set_device_state(state);
+    let feed = frozen.start(Arc::clone(&sink) as Arc<dyn PageSink>).map_err(LiveError::Begin)?;
+    Ok(LiveSnapshot::new(feed, frozen, sink, Arc::clone(ram), handle::Begun { begun, blackout, state: length }))
+}
+
+/// The blackout, and all of it.
+fn freeze(
+    vcpus: &Vcpus,
+    host: &Host,
+    freezer: Freezer,
+    options: &LiveOptions,
+) -> Result<(MachineState, uffd_engine::Frozen, Blackout), LiveError> {
+    let begun = Instant::now();
+    let mut last = begun;
+    let mut lap = || {
+        let now = Instant::now();
+        now - std::mem::replace(&mut last, now)
+    };
+    let held = Held { vcpus, hold: vcpus.hold(options.stop_limit)? };
+    let stop = lap();
+    let state = vcpus.save_state(host)?;
+    let saved = lap();
+    options.drain(vcpus.ram()).map_err(LiveError::Drain)?;
+    let drain = lap();
+    let populated = check::shared_pages(vcpus.ram()).map_err(LiveError::Populated)?;
+    let look_up = lap();
+    let frozen = freezer.arm(&populated)?;
+    let arm = lap();
+    drop(held);
+    let blackout = Blackout { stop, state: saved, drain, look_up, arm, total: begun.elapsed() };
+    Ok((state, frozen, blackout))
+}

@@ -1,0 +1,64 @@
+//! What can be known before a vCPU stops.
+
+use std::fs::File;
+use std::io;
+use std::path::Path;
+
+use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
+use nix::sys::statvfs::statvfs;
+use page_source::{ByteLen, PageCount, PageRun};
+
+use super::LiveError;
+use crate::memory::{GuestRam, Piece};
+use crate::populated::populated;
+
+/// For device state and headers, which nobody knows beforehand.
+const METADATA: ByteLen = ByteLen(1 << 20);
+
+/// Whether every write to this memory can be caught.
+pub(super) fn memory(ram: &GuestRam) -> Result<(), LiveError> {
+    for (number, piece) in ram.pieces().iter().enumerate() {
+        let refused = |what| Err(LiveError::Memory { guest: piece.guest, what });
+        match (piece.shared, ram.file_of(number)) {
+            (false, None) => {}
+            (true, None) => return refused("shared memory without a file"),
+            (false, Some(_)) => return refused("a private mapping of a file"),
+            (true, Some((file, _))) if in_memory(file) => {}
+            (true, Some(_)) => return refused("a mapping of a file on a disk"),
+        }
+    }
+    Ok(())
+}
+
+fn in_memory(file: &File) -> bool {
+    fstatfs(file).is_ok_and(|of| matches!(of.filesystem_type(), TMPFS_MAGIC | HUGETLBFS_MAGIC))
+}
+
+/// Whether what exists of the memory fits where `path` is.
+pub(super) fn space(ram: &GuestRam, path: &Path) -> Result<(), LiveError> {
+    let mut pages = PageCount(0);
+    for (number, piece) in ram.pieces().iter().enumerate() {
+        let runs = populated(piece, ram.file_of(number)).map_err(LiveError::Populated)?;
+        pages = PageCount(pages.0 + runs.iter().map(|run| run.pages.0).sum::<u64>());
+    }
+    // A bit for each page, whether it exists or not.
+    let needed = ByteLen(pages.to_bytes().0 + ram.layout().total().to_pages().0 / 8 + METADATA.0);
+    let directory = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let of = statvfs(directory).map_err(|errno| LiveError::Statistics { path: directory.into(), errno })?;
+    let available = ByteLen(of.blocks_available().saturating_mul(of.fragment_size()));
+    if needed > available {
+        return Err(LiveError::Space { path: path.into(), needed, available });
+    }
+    Ok(())
+}
+
+/// The pages of shared memory that exist; private memory knows its own.
+pub(super) fn shared_pages(ram: &GuestRam) -> io::Result<Vec<PageRun>> {
+    let shared = |(_, piece): &(usize, &Piece)| piece.shared;
+    let pieces = ram.pieces().iter().enumerate().filter(shared);
+    let runs = pieces.map(|(number, piece)| populated(piece, ram.file_of(number)));
+    runs.collect::<io::Result<Vec<_>>>().map(|runs| runs.concat())
+}

@@ -1,0 +1,102 @@
+//! Why there is no live snapshot.
+
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use mapped_ram::CreateError;
+use nix::errno::Errno;
+use page_source::{ByteLen, GuestAddr, SinkError, SourceError};
+use uffd_engine::{FreezeError, FrozenError};
+use vmstate::WriteError;
+
+use crate::memory::MemoryError;
+use crate::state::StateError;
+use crate::{StopError, VmError};
+
+/// Why there is no live snapshot. The guest goes on as it was, and there is no file, or the one that was there before.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LiveError {
+    /// The memory is still being loaded, by an engine that owns its page faults.
+    #[error(
+        "the guest's memory is still being loaded, and a live snapshot can't share it with the engine that loads it: set wait_for_load, or try again when it is complete"
+    )]
+    Loading,
+    /// The memory was not loaded in time.
+    #[error("the guest's memory was not loaded within {0:?}")]
+    LoadTimeout(Duration),
+    /// The memory could not be loaded.
+    #[error(transparent)]
+    Vm(#[from] Box<VmError>),
+    /// Another live snapshot of the same memory is not complete yet.
+    #[error("another live snapshot of this guest is not complete yet")]
+    Busy,
+    /// Not every write to this memory could be caught.
+    #[error(
+        "guest memory at {guest} is {what}, of which a live snapshot could not catch every write: use anonymous memory, a memfd, or huge pages"
+    )]
+    Memory {
+        /// Where the guest sees it.
+        guest: GuestAddr,
+        /// What it is.
+        what: &'static str,
+    },
+    /// The regions could not be made.
+    #[error(transparent)]
+    Regions(#[from] MemoryError),
+    /// The file would not fit.
+    #[error("{}: up to {needed} bytes are needed, and {available} are free", path.display())]
+    Space {
+        /// The file.
+        path: PathBuf,
+        /// What exists of the memory, and room for the rest.
+        needed: ByteLen,
+        /// What the file system has.
+        available: ByteLen,
+    },
+    /// The file system does not say how much is free.
+    #[error("{}: asking for the free space failed: {errno}", path.display())]
+    Statistics {
+        /// The directory.
+        path: PathBuf,
+        /// What the kernel said.
+        errno: Errno,
+    },
+    /// The vCPUs did not stop, or one of them has failed.
+    #[error(transparent)]
+    Stop(#[from] StopError),
+    /// The state could not be taken.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// The caller can't make its devices stand still.
+    #[error("the devices can't be made to stand still: {0}")]
+    Drain(String),
+    /// Which pages exist could not be found out.
+    #[error("looking up which pages exist failed: {0}")]
+    Populated(#[source] io::Error),
+    /// The memory can't be write-protected.
+    #[error(transparent)]
+    Freeze(#[from] FreezeError),
+    /// The file could not be begun.
+    #[error(transparent)]
+    Create(#[from] CreateError),
+    /// The state does not fit a stream.
+    #[error(transparent)]
+    Encode(#[from] WriteError),
+    /// The thread that saves could not be started.
+    #[error(transparent)]
+    Begin(SourceError),
+    /// The frozen memory could not be had whole: it was discarded, or the kernel refused something.
+    #[error(transparent)]
+    Frozen(FrozenError),
+    /// The file could not be written or finished.
+    #[error(transparent)]
+    Write(SinkError),
+    /// It was cancelled.
+    #[error("the snapshot was cancelled")]
+    Cancelled,
+    /// The thread that saves is gone.
+    #[error("the thread that saves has ended before its work was done")]
+    Died,
+}
