@@ -1,6 +1,7 @@
 //! The thread that decides how an engine ends, and that tells its observer.
 
 use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -64,10 +65,13 @@ impl Supervisor {
         }
     }
 
-    fn tell(&self, event: &Event) {
+    /// An observer that panics is not told anything any more: what this thread has to do must still be done.
+    fn tell(&mut self, event: &Event) {
         log::debug!("{event:?}");
-        if let Some(observer) = &self.observer {
-            (observer.0)(event);
+        let Some(observer) = self.observer.take() else { return };
+        match catch_unwind(AssertUnwindSafe(|| (observer.0)(event))) {
+            Ok(()) => self.observer = Some(observer),
+            Err(_) => log::error!("the observer of an engine panicked at {event:?}"),
         }
     }
 
@@ -139,7 +143,7 @@ impl Supervisor {
     }
 
     /// Poisons what is missing, tells the VMM, and lets the memory go: what is zero then reads as zero.
-    fn fail(&self, error: EngineError) {
+    fn fail(&mut self, error: EngineError) {
         log::error!("{error}");
         self.core.outstanding.wake();
         for area in 0..self.core.areas.len() {

@@ -295,3 +295,19 @@ fn nothing_is_left_open() {
     assert!(common::fd_count() < fds + 150 && tasks() < threads + 150);
     assert!(done.into_inner());
 }
+
+#[test]
+fn an_observer_that_panics_changes_nothing_else() {
+    testkit::require!(Userfaultfd);
+    for fault_at in [3, u64::MAX] {
+        let oracle = oracle(13, 512, 255);
+        let memory = Memory::new(Kind::Anonymous, oracle.layout());
+        let source = FaultySource::new(Arc::new(MemorySource::new(Arc::clone(&oracle))), fault_at, Fault::Error);
+        let background = Background::default().with_piece(PageCount(16));
+        let engine =
+            memory.engine(Arc::new(source)).background(background).observer(|_| panic_any("injected")).start().unwrap();
+        assert_eq!(engine.wait().is_ok(), fault_at == u64::MAX);
+        drop(engine);
+        right_or_refused(&memory, &oracle);
+    }
+}
