@@ -1,5 +1,6 @@
 //! The subcommands, one file each.
 
+pub(crate) mod capture;
 pub(crate) mod check;
 pub(crate) mod convert;
 pub(crate) mod inspect;

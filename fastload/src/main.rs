@@ -28,6 +28,7 @@ enum Command {
     Repair(commands::repair::Repair),
     Load(Box<commands::load::Load>),
     Serve(Box<commands::serve::Serve>),
+    Capture(commands::capture::Capture),
 }
 
 fn main() -> ExitCode {
@@ -38,6 +39,7 @@ fn main() -> ExitCode {
         Command::Repair(repair) => repair.run(),
         Command::Load(load) => load.run(),
         Command::Serve(serve) => serve.run(),
+        Command::Capture(capture) => capture.run(),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,0 +1,88 @@
+//! What is told, to people and to programs.
+
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use page_units::ByteLen;
+use serde_json::{Value, json};
+
+use super::note;
+use super::session::Freeze;
+use crate::commands::Failure;
+use crate::commands::serving::micros;
+use crate::output;
+
+/// Tells of the freeze point, at once.
+pub(super) fn frozen(freeze: Freeze, json: bool) -> Result<(), Failure> {
+    if json {
+        let event = json!({
+            "event": "frozen",
+            "frozen_at_us": micros(freeze.at),
+            "blackout_us": micros(freeze.blackout),
+        });
+        return Ok(output::print(&format!("{event}\n"))?);
+    }
+    let at = freeze.at.as_secs_f64();
+    note(&format!("frozen at {at:.6} (seconds since 1970), running again after {} us", micros(freeze.blackout)));
+    Ok(())
+}
+
+/// What was captured.
+#[derive(Debug)]
+pub(super) struct Captured {
+    pub(super) output: std::path::PathBuf,
+    pub(super) machine: String,
+    pub(super) ram: ByteLen,
+    pub(super) stored: u64,
+    pub(super) zero: u64,
+    pub(super) device_state: u64,
+    /// Bytes of the disk that the file takes.
+    pub(super) allocated: u64,
+    pub(super) freeze: Option<Freeze>,
+    /// Until QEMU had sent everything.
+    pub(super) sent: Duration,
+    /// Until the file was there.
+    pub(super) complete: Duration,
+}
+
+impl Captured {
+    pub(super) fn print(&self, json: bool) -> Result<(), Failure> {
+        if json {
+            return Ok(output::print(&format!("{}\n", self.figures()))?);
+        }
+        let (file, ram) = (self.output.display(), output::size(self.ram.0));
+        Ok(output::print(&format!(
+            "{file}: {}, {ram} of RAM, {} pages stored, {} zero; {} on the disk after {:.1} s\n",
+            self.machine,
+            self.stored,
+            self.zero,
+            indicatif::HumanBytes(self.allocated),
+            self.complete.as_secs_f64(),
+        ))?)
+    }
+
+    fn figures(&self) -> Value {
+        json!({
+            "event": "captured",
+            "output": self.output,
+            "machine": self.machine,
+            "ram_bytes": self.ram.0,
+            "stored_pages": self.stored,
+            "zero_pages": self.zero,
+            "device_state_bytes": self.device_state,
+            "allocated_bytes": self.allocated,
+            "frozen_at_us": self.freeze.map(|freeze| micros(freeze.at)),
+            "blackout_us": self.freeze.map(|freeze| micros(freeze.blackout)),
+            "sent_us": micros(self.sent),
+            "complete_us": micros(self.complete),
+        })
+    }
+}
+
+/// How far it is, for people.
+pub(super) fn progress_bar(total: ByteLen, json: bool) -> ProgressBar {
+    let bar = if json { ProgressBar::hidden() } else { ProgressBar::new(total.0) };
+    let template = "{bar:40} {bytes} of {total_bytes}, {bytes_per_sec}";
+    bar.set_style(ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()));
+    bar
+}

@@ -1,0 +1,210 @@
+//! A QEMU that sends its snapshot, and what it was before.
+
+use std::net::Shutdown;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use fastload_qmp::{Capabilities, Event, Qmp, QmpError};
+use serde_json::json;
+
+use super::check::Guest;
+use super::interrupt::Interrupts;
+use crate::commands::Failure;
+use crate::commands::serving::MOMENT;
+
+/// How long QEMU may take to end a migration that was cancelled.
+const ENDING: Duration = Duration::from_secs(60);
+/// What QEMU knows our descriptor by, until it takes it.
+const NAME: &str = "fastload-capture";
+
+/// How far QEMU is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Stage {
+    /// It is at work.
+    Active,
+    /// It says that all was sent.
+    Completed,
+    /// It gave up: why, in its own words.
+    Failed(String),
+}
+
+/// The freeze point.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Freeze {
+    /// When the guest stopped: the time since 1970, by QEMU's clock.
+    pub(super) at: Duration,
+    /// For how long it stood still.
+    pub(super) blackout: Duration,
+}
+
+/// The migration that sends the snapshot.
+#[derive(Debug)]
+pub(super) struct Session<'a> {
+    qmp: &'a mut Qmp,
+    before: Capabilities,
+    was_running: bool,
+    /// Our end of the socket, to hang up.
+    socket: UnixStream,
+    stage: Stage,
+    stopped: Option<Event>,
+    resumed: Option<Event>,
+}
+
+impl<'a> Session<'a> {
+    /// Makes QEMU send a snapshot into a socket that has no name.
+    pub(super) fn begin(qmp: &'a mut Qmp, guest: &Guest) -> Result<Session<'a>, Failure> {
+        let (socket, theirs) = UnixStream::pair()?;
+        // Its events tell how the migration goes.
+        let wanted = ["background-snapshot", "events"].map(|name| (name.to_owned(), true));
+        let wanted = Capabilities(wanted.into_iter().collect());
+        let before = guest.capabilities.0.iter().filter(|(name, _)| wanted.0.contains_key(*name));
+        let before = Capabilities(before.map(|(name, state)| (name.clone(), *state)).collect());
+        qmp.set_capabilities(&guest.capabilities, &wanted).map_err(userfaultfd)?;
+        qmp.forget_events();
+        let mut session = Session {
+            qmp,
+            before,
+            was_running: guest.running,
+            socket,
+            stage: Stage::Active,
+            stopped: None,
+            resumed: None,
+        };
+        match session.migrate(&theirs) {
+            Ok(()) => Ok(session),
+            Err(error) => {
+                // The first error is the one that matters.
+                let _ = session.restore();
+                Err(userfaultfd(error))
+            }
+        }
+    }
+
+    fn migrate(&mut self, theirs: &UnixStream) -> Result<(), QmpError> {
+        self.qmp.pass_fd(NAME, theirs.as_fd())?;
+        let started = self.qmp.execute("migrate", json!({"uri": format!("fd:{NAME}")}));
+        if started.is_err() {
+            // It is still there if QEMU refused early.
+            let _ = self.qmp.execute("closefd", json!({"fdname": NAME}));
+        }
+        started.map(drop)
+    }
+
+    /// Our end of the socket.
+    pub(super) fn socket(&self) -> std::io::Result<UnixStream> {
+        self.socket.try_clone()
+    }
+
+    /// Waits for a moment for news. The freeze point, if this is it.
+    pub(super) fn look(&mut self) -> Result<Option<Freeze>, QmpError> {
+        let Some(event) = self.qmp.wait_event(&["MIGRATION", "STOP", "RESUME"], MOMENT)? else { return Ok(None) };
+        self.see(event)
+    }
+
+    /// What has come and was not looked at. The freeze point, if it was there.
+    pub(super) fn rest(&mut self) -> Result<Option<Freeze>, QmpError> {
+        let mut freeze = None;
+        while let Some(event) = self.qmp.wait_event(&["STOP", "RESUME"], Duration::ZERO)? {
+            freeze = self.see(event)?.or(freeze);
+        }
+        Ok(freeze)
+    }
+
+    fn see(&mut self, event: Event) -> Result<Option<Freeze>, QmpError> {
+        match event.name.as_str() {
+            "STOP" if self.stopped.is_none() => self.stopped = Some(event),
+            "RESUME" if self.resumed.is_none() => {
+                let Some(stopped) = &self.stopped else { return Ok(None) };
+                let blackout = event.happened.saturating_sub(stopped.happened);
+                let freeze = Freeze { at: stopped.happened, blackout };
+                self.resumed = Some(event);
+                return Ok(Some(freeze));
+            }
+            "MIGRATION" => self.moved(event.data["status"].as_str().unwrap_or_default())?,
+            _ => {}
+        }
+        Ok(None)
+    }
+
+    fn moved(&mut self, status: &str) -> Result<(), QmpError> {
+        match status {
+            "completed" => self.stage = Stage::Completed,
+            "failed" | "cancelled" => {
+                let (_, why) = self.qmp.migration()?;
+                self.stage = Stage::Failed(why.unwrap_or_else(|| format!("the migration was {status}")));
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    pub(super) fn stage(&self) -> &Stage {
+        &self.stage
+    }
+
+    /// Asks how far it is, for when its events are not enough.
+    pub(super) fn ask(&mut self) -> Result<&Stage, QmpError> {
+        if self.stage == Stage::Active {
+            let (status, _) = self.qmp.migration()?;
+            self.moved(&status)?;
+        }
+        Ok(&self.stage)
+    }
+
+    /// Puts everything back: the migration ends, the guest goes on if it did before, and the settings are as they were.
+    pub(super) fn finish(mut self, complete: bool, interrupts: &Interrupts) -> Result<(), Failure> {
+        let put_back = if complete { Ok(true) } else { self.give_up(interrupts) };
+        match put_back.and_then(|ended| if ended { self.restore().map(|()| true) } else { Ok(false) }) {
+            // A QEMU that has gone needs nothing any more.
+            Ok(true) | Err(QmpError::Closed) => Ok(()),
+            Ok(false) => Err("QEMU does not end its migration, so its capabilities could not be restored".into()),
+            Err(error) => Err(format!("QEMU could not be put back as it was: {error}").into()),
+        }
+    }
+
+    /// Ends the migration; whether it did.
+    fn give_up(&mut self, interrupts: &Interrupts) -> Result<bool, QmpError> {
+        // Nobody reads any more: a QEMU that waits for that gives up. It fails only if QEMU has hung up.
+        let _ = self.socket.shutdown(Shutdown::Both);
+        let until = Instant::now() + ENDING;
+        if *self.ask()? == Stage::Active {
+            self.qmp.execute("migrate_cancel", json!({}))?;
+        }
+        while *self.ask()? == Stage::Active {
+            if interrupts.came() || Instant::now() > until {
+                return Ok(false);
+            }
+            self.look()?;
+        }
+        self.go_on().map(|()| true)
+    }
+
+    /// A QEMU that fails between stopping the guest and sending its memory leaves it stopped.
+    fn go_on(&mut self) -> Result<(), QmpError> {
+        let paused = self.was_running && self.qmp.run_state()? == "paused";
+        self.rest()?;
+        // One that has run since was stopped by somebody else.
+        if paused && self.stopped.is_some() && self.resumed.is_none() {
+            self.qmp.execute("cont", json!({}))?;
+        }
+        Ok(())
+    }
+
+    fn restore(&mut self) -> Result<(), QmpError> {
+        self.qmp.set_capabilities(&Capabilities::default(), &self.before)
+    }
+}
+
+/// Says what to do if QEMU has no right to userfaultfd.
+fn userfaultfd(error: QmpError) -> Failure {
+    let text = error.to_string();
+    if text.to_lowercase().contains("background-snapshot is not supported") {
+        return format!(
+            "{text}. If QEMU lacks the right to userfaultfd, give it one of: read and write access to /dev/userfaultfd \
+             (setfacl -m u:USER:rw /dev/userfaultfd), CAP_SYS_PTRACE, or sysctl vm.unprivileged_userfaultfd=1"
+        )
+        .into();
+    }
+    error.into()
+}

@@ -1,0 +1,178 @@
+//! Taking what QEMU sends.
+
+use std::net::Shutdown;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use mapped_ram::Writer;
+use page_source::stream::QemuStream;
+use page_source::{End, Feed, PageSink, PageSource};
+use page_units::ByteLen;
+
+use super::check::Guest;
+use super::interrupt::Interrupts;
+use super::output::{self, Captured};
+use super::session::{Freeze, Session, Stage};
+use super::sink::Held;
+use crate::commands::Failure;
+
+/// What the other side is called.
+const PEER: &str = "the snapshot that QEMU sends";
+/// How long QEMU may take to say that it is done, after all has come.
+const LAST_WORD: Duration = Duration::from_secs(60);
+/// How long it may take to say what went wrong, after it has hung up.
+const EXPLANATION: Duration = Duration::from_secs(1);
+
+/// Everything that makes the file, which is not published yet.
+#[derive(Debug)]
+pub(super) struct Taken {
+    output: PathBuf,
+    source: QemuStream,
+    sink: Arc<Held>,
+    freeze: Option<Freeze>,
+    sent: Instant,
+}
+
+impl Taken {
+    /// Gives the file its name.
+    pub(super) fn publish(self, begun: Instant) -> Result<Captured, Failure> {
+        let device_state = self.source.device_state().ok_or("the device state has not come")?;
+        let writer = self.sink.file.writer();
+        writer.finish(device_state)?;
+        let ((stored, zero), ram) = (self.sink.pages(), self.source.layout().total());
+        Ok(Captured {
+            allocated: std::fs::metadata(&self.output)?.blocks().saturating_mul(512),
+            machine: writer.machine().to_owned(),
+            device_state: device_state.len() as u64,
+            output: self.output,
+            ram,
+            stored: stored.0,
+            zero: zero.0,
+            freeze: self.freeze,
+            sent: self.sent.saturating_duration_since(begun),
+            complete: begun.elapsed(),
+        })
+    }
+}
+
+/// Takes all of it, and waits until QEMU too says that it is done.
+pub(super) fn take(
+    session: &mut Session<'_>,
+    guest: &Guest,
+    output: &Path,
+    interrupts: &Interrupts,
+    json: bool,
+) -> Result<Taken, Failure> {
+    let mut watch = Watch { session, interrupts, json, freeze: None };
+    let socket = watch.session.socket()?;
+    let source = watch.open(socket, guest.most_ram)?;
+    let writer = Writer::create(output, source.configuration(), source.layout().clone())?;
+    let sink = Arc::new(Held::new(writer));
+    let feed = source.start(Arc::clone(&sink) as Arc<dyn PageSink>)?;
+    watch.pages(&source, &sink, &*feed)?;
+    let sent = Instant::now();
+    watch.last_word()?;
+    Ok(Taken { output: output.to_owned(), sink, freeze: watch.freeze, sent, source })
+}
+
+/// What is looked after meanwhile.
+struct Watch<'a, 'q> {
+    session: &'a mut Session<'q>,
+    interrupts: &'a Interrupts,
+    json: bool,
+    freeze: Option<Freeze>,
+}
+
+impl Watch<'_, '_> {
+    /// A moment of waiting: for the freeze point, for the end of QEMU's migration, for Ctrl-C.
+    fn look(&mut self) -> Result<(), Failure> {
+        if self.interrupts.came() {
+            return Err("cancelled: the guest goes on, and nothing was written".into());
+        }
+        if let Some(freeze) = self.session.look()? {
+            self.freeze = Some(freeze);
+            output::frozen(freeze, self.json)?;
+        }
+        match self.session.stage() {
+            Stage::Failed(why) => Err(format!("QEMU gave up: {why}").into()),
+            _ => Ok(()),
+        }
+    }
+
+    /// Waits for the beginning of the stream.
+    fn open(&mut self, socket: UnixStream, most_ram: ByteLen) -> Result<QemuStream, Failure> {
+        let hang_up = socket.try_clone()?;
+        let opened = thread::scope(|scope| {
+            let opening = scope.spawn(move || QemuStream::open(socket, PEER, most_ram));
+            while !opening.is_finished() {
+                if let Err(failure) = self.look() {
+                    // The thread ends then.
+                    let _ = hang_up.shutdown(Shutdown::Both);
+                    return Err(failure);
+                }
+            }
+            opening.join().map_err(|_| Failure::from("the stream can't be read: its thread has ended"))
+        });
+        opened?.map_err(|error| self.explained(&format!("{PEER}: {error}")))
+    }
+
+    /// Waits for the end of the stream.
+    fn pages(&mut self, source: &QemuStream, sink: &Held, feed: &dyn Feed) -> Result<(), Failure> {
+        let bar = output::progress_bar(source.layout().total(), self.json);
+        let ended = loop {
+            // In this order: a thread that is gone has told its end.
+            let alive = feed.alive();
+            match sink.ended() {
+                Some(End::Complete) => break Ok(()),
+                Some(End::Broken(error)) => break Err(self.explained(&error.to_string())),
+                None if !alive => break Err("the stream can't be read: its thread has ended".into()),
+                None => {}
+            }
+            let (stored, zero) = sink.pages();
+            bar.set_position(stored.to_bytes().0.saturating_add(zero.to_bytes().0));
+            if let Err(failure) = self.look() {
+                break Err(failure);
+            }
+        };
+        bar.finish_and_clear();
+        // If it is we who can't go on, QEMU only knows that we hung up.
+        ended.map_err(|failure| sink.refused().map_or(failure, Failure::from))
+    }
+
+    /// Waits until QEMU says that it is done.
+    fn last_word(&mut self) -> Result<(), Failure> {
+        let until = Instant::now() + LAST_WORD;
+        while *self.session.ask()? != Stage::Completed {
+            if Instant::now() > until {
+                return Err("QEMU sent everything, but does not say that it is done".into());
+            }
+            self.look()?;
+        }
+        // The freeze point was before that.
+        if let Some(freeze) = self.session.rest()? {
+            self.freeze = Some(freeze);
+            output::frozen(freeze, self.json)?;
+        }
+        Ok(())
+    }
+
+    /// What went wrong with the stream, and what QEMU says about it.
+    fn explained(&mut self, what: &str) -> Failure {
+        let until = Instant::now() + EXPLANATION;
+        while Instant::now() < until {
+            match self.session.ask() {
+                Ok(Stage::Active) => {}
+                Ok(Stage::Failed(why)) => return format!("{what}; QEMU says: {why}").into(),
+                Ok(Stage::Completed) => break,
+                Err(error) => return format!("{what}; {error}").into(),
+            }
+            // Asked again above.
+            let _ = self.session.look();
+        }
+        what.into()
+    }
+}
