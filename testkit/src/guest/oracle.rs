@@ -208,6 +208,13 @@ impl Oracle {
         }
     }
 
+    /// A vCPU gets other work, as [`GuestImage::write_program`] gives it.
+    pub fn write_program(&mut self, vcpu: u8, program: &Program) {
+        let at = index(layout::program_page(vcpu));
+        let bytes: Vec<u8> = program.encode().into_iter().flat_map(u64::to_le_bytes).collect();
+        self.bytes[at..at + bytes.len()].copy_from_slice(&bytes);
+    }
+
     /// Compares all memory with the copy, but for the guest's time stamps.
     ///
     /// # Errors

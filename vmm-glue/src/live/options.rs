@@ -101,9 +101,11 @@ impl LiveOptions {
         self
     }
 
-    /// `drain` is called when no vCPU runs any more, and before memory is frozen, on the calling thread: to let device
-    /// models, direct I/O and whatever else writes to the guest's memory come to rest, until it returns. After it
-    /// device models may write again (through the mapping that the guest has), others when the snapshot is complete.
+    /// `drain` is called on the calling thread when no vCPU runs any more and before memory is frozen. It lets device
+    /// models, direct I/O and whatever else writes to the guest's memory come to rest. Device models that write through
+    /// the mapping that the guest has may go on after [`LiveEvent::FreezePoint`], or when the call returns an error;
+    /// whatever goes around that mapping only when the snapshot is complete.
+    ///
     /// Its time is part of the blackout. An error means that something could not be stopped: there is no snapshot
     /// then, and the guest goes on.
     #[must_use]

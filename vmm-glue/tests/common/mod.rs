@@ -1,6 +1,8 @@
 //! A guest at work, for all tests here.
 #![allow(dead_code, unreachable_pub, reason = "each test takes what it needs")]
 
+pub mod live;
+
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;

@@ -1,0 +1,275 @@
+//! Snapshots of guests that write to all of their memory at full speed: each is the freeze point, exactly.
+
+mod common;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use common::live::{self, Kind};
+use common::{PATIENCE, VARIANTS};
+use kvm_ioctls::Kvm;
+use page_source::ByteLen;
+use parking_lot::Mutex;
+use testkit::guest::{GuestConfig, Pattern, Privilege};
+use testkit::require;
+use vm_memory::{Bytes, GuestAddress};
+use vmm_glue::{
+    Backing, FreezeOptions, Handlers, Host, LiveError, LiveEvent, LiveOptions, MachineConfig, snapshot_live,
+};
+
+/// Where files are quick to write, if there is such a place.
+fn directory() -> tempfile::TempDir {
+    let shm = PathBuf::from("/dev/shm");
+    tempfile::tempdir_in(if shm.is_dir() { shm } else { std::env::temp_dir() }).unwrap()
+}
+
+/// How many snapshots: all that are asked for with `FASTLOAD_FULL=1`, otherwise what does not take long.
+fn count(full: usize, otherwise: usize) -> usize {
+    if std::env::var_os("FASTLOAD_FULL").is_some_and(|value| value == "1") { full } else { otherwise }
+}
+
+#[test]
+fn a_hundred_snapshots_under_load_are_their_freeze_points_exactly() {
+    require!(Kvm, Userfaultfd);
+    let dir = directory();
+    let path = dir.path().join("live.mr");
+    let kinds: Vec<Kind> = VARIANTS
+        .into_iter()
+        .flat_map(|(privilege, vcpus)| {
+            [(Pattern::Stride(1), Backing::Anonymous), (Pattern::Random, Backing::Memfd)]
+                .map(|(pattern, backing)| Kind { privilege, vcpus, pattern, backing, mib: 64, filled: 25 })
+        })
+        .flat_map(|kind| [kind, Kind { pattern: other(kind.pattern), filled: 60, ..kind }])
+        .collect();
+    let each = count(100, 48).div_ceil(kinds.len());
+    let mut faults = 0;
+    for kind in kinds {
+        let (vcpus, image, bus) = live::boot(&kind, MachineConfig::bare(kind.vcpus));
+        vcpus.resume();
+        for round in 0..each {
+            live::progress(&vcpus, &image, 100);
+            let report = live::snapshot(&vcpus, &path, &LiveOptions::default()).unwrap();
+            assert!(report.stored.0 > 0, "{kind:?}, round {round}: {report:?}");
+            faults += report.stats.write_faults + report.stats.hole_faults;
+        }
+        live::finish(&vcpus, &image, &bus, &kind);
+    }
+    assert!(faults > 100, "{faults} faults: the guests hardly ran while they were saved");
+}
+
+fn other(pattern: Pattern) -> Pattern {
+    if pattern == Pattern::Random { Pattern::Stride(1) } else { Pattern::Random }
+}
+
+#[test]
+fn huge_pages_too() {
+    require!(Kvm, Userfaultfd, Hugepages);
+    let _room = testkit::hugepages::Overcommit::reserve(64).unwrap();
+    let dir = directory();
+    let path = dir.path().join("live.mr");
+    for (privilege, vcpus) in VARIANTS {
+        for pattern in [Pattern::Stride(1), Pattern::Random] {
+            let kind = Kind { privilege, vcpus, pattern, backing: Backing::Hugetlb, mib: 64, filled: 1 };
+            let (vcpus, image, bus) = live::boot(&kind, MachineConfig::bare(kind.vcpus));
+            vcpus.resume();
+            for pool in [32, 4] {
+                live::progress(&vcpus, &image, 100);
+                let freeze = FreezeOptions { pool: ByteLen(pool << 20), ..FreezeOptions::default() };
+                live::snapshot(&vcpus, &path, &LiveOptions::default().with_freeze(freeze)).unwrap();
+            }
+            live::finish(&vcpus, &image, &bus, &kind);
+        }
+    }
+}
+
+#[test]
+fn a_tiny_pool_and_several_handlers_lose_nothing() {
+    require!(Kvm, Userfaultfd);
+    let dir = directory();
+    let path = dir.path().join("live.mr");
+    for backing in [Backing::Anonymous, Backing::Memfd] {
+        let kind =
+            Kind { privilege: Privilege::User, vcpus: 2, pattern: Pattern::Random, backing, mib: 32, filled: 50 };
+        let (vcpus, image, bus) = live::boot(&kind, MachineConfig::bare(kind.vcpus));
+        vcpus.resume();
+        for (pages, threads) in [(1, 1), (1, 3), (5, 2), (64, 2)] {
+            live::progress(&vcpus, &image, 100);
+            let freeze = FreezeOptions { pool: ByteLen(pages << 12), handlers: Handlers::threads(threads) };
+            live::snapshot(&vcpus, &path, &LiveOptions::default().with_freeze(freeze)).unwrap();
+        }
+        live::finish(&vcpus, &image, &bus, &kind);
+    }
+}
+
+#[test]
+fn five_generations() {
+    require!(Kvm, Userfaultfd);
+    let dir = directory();
+    for (privilege, vcpus, machine) in
+        [(Privilege::Kernel, 1, MachineConfig::bare(1)), (Privilege::User, 2, MachineConfig::full(2))]
+    {
+        let kind =
+            Kind { privilege, vcpus, pattern: Pattern::Random, backing: Backing::Anonymous, mib: 32, filled: 30 };
+        let config = GuestConfig { privilege, vcpus: u8::try_from(vcpus).unwrap() };
+        let mut path = dir.path().join("generation-0.mr");
+        {
+            let (vcpus, image, _) = live::boot(&kind, machine);
+            vcpus.resume();
+            live::progress(&vcpus, &image, 500);
+            live::snapshot(&vcpus, &path, &LiveOptions::default()).unwrap();
+        }
+        let host = Host::probe(&Kvm::new().unwrap()).unwrap();
+        let backings = [Backing::Memfd, Backing::Anonymous];
+        for generation in 1..=5usize {
+            let on_demand = generation % 2 == 1;
+            let (vm, image, bus) = live::restore(&path, backings[generation % 2], config, on_demand);
+            vm.resume();
+            live::progress(vm.vcpus(), &image, 500);
+            path = dir.path().join(format!("generation-{generation}.mr"));
+            let copy = live::Copy::default();
+            let options = copy.options(LiveOptions::default().wait_for_load(PATIENCE));
+            let report = vm.snapshot_live(&host, &path, &options).unwrap().wait().unwrap();
+            assert!(report.blackout.total > Duration::ZERO && report.took > report.blackout.total, "{report:?}");
+            live::assert_same(&live::content_of(&path), &copy.take());
+            // The original goes on as well as its copies.
+            live::finish(vm.vcpus(), &image, &bus, &kind);
+        }
+        let (vm, image, bus) = live::restore(&path, Backing::Anonymous, config, false);
+        live::finish(vm.vcpus(), &image, &bus, &kind);
+    }
+}
+
+#[test]
+fn writes_of_device_models_are_caught() {
+    require!(Kvm, Userfaultfd);
+    let dir = directory();
+    let path = dir.path().join("live.mr");
+    for backing in [Backing::Anonymous, Backing::Memfd] {
+        let kind =
+            Kind { privilege: Privilege::User, vcpus: 1, pattern: Pattern::Stride(1), backing, mib: 16, filled: 50 };
+        let (vcpus, image, _) = live::boot(&kind, MachineConfig::bare(1));
+        let page = GuestAddress(image.window_to_physical(image.window_len() - 4096));
+        let still = Arc::new(Mutex::new(false));
+        let end = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            // A device model: it writes the same number all over its page, except while it is to stand still.
+            scope.spawn(|| {
+                let mut number = 0u64;
+                while !end.load(Ordering::Acquire) {
+                    let still = still.lock();
+                    if !*still {
+                        number += 1;
+                        let bytes = number.to_le_bytes().repeat(512);
+                        vcpus.ram().memory().write_slice(&bytes, page).unwrap();
+                    }
+                    drop(still);
+                    std::thread::yield_now();
+                }
+            });
+            vcpus.resume();
+            let host = Host::probe(&Kvm::new().unwrap()).unwrap();
+            for _ in 0..10 {
+                live::progress(&vcpus, &image, 100);
+                let taken = Arc::new(Mutex::new(Vec::new()));
+                let (stop, go, copy) = (Arc::clone(&still), Arc::clone(&still), Arc::clone(&taken));
+                let options = LiveOptions::default()
+                    .with_drain(move |ram| {
+                        *stop.lock() = true;
+                        *copy.lock() = live::copy_of(ram);
+                        Ok(())
+                    })
+                    .with_observer(move |event| {
+                        let LiveEvent::FreezePoint { blackout } = event else { return };
+                        assert!(*blackout > Duration::ZERO);
+                        *go.lock() = false;
+                    });
+                snapshot_live(&vcpus, &host, &path, &options).unwrap().wait().unwrap();
+                live::assert_same(&live::content_of(&path), &taken.lock());
+            }
+            end.store(true, Ordering::Release);
+        });
+    }
+}
+
+#[test]
+fn a_guest_that_stands_still_stays_so() {
+    require!(Kvm, Userfaultfd);
+    let dir = directory();
+    let path = dir.path().join("live.mr");
+    let kind = Kind {
+        privilege: Privilege::Kernel,
+        vcpus: 2,
+        pattern: Pattern::Stride(1),
+        backing: Backing::Anonymous,
+        mib: 16,
+        filled: 50,
+    };
+    let (vcpus, image, bus) = live::boot(&kind, MachineConfig::bare(2));
+    vcpus.resume();
+    live::progress(&vcpus, &image, 100);
+    vcpus.pause(PATIENCE).unwrap();
+    let before = live::copy_of(vcpus.ram());
+    live::snapshot(&vcpus, &path, &LiveOptions::default()).unwrap();
+    live::assert_same(&live::content_of(&path), &before);
+    live::assert_same(&live::copy_of(vcpus.ram()), &before);
+    // Somebody else stops it in the middle: that stands.
+    vcpus.resume();
+    let stop = vcpus.stop_handle();
+    let host = Host::probe(&Kvm::new().unwrap()).unwrap();
+    let options = LiveOptions::default().with_drain(move |_| {
+        stop.stop();
+        Ok(())
+    });
+    let snapshot = snapshot_live(&vcpus, &host, &path, &options).unwrap();
+    vcpus.wait_stopped(PATIENCE).unwrap();
+    let before = live::copy_of(vcpus.ram());
+    snapshot.wait().unwrap();
+    live::assert_same(&live::copy_of(vcpus.ram()), &before);
+    live::assert_same(&live::content_of(&path), &before);
+    vcpus.resume();
+    live::progress(&vcpus, &image, 100);
+    live::finish(&vcpus, &image, &bus, &kind);
+}
+
+#[test]
+fn what_is_still_loading_is_refused_or_waited_for() {
+    require!(Kvm, Userfaultfd);
+    let dir = directory();
+    let path = dir.path().join("live.mr");
+    let kind = Kind {
+        privilege: Privilege::User,
+        vcpus: 1,
+        pattern: Pattern::Random,
+        backing: Backing::Anonymous,
+        mib: 16,
+        filled: 50,
+    };
+    let (vcpus, image, _) = live::boot(&kind, MachineConfig::bare(1));
+    vcpus.resume();
+    live::progress(&vcpus, &image, 100);
+    live::snapshot(&vcpus, &path, &LiveOptions::default()).unwrap();
+    drop(vcpus);
+
+    let kvm = Kvm::new().unwrap();
+    let host = Host::probe(&kvm).unwrap();
+    let saved = vmm_glue::SavedVm::open(&path, &kvm, &host).unwrap();
+    let bus = Arc::new(common::Signals::default());
+    let options = vmm_glue::RestoreOptions::default();
+    let paused = uffd_engine::Background::default().paused();
+    let vm = saved.restore_on_demand(&kvm, &host, Arc::clone(&bus) as _, &options, |e| e.background(paused)).unwrap();
+    let next = dir.path().join("next.mr");
+    let refused = vm.snapshot_live(&host, &next, &LiveOptions::default()).unwrap_err();
+    assert!(matches!(refused, LiveError::Loading), "{refused}");
+    let moment = Duration::from_millis(1);
+    let refused = vm.snapshot_live(&host, &next, &LiveOptions::default().wait_for_load(moment)).unwrap_err();
+    assert!(matches!(refused, LiveError::LoadTimeout(limit) if limit == moment), "{refused}");
+    assert!(!next.exists());
+    vm.engine().unwrap().resume_background();
+    let copy = live::Copy::default();
+    let options = copy.options(LiveOptions::default().wait_for_load(PATIENCE));
+    vm.snapshot_live(&host, &next, &options).unwrap().wait().unwrap();
+    live::assert_same(&live::content_of(&next), &copy.take());
+    live::finish(vm.vcpus(), &image, &bus, &kind);
+}
