@@ -256,6 +256,15 @@ impl Conversation {
                         return wrong("the end before the devices were loaded");
                     }
                     state.ended = true;
+                    // With preempt, QEMU waits for every page that it has asked for.
+                    let waiting = |state: &State| state.requested.iter().any(|page| !has(state, page));
+                    while self.habits.preempt && waiting(&state) {
+                        let (again, late) = self.shared.1.wait_timeout(state, LIMIT).unwrap();
+                        if late.timed_out() {
+                            return wrong("the end, but a page that was asked for did not come");
+                        }
+                        state = again;
+                    }
                     drop(state);
                     self.shared.1.notify_all();
                     say(&self.back, &Message::Shut(0));
