@@ -25,7 +25,7 @@ mod tests {
         for (text, value) in [("0", 0), ("4660", 4660), ("0x1234", 0x1234), ("1M", 1 << 20), ("0x2k", 2048)] {
             assert_eq!(bytes(text), Ok(value));
         }
-        for text in ["", "k", "-1", "1x", "0x", "99999999999G", "é"] {
+        for text in ["", "k", "-1", "1x", "0x", "99999999999G", "\u{e9}"] {
             assert!(bytes(text).is_err(), "{text}");
         }
     }

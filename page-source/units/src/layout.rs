@@ -22,11 +22,7 @@ impl PageSize {
     /// A page size of `bytes` bytes, if that is a power of two and at least 4096.
     #[must_use]
     pub const fn new(bytes: u64) -> Option<PageSize> {
-        if bytes.is_power_of_two() && bytes >= PAGE_SIZE {
-            Some(PageSize(bytes))
-        } else {
-            None
-        }
+        if bytes.is_power_of_two() && bytes >= PAGE_SIZE { Some(PageSize(bytes)) } else { None }
     }
 
     /// In bytes.

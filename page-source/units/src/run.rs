@@ -56,10 +56,7 @@ impl PageRun {
     #[must_use]
     pub fn split_at(self, at: PageCount) -> (PageRun, PageRun) {
         let head = at.min(self.pages);
-        (
-            PageRun::new(self.block, self.first, head),
-            PageRun::new(self.block, self.first + head, self.pages - head),
-        )
+        (PageRun::new(self.block, self.first, head), PageRun::new(self.block, self.first + head, self.pages - head))
     }
 
     /// The pages that are also in `other`; empty if there are none, or the blocks differ.
