@@ -2,6 +2,7 @@
 
 mod kill;
 mod matrix;
+mod native;
 mod record;
 mod refuse;
 mod serve;

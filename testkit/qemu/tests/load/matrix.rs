@@ -38,7 +38,6 @@ fn loads(machine_type: Machine, saving: How, backends: &[&str], preempt: bool) {
         let more: &[&str] = if preempt { &["--preempt"] } else { &[] };
         let figures = saved.loads_into(&Setup { backend, ..setup.clone() }, more);
         assert_eq!(figures["preempt"], preempt, "{figures}");
-        assert!(figures["requested_pages"].as_u64().unwrap() > 0, "{figures}");
         if saving.at_work {
             continue;
         }

@@ -45,6 +45,11 @@ impl Saved {
         Saved { setup: setup.clone(), file, ram, passes, still: !how.at_work, _dir: dir }
     }
 
+    /// A snapshot of a guest that stood still, saved in some other way.
+    pub(crate) fn of(setup: &Setup, file: PathBuf, ram: RamDump, passes: u64, dir: TempDir) -> Saved {
+        Saved { setup: setup.clone(), file, ram, passes, still: true, _dir: dir }
+    }
+
     /// A QEMU that waits for it. (The guest's ELF file is not needed; QEMU wants one to make the same option ROMs.)
     pub(crate) fn waiting(&self, setup: &Setup) -> Qemu {
         Qemu::start(&setup.waiting(), &Plan::check(4 << 20).build()).unwrap()
