@@ -92,12 +92,13 @@ impl Freezer {
             .into_iter()
             .map(|region| Zone { saved: Saved::new(region.granules()), granule: region.backing.granule(), region })
             .collect();
-        let shared = Shared::new(descriptor, zones, layout, pool, page_table);
+        let shared = Shared::new(descriptor, zones, layout, pool, page_table, options.handlers.cores.len());
         let shared = Arc::new(shared.map_err(|errno| system("an event descriptor")(errno.into()))?);
         let mut freezer = Freezer { shared, threads: Vec::new() };
         for (number, &cpu) in options.handlers.cores.iter().enumerate() {
             let shared = Arc::clone(&freezer.shared);
-            let thread = Thread::new().name(format!("uffd-write-{number}")).spawn(move || writes::run(&shared, cpu));
+            let thread =
+                Thread::new().name(format!("uffd-write-{number}")).spawn(move || writes::run(&shared, number, cpu));
             freezer.threads.push(thread.map_err(system("a thread"))?);
         }
         Ok(freezer)

@@ -1,7 +1,7 @@
 //! Frozen memory, as a source that pushes each page once.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::thread::{Builder as Thread, JoinHandle};
 
 use nix::errno::Errno;
@@ -104,6 +104,8 @@ pub(crate) struct Shared {
     /// Granules whose writers wait because the pool is full.
     pub(crate) parked: Mutex<Vec<(usize, usize)>>,
     populated: RwLock<Vec<PageRun>>,
+    /// Of each handler: odd from before it reads messages until it has looked at the discards among them.
+    turns: Box<[AtomicU64]>,
     pub(crate) write_faults: AtomicU64,
     pub(crate) hole_faults: AtomicU64,
     pub(crate) waits: AtomicU64,
@@ -123,6 +125,7 @@ impl Shared {
         layout: Layout,
         pool: Pool,
         page_table: PageTable,
+        handlers: usize,
     ) -> nix::Result<Shared> {
         let zero = || AtomicU64::new(0);
         Ok(Shared {
@@ -136,6 +139,7 @@ impl Shared {
             stop: AtomicBool::new(false),
             parked: Mutex::default(),
             populated: RwLock::default(),
+            turns: std::iter::repeat_with(zero).take(handlers).collect(),
             write_faults: zero(),
             hole_faults: zero(),
             waits: zero(),
@@ -173,6 +177,25 @@ impl Shared {
             }
         }
         exists
+    }
+
+    /// A handler begins, or ends, to read messages and to look at the discards among them.
+    pub(crate) fn turn(&self, handler: usize) {
+        self.turns[handler].fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// Waits until every discard that may have taken effect is known. The kernel lets memory go as soon as a handler
+    /// has read of it: what was copied, or found missing, after that is not what it was at the freeze point. So whoever
+    /// has claimed a granule calls this after looking at it and before declaring it saved; a discard that is noticed
+    /// until then fails the snapshot.
+    pub(crate) fn settle(&self) {
+        fence(Ordering::SeqCst);
+        for turn in &self.turns {
+            let now = turn.load(Ordering::SeqCst);
+            while now % 2 == 1 && turn.load(Ordering::SeqCst) == now && !self.stopping() {
+                std::thread::yield_now();
+            }
+        }
     }
 
     /// Ends the threads that serve faults.
@@ -304,13 +327,14 @@ impl PageSource for Frozen {
         }
         let shared = Arc::clone(&self.shared);
         let thread = Thread::new().name("uffd-save".into()).spawn(move || {
-            let outcome = saver::run(&shared, &*sink);
-            let error = outcome.as_ref().err().map(ToString::to_string);
-            shared.end(outcome);
-            sink.end(match error {
-                None => End::Complete,
-                Some(reason) => End::Broken(SourceError::Stopped { reason }),
-            });
+            shared.end(saver::run(&shared, &*sink));
+            // The end that counts, which need not be that one: nothing is published that was cancelled.
+            let reason = match shared.outcome() {
+                Some(Ok(())) => return sink.end(End::Complete),
+                Some(Err(error)) => error.to_string(),
+                None => "it has not ended".into(),
+            };
+            sink.end(End::Broken(SourceError::Stopped { reason }));
         });
         let thread = thread.map_err(|error| stopped(format!("no thread: {error}")))?;
         Ok(Box::new(FrozenFeed { shared: Arc::clone(&self.shared), thread: Some(thread) }))

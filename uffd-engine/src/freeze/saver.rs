@@ -99,10 +99,12 @@ fn sweep(
         if there {
             let bytes = buffer.bytes_mut(0, run.len().get());
             read_granule(zone.addr(at), bytes);
+            shared.settle();
             (at..at + claimed).for_each(|granule| zone.saved.done(granule));
             release(shared, zone, at, claimed)?;
             taken(deliver(shared, sink, run, bytes))?;
         } else {
+            shared.settle();
             (at..at + claimed).for_each(|granule| zone.saved.done(granule));
             zeros(shared, sink, run)?;
         }

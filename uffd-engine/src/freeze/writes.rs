@@ -19,7 +19,7 @@ use crate::sys::ops::{self, Done};
 const BATCH: usize = 64;
 
 /// Serves write faults until the freeze is over.
-pub(crate) fn run(shared: &Shared, cpu: Option<usize>) {
+pub(crate) fn run(shared: &Shared, handler: usize, cpu: Option<usize>) {
     bind(cpu);
     let mut messages = [Message::default(); BATCH];
     let mut again: Vec<(HostAddr, u64)> = Vec::new();
@@ -33,6 +33,7 @@ pub(crate) fn run(shared: &Shared, cpu: Option<usize>) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(errno) => return fail(shared, "waiting for faults", HostAddr(0), errno),
         }
+        shared.turn(handler);
         let count = match ops::read(shared.descriptor.fd(), &mut messages) {
             Ok(count) => count,
             Err(Errno::EAGAIN | Errno::EINTR) => 0,
@@ -43,6 +44,7 @@ pub(crate) fn run(shared: &Shared, cpu: Option<usize>) {
                 given_back(shared, HostAddr(message.word0), HostAddr(message.word1));
             }
         }
+        shared.turn(handler);
         let mut faults = std::mem::take(&mut again);
         let fresh = messages[..count].iter().filter(|message| message.event == UFFD_EVENT_PAGEFAULT);
         faults.extend(fresh.map(|message| (HostAddr(message.word1), message.word0)));
@@ -109,6 +111,7 @@ fn hole(shared: &Shared, zone: &Zone, granule: usize) -> bool {
         drop(shared.descriptor.wake(addr, len));
     }
     if claimed {
+        shared.settle();
         shared.hole_faults.fetch_add(1, Ordering::Relaxed);
         zone.saved.hole(granule);
     }
@@ -134,6 +137,7 @@ fn write(shared: &Shared, number: usize, granule: usize) -> bool {
         return true;
     };
     read_granule(addr, buffer.bytes_mut(0, zone.granule.bytes().get()));
+    shared.settle();
     shared.write_faults.fetch_add(1, Ordering::Relaxed);
     let first = shared.pool.push(Copied { area: number, granule, buffer });
     zone.saved.done(granule);

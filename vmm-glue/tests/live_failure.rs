@@ -1,0 +1,359 @@
+//! Live snapshots that do not come to their end: the guest goes on as if nothing had been, and nothing half-written is
+//! ever taken for a snapshot.
+
+mod common;
+
+use std::io::Write;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
+
+use common::live::{self, Kind};
+use common::{PATIENCE, Signals};
+use kvm_ioctls::Kvm;
+use nix::sys::signal::{Signal, raise};
+use page_source::PageCount;
+use testkit::guest::{GuestImage, Pattern, Privilege};
+use testkit::require;
+use vm_memory::Bytes;
+use vmm_glue::{
+    Backing, GuestRam, Host, LiveError, LiveOptions, LiveSnapshot, MachineConfig, Memory, Vcpus, snapshot_live,
+};
+
+const KIND: Kind = Kind {
+    privilege: Privilege::User,
+    vcpus: 1,
+    pattern: Pattern::Random,
+    backing: Backing::Anonymous,
+    mib: 16,
+    filled: 80,
+};
+
+fn running(kind: &Kind) -> (Vcpus, GuestImage, Arc<Signals>) {
+    let (vcpus, image, bus) = live::boot(kind, MachineConfig::bare(kind.vcpus));
+    vcpus.resume();
+    live::progress(&vcpus, &image, 100);
+    (vcpus, image, bus)
+}
+
+fn host() -> Host {
+    Host::probe(&Kvm::new().unwrap()).unwrap()
+}
+
+/// What is in a directory.
+fn names(directory: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(directory).unwrap();
+    entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+}
+
+/// Waits until so many pages are saved.
+fn saved(snapshot: &LiveSnapshot, pages: u64) {
+    while snapshot.progress().saved < PageCount(pages) && !snapshot.wait_for(Duration::ZERO) {
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn cancelled_at_any_moment() {
+    require!(Kvm, Userfaultfd);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("live.mr");
+    for backing in [Backing::Anonymous, Backing::Memfd] {
+        let kind = Kind { backing, vcpus: 2, ..KIND };
+        let (vcpus, image, bus) = running(&kind);
+        let pages = vcpus.ram().layout().total().to_pages().0;
+        for step in 0..=8 {
+            // Cancelled in words, and by being dropped.
+            let snapshot = snapshot_live(&vcpus, &host(), &path, &LiveOptions::default()).unwrap();
+            assert_eq!(snapshot.progress().total, PageCount(pages));
+            saved(&snapshot, pages * step / 8);
+            snapshot.cancel();
+            match snapshot.wait() {
+                Err(LiveError::Cancelled) => assert_eq!(names(dir.path()), [""; 0], "step {step}"),
+                Ok(_) => std::fs::remove_file(&path).unwrap(),
+                Err(other) => panic!("{other}"),
+            }
+            let snapshot = snapshot_live(&vcpus, &host(), &path, &LiveOptions::default()).unwrap();
+            saved(&snapshot, pages * step / 8);
+            drop(snapshot);
+            let _ = std::fs::remove_file(&path);
+            assert_eq!(names(dir.path()), [""; 0], "step {step}");
+            live::progress(&vcpus, &image, 10);
+        }
+        // One at once is always before the end.
+        let snapshot = snapshot_live(&vcpus, &host(), &path, &LiveOptions::default()).unwrap();
+        let busy = snapshot_live(&vcpus, &host(), &dir.path().join("second"), &LiveOptions::default());
+        assert!(matches!(busy, Err(LiveError::Busy)) || snapshot.wait_for(Duration::ZERO), "{busy:?}");
+        drop((busy, snapshot));
+        live::snapshot(&vcpus, &path, &LiveOptions::default()).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        live::finish(&vcpus, &image, &bus, &kind);
+    }
+}
+
+#[test]
+fn whatever_fails_leaves_the_guest_and_the_last_file_alone() {
+    require!(Kvm, Userfaultfd);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("live.mr");
+    std::fs::write(&path, "the one before").unwrap();
+    let (vcpus, image, bus) = running(&KIND);
+    let refused = |options: &LiveOptions| snapshot_live(&vcpus, &host(), &path, options).unwrap_err();
+
+    let stubborn = LiveOptions::default().with_drain(|_| Err("a disk has direct I/O in flight".into()));
+    let error = refused(&stubborn);
+    assert!(matches!(&error, LiveError::Drain(why) if why.contains("direct I/O")), "{error}");
+
+    let nowhere = dir.path().join("no/such/directory/live.mr");
+    let error = snapshot_live(&vcpus, &host(), &nowhere, &LiveOptions::default()).unwrap_err();
+    assert!(matches!(error, LiveError::Create(_)), "{error}");
+
+    live::progress(&vcpus, &image, 10);
+    assert_eq!(std::fs::read(&path).unwrap(), b"the one before");
+    assert_eq!(names(dir.path()), ["live.mr"]);
+    live::finish(&vcpus, &image, &bus, &KIND);
+}
+
+#[test]
+fn memory_given_back_meanwhile_is_an_error() {
+    require!(Kvm, Userfaultfd);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("live.mr");
+    // The guest stands still, so what is given back was not written to since.
+    let (vcpus, image, bus) = running(&KIND);
+    vcpus.pause(PATIENCE).unwrap();
+    let page = image.window_to_physical(image.window_len() - 4096);
+    let last = vcpus.ram().to_host(page_source::GuestAddr(page)).unwrap();
+    // It exists, since it is written to.
+    let mut content = [0; 4096];
+    let page = vm_memory::GuestAddress(page);
+    vcpus.ram().memory().read_slice(&mut content, page).unwrap();
+    vcpus.ram().memory().write_slice(&content, page).unwrap();
+    let (tell, told) = std::sync::mpsc::channel::<()>();
+    let told = parking_lot::Mutex::new(told);
+    // The pages of the second block are saved after the first: the snapshot waits for the discard before it begins.
+    let options = LiveOptions::default().with_observer(move |_| told.lock().recv().unwrap());
+    let result = std::thread::scope(|scope| {
+        let snapshot = scope.spawn(|| snapshot_live(&vcpus, &host(), &path, &options).unwrap().wait());
+        // Waits until it is seen that the memory is frozen: before that the kernel tells nobody.
+        while !frozen(last.0) {
+            std::thread::yield_now();
+        }
+        discard(last.0);
+        tell.send(()).unwrap();
+        snapshot.join().unwrap()
+    });
+    let error = result.unwrap_err();
+    assert!(matches!(error, LiveError::Frozen(uffd_engine::FrozenError::Discarded { .. })), "{error}");
+    assert_eq!(names(dir.path()), [""; 0]);
+    vcpus.ram().memory().write_slice(&content, page).unwrap();
+    vcpus.resume();
+    live::finish(&vcpus, &image, &bus, &KIND);
+}
+
+/// Whether a page is write-protected: bit 57 of its entry (Linux Documentation/admin-guide/mm/pagemap.rst).
+fn frozen(at: u64) -> bool {
+    let pagemap = std::fs::File::open("/proc/self/pagemap").unwrap();
+    let mut entry = [0; 8];
+    std::os::unix::fs::FileExt::read_exact_at(&pagemap, &mut entry, at / 4096 * 8).unwrap();
+    entry[7] & 2 != 0
+}
+
+#[expect(unsafe_code, reason = "giving memory back has no safe wrapper")]
+fn discard(at: u64) {
+    let page = std::ptr::without_provenance_mut(usize::try_from(at).unwrap());
+    // SAFETY: the memory is a guest's, to which there are no references; it reads as zero afterwards.
+    assert_eq!(unsafe { libc::madvise(page, 4096, libc::MADV_DONTNEED) }, 0);
+}
+
+#[test]
+fn memory_whose_writes_can_not_be_caught_is_refused_by_name() {
+    require!(Kvm, Userfaultfd);
+    let dir = tempfile::tempdir().unwrap();
+    let file = || {
+        let file = tempfile::tempfile_in(dir.path()).unwrap();
+        file.set_len(4 << 20).unwrap();
+        vm_memory::FileOffset::new(file, 0)
+    };
+    let length = 4 << 20;
+    for (flags, file, what) in [
+        (libc::MAP_PRIVATE, Some(file()), "a private mapping of a file"),
+        (libc::MAP_SHARED, Some(on_disk(file())), "a mapping of a file on a disk"),
+        (libc::MAP_SHARED | libc::MAP_ANONYMOUS, None, "shared memory without a file"),
+    ] {
+        let builder = vm_memory::mmap::MmapRegionBuilder::new_with_bitmap(length, ());
+        let builder = builder.with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE).with_mmap_flags(flags);
+        let builder = match file {
+            Some(file) => builder.with_file_offset(file),
+            None => builder,
+        };
+        let region = vm_memory::GuestRegionMmap::new(builder.build().unwrap(), vm_memory::GuestAddress(0)).unwrap();
+        let memory = Memory::from_regions(vec![region]).unwrap();
+        let ram = Arc::new(GuestRam::adopt(memory, |_| "ram".into()).unwrap());
+        let machine = vmm_glue::Machine::new(&Kvm::new().unwrap(), ram, MachineConfig::bare(1)).unwrap();
+        let options = vmm_glue::VcpuOptions { paused: true, ..vmm_glue::VcpuOptions::default() };
+        let vcpus = Vcpus::start(machine, Arc::new(Signals::default()), options).unwrap();
+        let error = snapshot_live(&vcpus, &host(), &dir.path().join("live.mr"), &LiveOptions::default()).unwrap_err();
+        assert!(matches!(error, LiveError::Memory { what: found, .. } if found == what), "{error}");
+    }
+}
+
+/// The temporary directory may be in memory; the directory of the program is not.
+fn on_disk(otherwise: vm_memory::FileOffset) -> vm_memory::FileOffset {
+    let here = std::env::current_exe().unwrap();
+    match tempfile::tempfile_in(here.parent().unwrap()) {
+        Ok(file) => {
+            file.set_len(4 << 20).unwrap();
+            vm_memory::FileOffset::new(file, 0)
+        }
+        Err(_) => otherwise,
+    }
+}
+
+/// A small file system, for as long as this lives.
+struct SmallDisk(tempfile::TempDir);
+
+impl SmallDisk {
+    fn mount(kib: u64) -> SmallDisk {
+        let dir = tempfile::tempdir().unwrap();
+        let size = format!("size={kib}k");
+        let mount = Command::new("mount").args(["-t", "tmpfs", "-o", &size, "live-test"]).arg(dir.path()).status();
+        assert!(mount.unwrap().success());
+        SmallDisk(dir)
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let unmounted = Command::new("umount").arg(self.0.path()).status();
+        assert!(unmounted.unwrap().success() || std::thread::panicking());
+    }
+}
+
+#[test]
+fn a_full_disk() {
+    require!(Kvm, Userfaultfd, Root);
+    let (vcpus, image, bus) = running(&KIND);
+    for kib in [64, 1024, 8000] {
+        let disk = SmallDisk::mount(kib);
+        let path = disk.0.path().join("live.mr");
+        let error = snapshot_live(&vcpus, &host(), &path, &LiveOptions::default()).unwrap_err();
+        assert!(matches!(error, LiveError::Space { .. }), "{error}");
+        let unchecked = LiveOptions::default().unchecked_space();
+        let error = snapshot_live(&vcpus, &host(), &path, &unchecked).unwrap().wait().unwrap_err();
+        let LiveError::Write(page_source::SinkError::Write { offset, error: why, .. }) = &error else {
+            panic!("{error}");
+        };
+        assert_eq!(why.raw_os_error(), Some(libc::ENOSPC), "{error}");
+        assert!(offset.0 > 0 && error.to_string().contains(&offset.to_string()), "{error}");
+        assert_eq!(names(disk.0.path()), [""; 0]);
+        live::progress(&vcpus, &image, 10);
+    }
+    live::finish(&vcpus, &image, &bus, &KIND);
+}
+
+/// The same without a file system of one's own: a process that may not write files beyond a length.
+#[test]
+fn a_limit_on_the_length_of_files() {
+    require!(Kvm, Userfaultfd);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("live.mr");
+    // The signal is ignored, and stays so over `exec`. In blocks of 512 bytes: the headers are below, some pages above.
+    let script = "trap '' XFSZ; ulimit -f 28000; exec \"$0\" \"$@\"";
+    let mut shell = Command::new("sh");
+    shell.args(["-c", script]).arg(std::env::current_exe().unwrap());
+    let output = child(&mut shell, "limited", &path).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(names(dir.path()), [""; 0]);
+}
+
+fn limited(path: &Path) {
+    let (vcpus, image, bus) = running(&KIND);
+    let error = snapshot_live(&vcpus, &host(), path, &LiveOptions::default()).unwrap().wait().unwrap_err();
+    let LiveError::Write(page_source::SinkError::Write { offset, error: why, .. }) = &error else {
+        panic!("{error}");
+    };
+    assert_eq!(why.raw_os_error(), Some(libc::EFBIG), "{error}");
+    assert!(offset.0 > 0);
+    live::finish(&vcpus, &image, &bus, &KIND);
+}
+
+/// This program again, to be the victim of a test: see [`victim`].
+fn child<'a>(command: &'a mut Command, role: &str, path: &Path) -> &'a mut Command {
+    command.args(["--exact", "victim", "--nocapture"]).env("LIVE_ROLE", role).env("LIVE_PATH", path)
+}
+
+/// Does nothing by itself: other tests start this program again with a role for it.
+#[test]
+fn victim() {
+    let Ok(role) = std::env::var("LIVE_ROLE") else { return };
+    let path = PathBuf::from(std::env::var_os("LIVE_PATH").unwrap());
+    match role.as_str() {
+        "limited" => limited(&path),
+        point => killed(&path, point),
+    }
+}
+
+/// Takes a snapshot, leaves a copy of what it should be in `copy`, and kills itself.
+fn killed(path: &Path, point: &str) {
+    let die = || raise(Signal::SIGKILL).unwrap();
+    let (vcpus, _, _) = running(&KIND);
+    let copied = path.with_extension("copy");
+    let stopped = point == "stopped";
+    let options = LiveOptions::default().with_drain(move |ram| {
+        let mut file = std::fs::File::create(&copied).unwrap();
+        live::copy_of(ram).iter().for_each(|block| file.write_all(block).unwrap());
+        if stopped {
+            die();
+        }
+        Ok(())
+    });
+    let snapshot = snapshot_live(&vcpus, &host(), path, &options).unwrap();
+    let total = snapshot.progress().total.0;
+    match point {
+        "frozen" => {}
+        "saved" => saved(&snapshot, total),
+        "published" => drop(snapshot.wait().unwrap()),
+        pages => saved(&snapshot, total * pages.parse::<u64>().unwrap() / 1000),
+    }
+    die();
+}
+
+#[test]
+fn killed_at_twenty_points() {
+    require!(Kvm, Userfaultfd);
+    let mut points: Vec<String> = ["stopped", "frozen", "saved", "published"].map(String::from).into();
+    // Thousandths of all pages, sixteen of them, from one seed.
+    let mut random = 0x5eed_u64;
+    points.extend((0..16).map(|_| {
+        random = random.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
+        (random >> 33).rem_euclid(1000).to_string()
+    }));
+    let mut complete = 0;
+    for (number, point) in points.iter().enumerate() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("live.mr");
+        let before = number % 2 == 1;
+        if before {
+            std::fs::write(&path, "the one before").unwrap();
+        }
+        let output = child(&mut Command::new(std::env::current_exe().unwrap()), point, &path).output().unwrap();
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.signal(), Some(libc::SIGKILL), "point {point}: {errors}");
+        let found = std::fs::read(&path).ok();
+        if found.is_none() && !before || before && found.as_deref() == Some(b"the one before") {
+            assert_ne!(point, "published");
+            continue;
+        }
+        complete += 1;
+        let copy = std::fs::read(path.with_extension("copy")).unwrap();
+        assert!(live::content_of(&path).concat() == copy, "point {point}: a file that is not the freeze point");
+        // And a guest goes on from it.
+        let config = testkit::guest::GuestConfig { privilege: KIND.privilege, vcpus: 1 };
+        let (vm, image, bus) = live::restore(&path, Backing::Anonymous, config, true);
+        live::finish(vm.vcpus(), &image, &bus, &KIND);
+    }
+    assert!((1..points.len()).contains(&complete), "{complete} of {} files were complete", points.len());
+}
