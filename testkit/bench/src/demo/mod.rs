@@ -1,5 +1,6 @@
-//! The demo: one guest, restored twice.
+//! The demo: one guest, saved while it runs and when it has stopped, and restored.
 
+mod live;
 pub mod report;
 pub mod run;
 pub mod timeline;

@@ -23,17 +23,34 @@ pub struct Restore {
     pub zero_pages: u64,
 }
 
+/// The snapshot that was taken while the guest ran.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Live {
+    /// How long no vCPU ran.
+    pub blackout_us: u64,
+    /// Writes of the guest that waited until the old content was copied away.
+    pub write_faults: u64,
+    /// From the call until the file was durable.
+    pub complete_us: u64,
+    /// Steps that the guest did meanwhile.
+    pub steps_meanwhile: u64,
+    /// Bytes that the file takes on disk, divided by the bytes of pages that are not zero.
+    pub file_ratio: f64,
+}
+
 /// All of it.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Report {
     /// Guest RAM.
     pub ram_bytes: u64,
-    /// Whether the guest went on where it stopped, and all memory was what it should be, both times.
+    /// Whether the guest went on where it was saved, and all memory was what it should be, each time.
     pub verified: bool,
     /// Everything was loaded before the guest ran.
     pub eager: Restore,
     /// The guest ran first.
     pub on_demand: Restore,
+    /// Saved while it ran.
+    pub live: Live,
 }
 
 impl Report {
@@ -58,8 +75,19 @@ impl Report {
         let _ = write!(text, "\n{}", super::timeline::draw(&[("eager", eager), ("on demand", on_demand)], end));
         let ratio = self.eager.resume_us as f64 / self.on_demand.resume_us.max(1) as f64;
         let _ = writeln!(text, "\nThe guest ran {ratio:.0} times sooner.");
+        let live = &self.live;
+        let _ = writeln!(
+            text,
+            "\nLive snapshot: the guest stood still for {}, and did {} steps while the file was written, which took {}; \
+             {} of its\nwrites waited for a page to be copied. The file takes {:.3} times what is not zero.",
+            time(live.blackout_us),
+            live.steps_meanwhile,
+            time(live.complete_us),
+            live.write_faults,
+            live.file_ratio
+        );
         let verdict = if self.verified {
-            "Verified: both times the guest went on where it stopped, and every byte of memory is right."
+            "Verified: each time the guest went on where it was saved, and every byte of memory is right."
         } else {
             "NOT VERIFIED: see above."
         };
@@ -96,6 +124,7 @@ mod tests {
                 background_pages: 960,
                 zero_pages: 3,
             },
+            live: Live { blackout_us: 700, file_ratio: 1.004, ..Live::default() },
         }
     }
 
@@ -103,7 +132,7 @@ mod tests {
     fn the_json_has_exactly_the_documented_keys() {
         let json = serde_json::to_value(sample()).unwrap();
         let keys = |value: &serde_json::Value| value.as_object().unwrap().keys().cloned().collect::<Vec<_>>();
-        assert_eq!(keys(&json), ["ram_bytes", "verified", "eager", "on_demand"]);
+        assert_eq!(keys(&json), ["ram_bytes", "verified", "eager", "on_demand", "live"]);
         for way in ["eager", "on_demand"] {
             let expected =
                 ["resume_us", "first_fault_us", "complete_us", "demand_faults", "background_pages", "zero_pages"];
@@ -116,6 +145,7 @@ mod tests {
     fn the_table_says_both() {
         let text = sample().table(&Timeline::default(), &Timeline::default());
         assert!(text.contains("250 ms") && text.contains("1.5 ms") && text.contains("167 times sooner"), "{text}");
+        assert!(text.contains("stood still for 700 us") && text.contains("1.004 times"), "{text}");
         assert!(text.contains("Verified"), "{text}");
         let failed = Report { verified: false, ..sample() };
         assert!(failed.table(&Timeline::default(), &Timeline::default()).contains("NOT VERIFIED"));

@@ -10,6 +10,7 @@ use testkit::guest::{Oracle, Walker};
 use uffd_engine::{Background, Discards, Engine, Handlers};
 use vmm_glue::{Bus, Host, Mode, RestoreOptions, SavedVm, Step, VcpuOptions, Vm};
 
+use super::live;
 use super::report::{Report, Restore, time};
 use super::timeline::Timeline;
 use crate::product::guest::{Done, PATIENCE, Port, Prepared, prepare, save, stopped};
@@ -42,26 +43,36 @@ pub fn demo(ram: ByteLen, directory: &Path, say: impl Fn(&str)) -> Done<Shown> {
     let path = directory.join("snapshot");
     let mut problems = Vec::new();
 
-    let guest = prepare(ram, FILLED, 2 * STEPS)?;
+    let guest = prepare(ram, FILLED, u64::MAX)?;
     let mut oracle = Oracle::capture(&guest.image, guest.ram.memory());
     let mut walker = Walker::new(guest.program);
     let begun = Instant::now();
-    let vcpus = guest.run(&kvm, STEPS)?;
+    let (vcpus, port) = guest.run(&kvm, STEPS)?;
     say(&format!("A guest with {ram} bytes of RAM booted and did {STEPS} steps in {}.", since(begun)));
-    oracle.advance(0, &mut walker, STEPS);
+
+    let live_path = directory.join("live");
+    let live = live::snapshot(&guest, &vcpus, &port, &host, &live_path)?;
+    say(&format!("A snapshot was taken while it ran, in {}.", time(live.complete_us)));
+    problems.extend(live::problems(&guest, &mut oracle, &mut walker, &live_path, &kvm, &host)?);
+    std::fs::remove_file(&live_path)?;
+
+    port.stop_after(Some(1));
+    stopped(&vcpus)?;
+    let done = guest.report(&guest.ram).counter;
+    oracle.advance(0, &mut walker, done);
     if let Err(difference) = oracle.compare(guest.ram.memory()) {
         problems.push(format!("before it was saved: {difference}"));
     }
     let saved = save(&vcpus, &host, &path)?;
     say(&format!(
-        "It was stopped and saved in {}: {} pages stored, {} zero, {} bytes of device state.",
+        "It was stopped after {done} steps and saved in {}: {} pages stored, {} zero, {} bytes of device state.",
         time(micros(saved.took)),
         saved.stored,
         saved.zero,
         saved.state
     ));
     drop(vcpus);
-    oracle.advance(0, &mut walker, u64::MAX);
+    oracle.advance(0, &mut walker, done + STEPS);
 
     let expected = Expected { guest: &guest, oracle: &oracle, walker: &walker };
     let mut both = [Restored::default(), Restored::default()];
@@ -74,7 +85,7 @@ pub fn demo(ram: ByteLen, directory: &Path, say: impl Fn(&str)) -> Done<Shown> {
     }
     let [eager, on_demand] = both;
     let verified = problems.is_empty();
-    let report = Report { ram_bytes: ram.0, verified, eager: eager.numbers, on_demand: on_demand.numbers };
+    let report = Report { ram_bytes: ram.0, verified, eager: eager.numbers, on_demand: on_demand.numbers, live };
     let timelines = [eager.timeline, on_demand.timeline];
     Ok(Shown { report, timelines, steps: on_demand.steps, problems })
 }
@@ -105,7 +116,7 @@ struct Restored {
 
 fn restore(path: &Path, kvm: &Kvm, host: &Host, way: Way) -> Done<Restored> {
     let cores = std::thread::available_parallelism()?.get();
-    let port = Port::stopping_after(u64::MAX);
+    let port = Port::stopping_after(STEPS);
     let bus = Arc::clone(&port) as Arc<dyn Bus>;
     let options = RestoreOptions::default().with_vcpus(VcpuOptions { cores: vec![0], ..VcpuOptions::default() });
     let called = Instant::now();
@@ -189,7 +200,7 @@ impl Expected<'_> {
     }
 }
 
-fn micros(time: Duration) -> u64 {
+pub(super) fn micros(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
@@ -212,6 +223,7 @@ mod tests {
         let pages = (64 << 20) / 4096;
         assert_eq!(report.eager.background_pages + report.eager.zero_pages, pages);
         assert!(report.on_demand.demand_faults > 0 && report.on_demand.first_fault_us > 0, "{report:?}");
+        assert!(report.live.blackout_us > 0 && report.live.file_ratio < 1.1, "{report:?}");
         assert!(report.on_demand.resume_us < report.eager.complete_us + 1_000_000, "{report:?}");
     }
 
@@ -222,7 +234,7 @@ mod tests {
         let guest = prepare(ByteLen(4 << 20), FILLED, 100).unwrap();
         let mut oracle = Oracle::capture(&guest.image, guest.ram.memory());
         let mut walker = Walker::new(guest.program);
-        drop(guest.run(&kvm, 50).unwrap());
+        drop(guest.run(&kvm, 50).unwrap().0);
         oracle.advance(0, &mut walker, 50);
         oracle.compare(guest.ram.memory()).unwrap();
         oracle.advance(0, &mut walker, 51);

@@ -33,7 +33,7 @@ struct Subject {
 impl Subject {
     fn make(kvm: &Kvm, host: &Host, ram: ByteLen, percent: u64, path: &Path) -> Measured<Subject> {
         let saved = prepare(ram, percent, STEPS)?;
-        save(&saved.run(kvm, 1)?, host, path)?;
+        save(&saved.run(kvm, 1)?.0, host, path)?;
         drop(saved);
         let guest = prepare(ram, 0, STEPS)?;
         let state = bare::boot_and_take(kvm, &guest.image, &bare::slots(guest.ram.memory()))?;

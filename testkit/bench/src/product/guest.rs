@@ -27,7 +27,7 @@ pub const CONFIG: GuestConfig = GuestConfig { privilege: Privilege::Kernel, vcpu
 #[derive(Debug)]
 pub struct Port {
     steps: AtomicU64,
-    stop_after: u64,
+    stop_after: AtomicU64,
     first: OnceLock<Instant>,
     complaint: Mutex<Option<Signal>>,
 }
@@ -38,10 +38,16 @@ impl Port {
     pub fn stopping_after(steps: u64) -> Arc<Port> {
         Arc::new(Port {
             steps: AtomicU64::new(0),
-            stop_after: steps,
+            stop_after: steps.into(),
             first: OnceLock::new(),
             complaint: Mutex::default(),
         })
+    }
+
+    /// Lets the guest do so many steps more than it has done, or any number.
+    pub fn stop_after(&self, more: Option<u64>) {
+        let done = self.steps.load(Ordering::Relaxed);
+        self.stop_after.store(more.map_or(u64::MAX, |more| done + more), Ordering::Relaxed);
     }
 
     /// When the guest did its first step.
@@ -69,7 +75,7 @@ impl Bus for Port {
         let signal = Signal::of(data.first().copied().unwrap_or_default());
         let steps = self.steps.fetch_add(1, Ordering::Relaxed) + 1;
         match signal {
-            Signal::Progress if steps < self.stop_after => Next::Run,
+            Signal::Progress if steps < self.stop_after.load(Ordering::Relaxed) => Next::Run,
             Signal::Progress | Signal::Done => Next::Stop,
             Signal::Mismatch | Signal::Exception(_) | Signal::Unknown(_) => {
                 if let Ok(mut complaint) = self.complaint.lock() {
@@ -121,7 +127,7 @@ impl Prepared {
     ///
     /// # Errors
     /// If KVM refuses, or the guest does something else.
-    pub fn run(&self, kvm: &Kvm, steps: u64) -> Done<Vcpus> {
+    pub fn run(&self, kvm: &Kvm, steps: u64) -> Done<(Vcpus, Arc<Port>)> {
         let machine = MachineConfig { vcpus: 1, irqchip: true, pit: false };
         let machine = Machine::new(kvm, Arc::clone(&self.ram), machine)?;
         for (number, vcpu) in (0..).zip(machine.vcpus()) {
@@ -131,7 +137,7 @@ impl Prepared {
         let vcpus = Vcpus::start(machine, Arc::clone(&port) as Arc<dyn Bus>, VcpuOptions::default())?;
         stopped(&vcpus)?;
         port.check()?;
-        Ok(vcpus)
+        Ok((vcpus, port))
     }
 
     /// The guest's own report.
