@@ -6,6 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use fastload_qmp::{Capabilities, Event, Qmp, QmpError};
+use nix::sys::socket::{setsockopt, sockopt};
 use serde_json::json;
 
 use super::check::Guest;
@@ -15,6 +16,8 @@ use crate::commands::serving::MOMENT;
 
 /// How long QEMU may take to end a migration that was cancelled.
 const ENDING: Duration = Duration::from_secs(60);
+/// How much QEMU may send before we have written it, in bytes of the system's memory.
+const SLACK: usize = 64 << 20;
 /// What QEMU knows our descriptor by, until it takes it.
 const NAME: &str = "fastload-capture";
 
@@ -55,6 +58,10 @@ impl<'a> Session<'a> {
     /// Makes QEMU send a snapshot into a socket that has no name.
     pub(super) fn begin(qmp: &'a mut Qmp, guest: &Guest) -> Result<Session<'a>, Failure> {
         let (socket, theirs) = UnixStream::pair()?;
+        // What waits there for the disk keeps no writer of the guest waiting. Without privileges the system allows less.
+        if setsockopt(&theirs, sockopt::SndBufForce, &SLACK).is_err() {
+            let _ = setsockopt(&theirs, sockopt::SndBuf, &SLACK);
+        }
         // Its events tell how the migration goes.
         let wanted = ["background-snapshot", "events"].map(|name| (name.to_owned(), true));
         let wanted = Capabilities(wanted.into_iter().collect());
