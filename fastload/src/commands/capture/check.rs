@@ -7,6 +7,7 @@ use nix::sys::statvfs::statvfs;
 use page_units::ByteLen;
 use serde_json::{Value, json};
 
+use super::note;
 use crate::commands::Failure;
 
 /// What QEMU's background-snapshot can't be combined with (QEMU migration/options.c, `migrate_caps_check`), then
@@ -69,6 +70,11 @@ pub(super) fn ready(qmp: &mut Qmp) -> Result<Guest, Failure> {
     if !set.is_empty() {
         let set = set.join(", ");
         return Err(format!("QEMU's migration capabilities do not allow it: turn off {set}").into());
+    }
+    if capabilities.0.get("background-snapshot") == Some(&true) {
+        note(
+            "QEMU's capability background-snapshot is on already, as a capture that was killed leaves it; it stays on",
+        );
     }
     parameters(qmp)?;
     if machine_property(qmp, "suppress-vmdesc")?.as_bool() == Some(true) {

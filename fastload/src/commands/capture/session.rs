@@ -103,6 +103,12 @@ impl<'a> Session<'a> {
         self.socket.try_clone()
     }
 
+    /// Nobody reads any more: a QEMU that waits for that gives up, and so does our own reader.
+    pub(super) fn hang_up(&self) {
+        // Fails only if QEMU has hung up.
+        let _ = self.socket.shutdown(Shutdown::Both);
+    }
+
     /// Waits for a moment for news. The freeze point, if this is it.
     pub(super) fn look(&mut self) -> Result<Option<Freeze>, QmpError> {
         let Some(event) = self.qmp.wait_event(&["MIGRATION", "STOP", "RESUME"], MOMENT)? else { return Ok(None) };
@@ -172,8 +178,7 @@ impl<'a> Session<'a> {
 
     /// Ends the migration; whether it did.
     fn give_up(&mut self, interrupts: &Interrupts) -> Result<bool, QmpError> {
-        // Nobody reads any more: a QEMU that waits for that gives up. It fails only if QEMU has hung up.
-        let _ = self.socket.shutdown(Shutdown::Both);
+        self.hang_up();
         let until = Instant::now() + ENDING;
         if *self.ask()? == Stage::Active {
             self.qmp.execute("migrate_cancel", json!({}))?;

@@ -67,7 +67,7 @@ pub(super) fn take(
     interrupts: &Interrupts,
     json: bool,
 ) -> Result<Taken, Failure> {
-    let mut watch = Watch { session, interrupts, json, freeze: None };
+    let mut watch = Watch { session, interrupts, json, freeze: None, failed: None };
     let socket = watch.session.socket()?;
     let source = watch.open(socket, guest.most_ram)?;
     let writer = Writer::create(output, source.configuration(), source.layout().clone())?;
@@ -85,10 +85,12 @@ struct Watch<'a, 'q> {
     interrupts: &'a Interrupts,
     json: bool,
     freeze: Option<Freeze>,
+    /// When QEMU said that it gave up.
+    failed: Option<Instant>,
 }
 
 impl Watch<'_, '_> {
-    /// A moment of waiting: for the freeze point, for the end of QEMU's migration, for Ctrl-C.
+    /// A moment of waiting: for the freeze point, for Ctrl-C.
     fn look(&mut self) -> Result<(), Failure> {
         if self.interrupts.came() {
             return Err("cancelled: the guest goes on, and nothing was written".into());
@@ -97,10 +99,14 @@ impl Watch<'_, '_> {
             self.freeze = Some(freeze);
             output::frozen(freeze, self.json)?;
         }
-        match self.session.stage() {
-            Stage::Failed(why) => Err(format!("QEMU gave up: {why}").into()),
-            _ => Ok(()),
+        // A QEMU that gave up hangs up, and then the stream tells how far it came, or what we had against it.
+        if matches!(self.session.stage(), Stage::Failed(_)) {
+            let since = *self.failed.get_or_insert_with(Instant::now);
+            if since.elapsed() > EXPLANATION {
+                self.session.hang_up();
+            }
         }
+        Ok(())
     }
 
     /// Waits for the beginning of the stream.
@@ -146,11 +152,15 @@ impl Watch<'_, '_> {
     /// Waits until QEMU says that it is done.
     fn last_word(&mut self) -> Result<(), Failure> {
         let until = Instant::now() + LAST_WORD;
-        while *self.session.ask()? != Stage::Completed {
-            if Instant::now() > until {
-                return Err("QEMU sent everything, but does not say that it is done".into());
+        loop {
+            match self.session.ask()? {
+                Stage::Completed => break,
+                Stage::Failed(why) => return Err(format!("QEMU sent everything, then gave up: {why}").into()),
+                Stage::Active if Instant::now() > until => {
+                    return Err("QEMU sent everything, but does not say that it is done".into());
+                }
+                Stage::Active => self.look()?,
             }
-            self.look()?;
         }
         // The freeze point was before that.
         if let Some(freeze) = self.session.rest()? {
