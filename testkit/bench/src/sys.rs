@@ -89,6 +89,27 @@ impl Map {
         unsafe { self.start.wrapping_add(offset).read_volatile() }
     }
 
+    /// Writes one byte of anonymous memory.
+    ///
+    /// # Panics
+    /// If it lies outside.
+    pub fn put(&self, offset: usize, byte: u8) {
+        assert!(offset < self.len, "byte {offset} of {}", self.len);
+        // SAFETY: the address lies inside the mapping, which lives as long as `self`; nobody holds a reference.
+        unsafe { self.start.wrapping_add(offset).write_volatile(byte) };
+    }
+
+    /// Copies one page of this memory to one of `other`.
+    ///
+    /// # Panics
+    /// If either lies outside, or they are the same mapping.
+    pub fn copy_page(&self, from: usize, other: &Map, to: usize) {
+        assert!(from + PAGE <= self.len && to + PAGE <= other.len && self.start != other.start);
+        let (from, to) = (self.start.wrapping_add(from), other.start.wrapping_add(to));
+        // SAFETY: both pages lie inside their mappings, which are not the same; nobody holds a reference.
+        unsafe { std::ptr::copy_nonoverlapping(from, to, PAGE) };
+    }
+
     /// Reads from a file straight into the mapping.
     ///
     /// # Errors
@@ -122,15 +143,21 @@ impl Drop for Map {
 const UFFD_API: u64 = 0xAA;
 const UFFDIO_API: libc::c_ulong = 0xC018_AA3F;
 const UFFDIO_REGISTER: libc::c_ulong = 0xC020_AA00;
+const UFFDIO_UNREGISTER: libc::c_ulong = 0x8010_AA01;
 const UFFDIO_COPY: libc::c_ulong = 0xC028_AA03;
+const UFFDIO_WRITEPROTECT: libc::c_ulong = 0xC018_AA06;
+const FEATURE_WRITE_FAULTS: u64 = 1;
 const EVENT_PAGEFAULT: u8 = 0x12;
 const REGISTER_MODE_MISSING: u64 = 1;
+const REGISTER_MODE_WRITES: u64 = 2;
+const PROTECT: u64 = 1;
 
 const fn iowr<T>(number: libc::c_ulong) -> libc::c_ulong {
     3 << 30 | (size_of::<T>() as libc::c_ulong) << 16 | (UFFD_API as libc::c_ulong) << 8 | number
 }
 const _: () = assert!(UFFDIO_API == iowr::<Api>(0x3F));
 const _: () = assert!(UFFDIO_REGISTER == iowr::<Register>(0));
+const _: () = assert!(UFFDIO_WRITEPROTECT == iowr::<Protect>(6));
 const _: () = assert!(UFFDIO_COPY == iowr::<Copy>(3));
 const _: () = assert!(size_of::<Message>() == 32);
 
@@ -147,6 +174,19 @@ struct Register {
     len: u64,
     mode: u64,
     ioctls: u64,
+}
+
+#[repr(C)]
+struct Range {
+    start: u64,
+    len: u64,
+}
+
+#[repr(C)]
+struct Protect {
+    start: u64,
+    len: u64,
+    mode: u64,
 }
 
 #[repr(C)]
@@ -178,15 +218,56 @@ impl Uffd {
     /// # Errors
     /// If the kernel refuses.
     pub fn register(memory: &Map) -> io::Result<Uffd> {
+        let uffd = Uffd::open(0)?;
+        uffd.watch(memory.address(0), memory.len() as u64, REGISTER_MODE_MISSING)?;
+        Ok(uffd)
+    }
+
+    /// Opens one that can tell of writes.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn of_writes() -> io::Result<Uffd> {
+        Uffd::open(FEATURE_WRITE_FAULTS)
+    }
+
+    /// Registers a range for missing faults and for writes to protected pages, and protects it.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn arm(&self, start: u64, len: u64) -> io::Result<()> {
+        self.watch(start, len, REGISTER_MODE_MISSING | REGISTER_MODE_WRITES)?;
+        self.ioctl(UFFDIO_WRITEPROTECT, &mut Protect { start, len, mode: PROTECT })
+    }
+
+    /// Takes the protection off a range, and wakes its writers.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn release(&self, start: u64, len: u64) -> io::Result<()> {
+        self.ioctl(UFFDIO_WRITEPROTECT, &mut Protect { start, len, mode: 0 })
+    }
+
+    /// Forgets a range.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn forget(&self, start: u64, len: u64) -> io::Result<()> {
+        self.ioctl(UFFDIO_UNREGISTER, &mut Range { start, len })
+    }
+
+    fn open(features: u64) -> io::Result<Uffd> {
         // SAFETY: the call takes flags and touches no memory of ours.
         let fd = check_long(unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) })?;
         let fd = i32::try_from(fd).map_err(io::Error::other)?;
         // SAFETY: the kernel has just made it, and nobody else has it.
         let uffd = Uffd(unsafe { OwnedFd::from_raw_fd(fd) });
-        uffd.ioctl(UFFDIO_API, &mut Api { api: UFFD_API, features: 0, ioctls: 0 })?;
-        let (start, len) = (memory.address(0), memory.len() as u64);
-        uffd.ioctl(UFFDIO_REGISTER, &mut Register { start, len, mode: REGISTER_MODE_MISSING, ioctls: 0 })?;
+        uffd.ioctl(UFFDIO_API, &mut Api { api: UFFD_API, features, ioctls: 0 })?;
         Ok(uffd)
+    }
+
+    fn watch(&self, start: u64, len: u64, mode: u64) -> io::Result<()> {
+        self.ioctl(UFFDIO_REGISTER, &mut Register { start, len, mode, ioctls: 0 })
     }
 
     /// Waits for a page fault and returns its address.
@@ -217,7 +298,7 @@ impl Uffd {
     fn ioctl<T>(&self, request: libc::c_ulong, argument: &mut T) -> io::Result<()> {
         let argument: *mut T = argument;
         // SAFETY: request and argument belong together, as asserted above; what they do to memory is to fill pages
-        // of a registered range that are missing, which no reference can point to.
+        // of a registered range that are missing, which no reference can point to, or to delay accesses to it.
         check(unsafe { libc::ioctl(self.0.as_raw_fd(), request, argument) })
     }
 }

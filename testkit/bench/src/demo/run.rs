@@ -53,11 +53,10 @@ pub fn demo(ram: ByteLen, directory: &Path, say: impl Fn(&str)) -> Done<Shown> {
     let live_path = directory.join("live");
     let live = live::snapshot(&guest, &vcpus, &port, &host, &live_path)?;
     say(&format!("A snapshot was taken while it ran, in {}.", time(live.complete_us)));
-    problems.extend(live::problems(&guest, &mut oracle, &mut walker, &live_path, &kvm, &host)?);
-    std::fs::remove_file(&live_path)?;
-
     port.stop_after(Some(1));
     stopped(&vcpus)?;
+    problems.extend(live::problems(&guest, &mut oracle, &mut walker, &live_path, &kvm, &host)?);
+    std::fs::remove_file(&live_path)?;
     let done = guest.report(&guest.ram).counter;
     oracle.advance(0, &mut walker, done);
     if let Err(difference) = oracle.compare(guest.ram.memory()) {

@@ -4,6 +4,8 @@ mod background;
 mod busy;
 mod fault;
 mod files;
+mod live;
+mod live_memory;
 mod open;
 mod resume;
 
@@ -44,6 +46,10 @@ pub const GROUPS: &[Group] = &[
     Group { names: &["fault.busy"], measure: busy::measure },
     Group { names: &["background.load", "background.threads"], measure: background::load },
     Group { names: &["background.zero"], measure: background::zero },
+    Group { names: &["live.blackout", "live.sparse"], measure: live::blackout },
+    Group { names: &["live.huge"], measure: live::huge },
+    Group { names: &["live.fault"], measure: live_memory::faults },
+    Group { names: &["live.total", "live.file", "live.guest"], measure: live::whole },
 ];
 
 /// Whether a group may have figures whose name begins with one of `wanted`; nothing wanted is everything.

@@ -3,4 +3,5 @@
 pub mod copy;
 pub mod eager;
 pub mod fault;
+pub mod freeze;
 pub mod kvm;
