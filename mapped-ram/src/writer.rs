@@ -13,7 +13,7 @@ use vmstate::{Configuration, ConfigurationSubsection, Event, MAPPED_RAM, Section
 
 use crate::header::{BlockHeader, bitmap_len};
 use crate::publish::Unpublished;
-use crate::{BlockFile, CreateError, Snapshot};
+use crate::{BlockFile, CreateError, OpenError, Snapshot};
 
 /// The number of the RAM section. Not 0, which QEMU gives to what has none yet.
 const RAM_SECTION: u32 = 1;
@@ -21,7 +21,7 @@ const RAM_SECTION: u32 = 1;
 /// Writes a snapshot file, in QEMU's layout: what QEMU's own `-incoming file:` loads.
 ///
 /// Pages may be written by several threads, in any order, any number of times; what was never written is zero. The
-/// file has a temporary name until [`finish`](Writer::finish) publishes it; a writer that is dropped before leaves
+/// file has no name (or, on some file systems, a temporary one) until [`finish`](Writer::finish) publishes it; a writer that is dropped before leaves
 /// nothing behind.
 #[derive(Debug)]
 pub struct Writer {
@@ -200,7 +200,8 @@ impl Writer {
             self.file.write_all_at(&bytes, block.bitmap_offset.0).map_err(failed("writing a bitmap"))?;
         }
         // What our own reader refuses, nobody should be given.
-        Snapshot::open(unpublished.path()).map_err(CreateError::Unreadable)?;
+        Snapshot::open(unpublished.path())
+            .map_err(|error| CreateError::Unreadable(OpenError { path: self.path.clone(), ..error }))?;
         unpublished.publish(&self.path)
     }
 }
