@@ -32,8 +32,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
   qemu-system-x86_64 ... -qmp unix:/run/vm.qmp,server=on,wait=off &
   fastload capture --qmp /run/vm.qmp vm.snap
 
-If it is killed the guest goes on as well, but a file named .OUT.*.part stays, and QEMU's capability
-background-snapshot stays on, which only QMP can turn off (migrate-set-capabilities).
+If it is killed the guest goes on as well, but QEMU's capability background-snapshot stays on, which only QMP can turn
+off (migrate-set-capabilities); the next capture says so.
 
 With --json there are two lines: {\"event\": \"frozen\", ...} right after the freeze point, with the blackout in
 microseconds (not if the guest was paused), and {\"event\": \"captured\", ...} when the file is there.")]
