@@ -21,8 +21,8 @@ const RAM_SECTION: u32 = 1;
 /// Writes a snapshot file, in QEMU's layout: what QEMU's own `-incoming file:` loads.
 ///
 /// Pages may be written by several threads, in any order, any number of times; what was never written is zero. The
-/// file has no name (or, on some file systems, a temporary one) until [`finish`](Writer::finish) publishes it; a writer that is dropped before leaves
-/// nothing behind.
+/// file has no name (on some file systems, a temporary one) until [`finish`](Writer::finish) publishes it; a writer that
+/// is dropped before leaves nothing behind.
 #[derive(Debug)]
 pub struct Writer {
     path: PathBuf,

@@ -32,11 +32,12 @@ const PATIENCE: Duration = Duration::from_secs(60);
   qemu-system-x86_64 ... -qmp unix:/run/vm.qmp,server=on,wait=off &
   fastload capture --qmp /run/vm.qmp vm.snap
 
-If it is killed the guest goes on as well, but QEMU's capability background-snapshot stays on, which only QMP can turn
-off (migrate-set-capabilities); the next capture says so.
+If it is killed (SIGKILL) the guest goes on as well, but QEMU's capability background-snapshot
+stays on: turn it off through QMP (migrate-set-capabilities).
 
-With --json there are two lines: {\"event\": \"frozen\", ...} right after the freeze point, with the blackout in
-microseconds (not if the guest was paused), and {\"event\": \"captured\", ...} when the file is there.")]
+With --json there are two lines: {\"event\": \"frozen\", ...} right after the freeze point, with the
+blackout in microseconds (not if the guest was paused), and {\"event\": \"captured\", ...} when the
+file is there.")]
 pub(crate) struct Capture {
     /// QEMU's QMP socket, which no other program may hold meanwhile.
     #[arg(long, value_name = "PATH")]

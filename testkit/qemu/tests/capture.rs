@@ -225,6 +225,13 @@ fn a_guest_at_work_on_q35_with_virtio_and_shared_memory() {
 }
 
 #[test]
+fn a_guest_at_work_in_huge_pages() {
+    testkit::require!(Qemu, Userfaultfd, Hugepages);
+    let _pages = testkit::hugepages::Overcommit::reserve(16).unwrap();
+    captured_and_loaded(&Setup { backend: MemoryBackend::HugeMemfd, ..Setup::new(Machine::Pc, 32) });
+}
+
+#[test]
 fn a_guest_at_work_under_kvm() {
     testkit::require!(Qemu, Userfaultfd, Kvm);
     captured_and_loaded(&Setup { kvm: true, ..Setup::new(Machine::Pc, 16) });
