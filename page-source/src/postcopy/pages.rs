@@ -82,7 +82,7 @@ impl BlockPages {
 #[derive(Debug)]
 pub(super) struct Pages {
     pub(super) blocks: Vec<BlockPages>,
-    /// Bits set in all `asked`.
+    /// Pages of all granules whose bit is set in `asked`.
     pub(super) asked: AtomicU64,
 }
 
@@ -119,13 +119,13 @@ impl Pages {
         let Some(block) = self.block(run.block) else { return };
         let (first, end) = granules_of(block, run);
         let new = (first..end).filter(|at| block.asked.set(*at)).count();
-        self.asked.fetch_add(new as u64, Ordering::SeqCst);
+        self.asked.fetch_add(new as u64 * block.per_granule, Ordering::SeqCst);
     }
 
     /// Notes that the source has answered for a granule.
     pub(super) fn answered(&self, block: &BlockPages, granule: u64) {
         if block.asked.clear(granule) {
-            self.asked.fetch_sub(1, Ordering::SeqCst);
+            self.asked.fetch_sub(block.per_granule, Ordering::SeqCst);
         }
     }
 

@@ -123,9 +123,10 @@ impl<'a> Session<'a> {
         *outlet.follow.lock() = Some((id, end / size));
         let mut open: Option<(u64, u64)> = None;
         for granule in start / size..end / size {
-            block.wanted.set(granule);
-            // What was sent is on its way, and what is known to be zero needs no source.
-            if block.sent.get(granule) {
+            let new = block.wanted.set(granule);
+            // What was sent is on its way, what was asked for before will be, and what is known to be zero needs no
+            // source.
+            if !new || block.sent.get(granule) {
                 continue;
             }
             let run = run_of(id, block, granule, granule + 1);
