@@ -18,6 +18,11 @@ use crate::sys::abi::Features;
 use crate::sys::ops;
 use crate::{Handlers, OpenError, StartError};
 
+/// So much is protected by one call, from one multiple to the next: what one entry of the second level of a page table
+/// covers. Where there is no such entry the kernel does nothing; in a call that covers more, it tells KVM of all of it
+/// as soon as one page exists, and KVM then walks its own tables for pages that do not (0.6 ms for 16 GiB).
+const STRIDE: ByteLen = ByteLen(1 << 30);
+
 /// How memory is frozen.
 #[derive(Clone, Debug)]
 pub struct FreezeOptions {
@@ -152,7 +157,15 @@ fn arm(shared: &Shared, zone: &Zone, populated: &[PageRun]) -> Result<(), Freeze
         refused(region.start, region.len(), errno)
     })?;
     let protect = |start: HostAddr, len: ByteLen| {
-        ops::write_protect(shared.descriptor.fd(), start.0, len.0, true).map_err(|errno| refused(start, len, errno))
+        let end = start.0 + len.0;
+        let mut at = start.0;
+        while at < end {
+            let next = (at + 1).next_multiple_of(STRIDE.0).min(end);
+            ops::write_protect(shared.descriptor.fd(), at, next - at, true)
+                .map_err(|errno| refused(HostAddr(at), ByteLen(next - at), errno))?;
+            at = next;
+        }
+        Ok(())
     };
     if region.backing == Backing::Anonymous || !region.shared {
         return protect(region.start, region.len());
