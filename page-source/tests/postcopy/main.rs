@@ -1,6 +1,8 @@
 //! The postcopy server against a destination that keeps QEMU's rules and complains of every breach.
 
 mod codec;
+mod conversation;
+mod door;
 mod stub;
 mod trace;
 
@@ -8,12 +10,13 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::thread;
 
+use door::Door;
 use page_source::postcopy::return_path::Message;
 use page_source::postcopy::{Address, Opening, Options, Phase, Report, ServeError, Server};
 use page_source::{BlockId, ByteLen, Layout, PageIndex, PageSize, PageSource, RamBlock};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
-use stub::{Door, Habits, State, Stub};
+use stub::{Habits, State, Stub};
 use testkit::faults::{Fault, FaultySource};
 use testkit::late::LateSource;
 use testkit::oracle::Oracle;
