@@ -16,6 +16,7 @@
 
 mod code;
 mod elf;
+mod program;
 mod status;
 
 pub use status::Status;
