@@ -1,6 +1,7 @@
 //! The description of the devices' state that follows a stream: what fields its sections consist of.
 
 use page_units::ByteLen;
+use std::borrow::Cow;
 
 use crate::json::{self, Json};
 
@@ -99,7 +100,7 @@ impl VmDesc {
         let mut desc = VmDesc { page_size: None, devices: Vec::new() };
         let mut found = false;
         for (key, value) in members {
-            match (key.as_str(), value) {
+            match (&*key, value) {
                 ("page_size", value) => desc.page_size = Some(number("top level", &key, &value)?),
                 ("devices", Json::Array(devices)) => {
                     found = true;
@@ -124,15 +125,15 @@ impl VmDesc {
 }
 
 impl DeviceDesc {
-    fn from_json(value: Json) -> Result<DeviceDesc, DescError> {
+    fn from_json(value: Json<'_>) -> Result<DeviceDesc, DescError> {
         let Json::Object(members) = value else {
             return Err(invalid("devices", "a device is not an object"));
         };
         let (mut name, mut instance) = (None, None);
         let mut rest = Vec::new();
         for (key, value) in members {
-            match (key.as_str(), value) {
-                ("name", Json::Text(text)) => name = Some(text),
+            match (&*key, value) {
+                ("name", Json::Text(text)) => name = Some(text.into_owned()),
                 ("instance_id", value) => instance = Some(number("device", &key, &value)?),
                 (_, value) => rest.push((key, value)),
             }
@@ -169,7 +170,7 @@ impl StructDesc {
         1 + 1 + self.name.len() as u64 + 4
     }
 
-    fn from_json(place: &str, value: Json) -> Result<StructDesc, DescError> {
+    fn from_json(place: &str, value: Json<'_>) -> Result<StructDesc, DescError> {
         let Json::Object(mut members) = value else {
             return Err(invalid(place, "a description is not an object"));
         };
@@ -192,7 +193,7 @@ impl FieldDesc {
         self.size.checked_mul(self.count())
     }
 
-    fn from_json(place: &str, value: Json) -> Result<FieldDesc, DescError> {
+    fn from_json(place: &str, value: Json<'_>) -> Result<FieldDesc, DescError> {
         let Json::Object(members) = value else {
             return Err(invalid(place, "a field is not an object"));
         };
@@ -207,9 +208,9 @@ impl FieldDesc {
         let mut size = None;
         let mut rest = Vec::new();
         for (key, value) in members {
-            match (key.as_str(), value) {
-                ("name", Json::Text(text)) => field.name = text,
-                ("type", Json::Text(text)) => field.kind = text,
+            match (&*key, value) {
+                ("name", Json::Text(text)) => field.name = text.into_owned(),
+                ("type", Json::Text(text)) => field.kind = text.into_owned(),
                 ("size", value) => size = Some(number(place, &key, &value)?),
                 ("array_len", value) => field.array_len = Some(number(place, &key, &value)?),
                 ("index", value) => field.index = Some(number(place, &key, &value)?),
@@ -228,11 +229,13 @@ impl FieldDesc {
 
 /// The descriptions among the members of an object: a new one begins with each `vmsd_name` (or with the first other
 /// member, where a device has no name).
-fn structs(place: &str, members: &mut Vec<(String, Json)>) -> Result<Vec<StructDesc>, DescError> {
+fn structs(place: &str, members: &mut Vec<(Cow<'_, str>, Json<'_>)>) -> Result<Vec<StructDesc>, DescError> {
     let mut all: Vec<StructDesc> = Vec::new();
     for (key, value) in members.drain(..) {
-        match (key.as_str(), value) {
-            ("vmsd_name", Json::Text(name)) => all.push(StructDesc { name, ..StructDesc::default() }),
+        match (&*key, value) {
+            ("vmsd_name", Json::Text(name)) => {
+                all.push(StructDesc { name: name.into_owned(), ..StructDesc::default() })
+            }
             ("version", value) => {
                 let version = number(place, "version", &value)?;
                 let version = u32::try_from(version).map_err(|_| invalid(place, "version does not fit"))?;
@@ -264,7 +267,7 @@ fn current(all: &mut Vec<StructDesc>) -> &mut StructDesc {
     &mut all[last]
 }
 
-fn number(place: &str, key: &str, value: &Json) -> Result<u64, DescError> {
+fn number(place: &str, key: &str, value: &Json<'_>) -> Result<u64, DescError> {
     match value {
         // QEMU writes signed numbers; a version of -1 has been seen nowhere but costs nothing to refuse by name.
         Json::Number(value) => {

@@ -8,8 +8,8 @@ use page_units::{ByteLen, FileOffset};
 use crate::wire::Wire;
 use crate::{Located, MAX_VMDESC, StreamError, kind};
 
-/// How much of the file is looked at in one go.
-const STEP: u64 = 64 << 10;
+/// How much of the file is looked at first; then twice as much each time.
+const STEP: u64 = 16 << 10;
 /// Type and length in front of the text.
 const PREFIX: u64 = 5;
 
@@ -56,13 +56,15 @@ fn last<R: Read + Seek>(
     wanted: impl Fn(u8) -> bool,
 ) -> Result<Option<u64>, StreamError> {
     let mut at = range.end;
+    let mut step = STEP;
     while at > range.start {
-        let from = at.saturating_sub(STEP).max(range.start);
+        let from = at.saturating_sub(step).max(range.start);
         let bytes = read_at(file, from, at - from)?;
         if let Some(index) = bytes.iter().rposition(|byte| wanted(*byte)) {
             return Ok(Some(from + index as u64));
         }
         at = from;
+        step *= 2;
     }
     Ok(None)
 }
