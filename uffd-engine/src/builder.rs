@@ -214,12 +214,12 @@ fn open(regions: &[Region], discards: Discards, wait: Wait) -> Result<Descriptor
 fn waiter(core: &Core, handlers: &Handlers) -> Result<Waiter, StartError> {
     match handlers.wait {
         Wait::Spin => Ok(Waiter::Spin(AtomicBool::new(false))),
-        Wait::Block if core.descriptor.nonblocking() => {
-            Waiter::poll().map_err(|errno| system("an event descriptor")(errno.into()))
+        Wait::Block if core.descriptor.foreign() => {
+            Waiter::event().map_err(|errno| system("an event descriptor")(errno.into()))
         }
         Wait::Block => {
             let bell = Doorbell::new(&core.descriptor, handlers.cores.len());
-            Ok(Waiter::Read(bell.map_err(system("the doorbell of the fault handlers"))?))
+            Ok(Waiter::Bell(bell.map_err(system("the doorbell of the fault handlers"))?))
         }
     }
 }

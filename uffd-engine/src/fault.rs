@@ -100,8 +100,8 @@ impl Core {
                     if !before {
                         self.outstanding.requested(area.granule.0);
                     }
-                    origin.feed.request(self.around(origin, place), Urgency::Demand);
                     self.hints.push(place);
+                    origin.feed.request(self.around(origin, place), Urgency::Demand);
                     area.states.get(place.granule).state == State::Present
                 }
             };

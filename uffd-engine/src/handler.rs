@@ -25,10 +25,11 @@ const BATCH: usize = 64;
 /// How handlers wait, and how they are stopped.
 #[derive(Debug)]
 pub(crate) enum Waiter {
-    /// In `read`; a doorbell stops them.
-    Read(Doorbell),
-    /// In `poll`; an event descriptor, which stays readable, stops them all.
-    Poll(EventFd),
+    /// In `read`, or in `poll` if events are read under a lock; a doorbell stops them.
+    Bell(Doorbell),
+    /// In `poll`; an event descriptor, which stays readable, stops them all. For memory of another process, in which
+    /// there is no place for a doorbell.
+    Event(EventFd),
     /// Not at all.
     Spin(AtomicBool),
 }
@@ -40,20 +41,20 @@ enum Woken {
 }
 
 impl Waiter {
-    pub(crate) fn poll() -> nix::Result<Waiter> {
-        Ok(Waiter::Poll(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?))
+    pub(crate) fn event() -> nix::Result<Waiter> {
+        Ok(Waiter::Event(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?))
     }
 
     /// A handler is about to start.
     pub(crate) fn joining(&self) {
-        if let Waiter::Read(bell) = self {
+        if let Waiter::Bell(bell) = self {
             bell.joining();
         }
     }
 
     /// A handler has ended, or did not start.
     pub(crate) fn left(&self, core: &Core) {
-        if let Waiter::Read(bell) = self {
+        if let Waiter::Bell(bell) = self {
             bell.left(&core.descriptor);
         }
     }
@@ -61,8 +62,8 @@ impl Waiter {
     /// Makes every handler end after the fault it is at.
     pub(crate) fn stop(&self) {
         match self {
-            Waiter::Read(bell) => bell.ring(),
-            Waiter::Poll(event) => {
+            Waiter::Bell(bell) => bell.ring(),
+            Waiter::Event(event) => {
                 if let Err(errno) = event.write(1) {
                     log::error!("waking the fault handlers failed: {errno}");
                 }
@@ -75,10 +76,10 @@ impl Waiter {
     /// read and applied while no install is under way.
     fn next(&self, core: &Core, messages: &mut [Message], again: bool) -> Result<Woken, Errno> {
         match self {
-            Waiter::Read(_) => {}
-            Waiter::Poll(event) => {
-                let timeout = if again { PollTimeout::ZERO } else { PollTimeout::NONE };
-                if wait_readable(core, event.as_fd(), timeout)? {
+            Waiter::Bell(_) if !core.descriptor.nonblocking() => {}
+            Waiter::Bell(_) => drop(wait_readable(core, None, again)?),
+            Waiter::Event(event) => {
+                if wait_readable(core, Some(event.as_fd()), again)? {
                     return Ok(Woken::Stop);
                 }
             }
@@ -105,11 +106,14 @@ impl Waiter {
     }
 }
 
-/// Waits until there is a message; `true` if it is time to stop.
-fn wait_readable(core: &Core, stop: BorrowedFd<'_>, timeout: PollTimeout) -> Result<bool, Errno> {
-    let mut fds = [PollFd::new(core.descriptor.fd(), PollFlags::POLLIN), PollFd::new(stop, PollFlags::POLLIN)];
-    match poll(&mut fds, timeout) {
-        Ok(_) | Err(Errno::EINTR) => Ok(fds[1].any().unwrap_or(false)),
+/// Waits until there is a message (not at all if `again`); `true` if it is time to stop.
+fn wait_readable(core: &Core, stop: Option<BorrowedFd<'_>>, again: bool) -> Result<bool, Errno> {
+    let timeout = if again { PollTimeout::ZERO } else { PollTimeout::NONE };
+    let uffd = core.descriptor.fd();
+    let mut fds = [PollFd::new(uffd, PollFlags::POLLIN), PollFd::new(stop.unwrap_or(uffd), PollFlags::POLLIN)];
+    let used = if stop.is_some() { 2 } else { 1 };
+    match poll(&mut fds[..used], timeout) {
+        Ok(_) | Err(Errno::EINTR) => Ok(stop.is_some() && fds[1].any().unwrap_or(false)),
         Err(errno) => Err(errno),
     }
 }
@@ -146,7 +150,7 @@ pub(crate) fn run(core: &Arc<Core>, waiter: &Arc<Waiter>, origin: &Origin, cpu: 
         let mut stop = false;
         for message in messages[..count].iter().filter(|message| message.event == UFFD_EVENT_PAGEFAULT) {
             let addr = HostAddr(message.word1);
-            if let Waiter::Read(bell) = &**waiter
+            if let Waiter::Bell(bell) = &**waiter
                 && bell.answer(&core.descriptor, addr)
             {
                 stop = true;

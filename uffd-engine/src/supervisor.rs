@@ -176,18 +176,26 @@ impl Supervisor {
         }
     }
 
-    /// In one call where nothing is in the way.
+    /// In as few calls as the kernel makes of it; page by page where something is in the way.
     fn poison_range(&self, number: usize, first: usize, granules: usize) {
         let area = &self.core.areas[number];
-        let (addr, len) = (area.addr(first), area.len_of(granules));
-        if ops::poison(self.core.descriptor.fd(), addr.0, len.0) == ops::Done::All {
-            stats::bump(&self.core.counters.poisoned, granules as u64 * area.granule.0);
-        } else {
-            for granule in first..first + granules {
-                self.core.poison_in_kernel(number, granule);
+        let end = first + granules;
+        let mut at = first;
+        while at < end {
+            let (addr, len) = (area.addr(at), area.len_of(end - at));
+            let poisoned = match ops::poison(self.core.descriptor.fd(), addr.0, len.0) {
+                ops::Done::All => end - at,
+                ops::Done::Part(bytes) => usize::try_from(bytes / area.len_of(1).0).unwrap_or(0),
+                ops::Done::Failed(_) => 0,
+            };
+            stats::bump(&self.core.counters.poisoned, poisoned as u64 * area.granule.0);
+            at += poisoned;
+            if poisoned == 0 {
+                self.core.poison_in_kernel(number, at);
+                at += 1;
             }
         }
-        for granule in first..first + granules {
+        for granule in first..end {
             area.states.settle(granule, State::Poisoned);
         }
     }

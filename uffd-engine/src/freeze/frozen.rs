@@ -170,7 +170,11 @@ impl Shared {
     pub(crate) fn in_file(&self, run: PageRun) -> Vec<bool> {
         let populated = self.populated.read();
         let mut exists = vec![false; run.len().to_pages().to_bytes().get() >> page_source::PAGE_SHIFT];
-        for known in populated.iter() {
+        // They are sorted and do not overlap: the first that may reach into it, and on.
+        let before = |known: &PageRun| (known.block, known.end()) <= (run.block, run.first);
+        let from = populated.partition_point(before);
+        let here = |known: &&PageRun| (known.block, known.first) < (run.block, run.end());
+        for known in populated.iter().skip(from).take_while(here) {
             let here = known.intersect(run);
             for page in here.iter() {
                 exists[ByteLen((page - run.first).0).get()] = true;
