@@ -37,6 +37,8 @@ pub(crate) struct Plan {
 struct Cursor {
     area: usize,
     granule: usize,
+    /// What comes after the latest fault.
+    following: Option<(usize, PageRun)>,
 }
 
 /// A token bucket: it may be overdrawn by one piece, and is then paid back by waiting.
@@ -96,15 +98,21 @@ impl Plan {
 
     /// The next pages to look at. `None` if the cursor has seen all of them.
     fn next(&self, core: &Core, origin: &Origin) -> Option<(usize, PageRun)> {
+        let mut cursor = self.cursor.lock();
         if let Some(Place { area, granule }) = core.hints.pop() {
             let rest = core.areas[area].pages(granule, core.areas[area].states.len() - granule);
-            return Some((area, rest.split_at(AFTER_FAULT).0));
+            cursor.following = Some((area, rest.split_at(AFTER_FAULT).0));
         }
-        let mut cursor = self.cursor.lock();
+        if let Some((area, run)) = cursor.following.take() {
+            // One piece at a time: a pause, a limit or a newer fault counts at once.
+            let (now, later) = run.split_at(self.piece.max(core.areas[area].granule));
+            cursor.following = (!later.is_empty()).then_some((area, later));
+            return Some((area, now));
+        }
         loop {
             let area = core.areas.get(cursor.area)?;
             if cursor.granule >= area.states.len() {
-                *cursor = Cursor { area: cursor.area + 1, granule: 0 };
+                *cursor = Cursor { area: cursor.area + 1, ..Cursor::default() };
                 continue;
             }
             let page = area.page(cursor.granule);
