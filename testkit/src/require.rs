@@ -9,7 +9,8 @@
 //!
 //! A test that lacks something prints `SKIPPED <test>: <what>: <reason>`, adds that line to the file that the
 //! environment variable `TESTKIT_SKIPS` names, and returns. Where `CI=true` is set it fails instead: a machine that is
-//! meant to prove something must not pass by skipping.
+//! meant to prove something must not pass by skipping. What no machine needs to have ([`without`]) is recorded alike, and
+//! never a failure.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -65,7 +66,7 @@ impl Prerequisite {
     }
 }
 
-/// Whether all of `needed` is there; records what is not. For the [`require!`](crate::require) macro.
+/// Whether all of `needed` is there; records what is not. For the [`require!`](crate::require!) macro.
 ///
 /// # Panics
 /// If something is missing and `CI=true`.
@@ -74,16 +75,33 @@ pub fn have(needed: &[Prerequisite]) -> bool {
     let Some((what, reason)) = needed.iter().find_map(|&what| what.check().err().map(|reason| (what, reason))) else {
         return true;
     };
-    let thread = std::thread::current();
-    let line = format!("SKIPPED {}: {what:?}: {reason}", thread.name().unwrap_or("(unnamed thread)"));
+    let line = line(&format!("{what:?}"), &reason);
     assert_ne!(std::env::var("CI").as_deref(), Ok("true"), "{line}, and CI=true allows no skips");
+    record(&line);
+    false
+}
+
+/// Records that the test which calls it proves nothing, for lack of something that no machine needs to have: `CI=true`
+/// does not forbid that.
+///
+/// # Panics
+/// If it can't be recorded.
+pub fn without(what: &str, reason: &str) {
+    record(&line(what, reason));
+}
+
+fn line(what: &str, reason: &str) -> String {
+    let thread = std::thread::current();
+    format!("SKIPPED {}: {what}: {reason}", thread.name().unwrap_or("(unnamed thread)"))
+}
+
+fn record(line: &str) {
     eprintln!("{line}");
     if let Some(path) = std::env::var_os("TESTKIT_SKIPS") {
         let file = OpenOptions::new().create(true).append(true).open(&path);
         let written = file.and_then(|mut file| file.write_all(format!("{line}\n").as_bytes()));
         written.unwrap_or_else(|error| panic!("{line}, but recording that in {path:?} failed: {error}"));
     }
-    false
 }
 
 /// Returns from the test, after recording why, unless everything named is there.
