@@ -349,7 +349,11 @@ const TRACES: [(&str, [u64; 5]); 4] = [
 
 #[test]
 fn recorded_conversations_go_through_both_sides() {
-    for (name, trace) in trace::all() {
+    let traces = trace::all();
+    if traces.is_empty() {
+        return testkit::require::without("traces", "no ../shared/samples/*.trace.zst beside the workspace");
+    }
+    for (name, trace) in traces {
         let mut sent = codec::Sent::default();
         sent.main(&trace.there[&0]);
         let main = (sent.data, sent.zeros);
