@@ -269,3 +269,28 @@ fn what_is_still_loading_is_refused_or_waited_for() {
     live::assert_same(&live::content_of(&next), &copy.take());
     live::finish(vm.vcpus(), &image, &bus, &kind);
 }
+
+#[test]
+fn a_guest_that_ends_meanwhile_is_saved_all_the_same() {
+    require!(Kvm, Userfaultfd);
+    let dir = directory();
+    let path = dir.path().join("live.mr");
+    for backing in [Backing::Anonymous, Backing::Memfd] {
+        let kind =
+            Kind { privilege: Privilege::User, vcpus: 2, pattern: Pattern::Random, backing, mib: 32, filled: 50 };
+        let (vcpus, image, _) = live::boot(&kind, MachineConfig::bare(2));
+        vcpus.resume();
+        live::progress(&vcpus, &image, 100);
+        let host = Host::probe(&Kvm::new().unwrap()).unwrap();
+        let copy = live::Copy::default();
+        // A pool so small that vCPUs wait for it when they are told to end.
+        let freeze = FreezeOptions { pool: ByteLen(4096), ..FreezeOptions::default() };
+        let options = copy.options(LiveOptions::default().with_freeze(freeze));
+        let snapshot = snapshot_live(&vcpus, &host, &path, &options).unwrap();
+        drop(vcpus);
+        snapshot.wait().unwrap();
+        live::assert_same(&live::content_of(&path), &copy.take());
+        let (vm, image, bus) = live::restore(&path, backing, image.config(), false);
+        live::finish(vm.vcpus(), &image, &bus, &kind);
+    }
+}
