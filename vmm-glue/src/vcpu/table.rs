@@ -140,7 +140,7 @@ impl StopHandle {
         StopHandle { group: Arc::downgrade(group) }
     }
 
-    /// Asks all vCPUs to stop, as [`Vcpus::pause`] does, but does not wait.
+    /// Asks all vCPUs to stop, as [`Vcpus::pause`](super::Vcpus::pause) does, but does not wait.
     pub fn stop(&self) {
         if let Some(group) = self.group.upgrade() {
             group.want(Wanted::Pause);
