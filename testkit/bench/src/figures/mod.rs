@@ -7,6 +7,7 @@ mod files;
 mod live;
 mod live_memory;
 mod open;
+mod qemu;
 mod resume;
 
 use std::error::Error;
@@ -50,6 +51,9 @@ pub const GROUPS: &[Group] = &[
     Group { names: &["live.huge"], measure: live::huge },
     Group { names: &["live.fault"], measure: live_memory::faults },
     Group { names: &["live.total", "live.file", "live.guest"], measure: live::whole },
+    Group { names: &["qemu.running", "qemu.native"], measure: qemu::running },
+    Group { names: &["qemu.push"], measure: qemu::push },
+    Group { names: &["qemu.demand"], measure: qemu::demand },
 ];
 
 /// Whether a group may have figures whose name begins with one of `wanted`; nothing wanted is everything.
