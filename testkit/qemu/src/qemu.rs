@@ -156,6 +156,17 @@ impl Qemu {
         Ok(nix::sys::signal::kill(id, signal)?)
     }
 
+    /// How much memory it has in use, in bytes: what arrives in the guest's RAM makes it more.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn resident(&self) -> io::Result<u64> {
+        // The second number of proc_pid_statm(5), in pages, which are 4 KiB on x86-64.
+        let text = fs::read_to_string(format!("/proc/{}/statm", self.child.id()))?;
+        let pages: Option<u64> = text.split(' ').nth(1).and_then(|pages| pages.parse().ok());
+        Ok(pages.ok_or(io::ErrorKind::InvalidData)? * 4096)
+    }
+
     /// Waits until it ends by itself.
     ///
     /// # Errors
