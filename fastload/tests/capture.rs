@@ -19,6 +19,9 @@ use vmstate::{Configuration, DeviceWriter, Event, Section, SectionHeader, Stream
 const TABLE: &str = "Block Name    PSize              Offset               Used              Total\n\
                      pc.ram    4 KiB  0x0000000000000000 0x0000000000004000 0x0000000000004000\n";
 
+/// QEMU's own words.
+const DOUBT: &str = "Background-snapshot is not compatible with guest memory configuration";
+
 /// What it sends: four pages, of which `twice` comes again, and devices.
 fn stream(pages: &[u64]) -> Vec<u8> {
     let mut out = StreamWriter::new(Vec::new());
@@ -51,6 +54,8 @@ struct Plan {
     resumes: bool,
     /// A command that is refused.
     refuses: &'static str,
+    /// How often it finds that its memory can't be write-protected.
+    doubts: usize,
     /// Whether capabilities can't be turned off again.
     keeps_capabilities: bool,
     /// What `query-migrate` says beside the state.
@@ -60,7 +65,7 @@ struct Plan {
 impl Plan {
     fn new(stream: Vec<u8>) -> Plan {
         let (ends, refuses) = ("completed", "");
-        Plan { stream, ends, resumes: true, refuses, keeps_capabilities: false, blocked: None }
+        Plan { stream, ends, resumes: true, refuses, doubts: 0, keeps_capabilities: false, blocked: None }
     }
 }
 
@@ -152,6 +157,10 @@ impl Qemu {
                 list.map(|(name, state)| json!({"capability": name, "state": state})).collect()
             }
             "migrate-set-capabilities" => {
+                if self.plan.doubts > 0 {
+                    self.plan.doubts -= 1;
+                    return Err(DOUBT.to_owned());
+                }
                 for wanted in arguments["capabilities"].as_array().unwrap() {
                     let state = wanted["state"].as_bool().unwrap();
                     if self.plan.keeps_capabilities && !state {
@@ -291,6 +300,17 @@ fn a_migration_that_is_refused_puts_everything_back() {
     let outcome = Outcome::of(Plan { blocked: Some("a device that can't"), ..Plan::new(Vec::new()) });
     outcome.failed(&["a device that can't"]);
     assert_eq!(outcome.qemu.orders, [""; 0]);
+}
+
+#[test]
+fn a_memory_that_is_refused_now_and_then_is_tried_again_but_not_for_ever() {
+    let outcome = Outcome::of(Plan { doubts: 19, ..Plan::new(stream(&[0, 1, 2, 3])) });
+    assert!(outcome.ended.status.success(), "{}", outcome.stderr);
+    assert!(Snapshot::open(file(outcome.dir.path())).is_ok());
+
+    let outcome = Outcome::of(Plan { doubts: 1000, ..Plan::new(Vec::new()) });
+    outcome.failed(&[DOUBT]);
+    assert_eq!(outcome.qemu.orders, ["migrate-set-capabilities"; 20]);
 }
 
 #[test]

@@ -64,7 +64,7 @@ impl Capture {
         if !self.any_space {
             check::space(&self.output, guest.ram)?;
         }
-        let mut session = Session::begin(&mut qmp, &guest)?;
+        let mut session = Session::begin(&mut qmp, &guest, &interrupts)?;
         let taken = take::take(&mut session, &guest, &self.output, &interrupts, self.json);
         // Whatever happened, QEMU gets its settings back, and the guest goes on.
         let restored = session.finish(taken.is_ok(), &interrupts);

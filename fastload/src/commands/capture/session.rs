@@ -14,6 +14,8 @@ use super::interrupt::Interrupts;
 use crate::commands::Failure;
 use crate::commands::serving::MOMENT;
 
+/// How often QEMU is asked whether it can write-protect its memory, if it says no.
+const ATTEMPTS: usize = 20;
 /// How long QEMU may take to end a migration that was cancelled.
 const ENDING: Duration = Duration::from_secs(60);
 /// How much QEMU may send before we have written it, in bytes of the system's memory.
@@ -56,7 +58,7 @@ pub(super) struct Session<'a> {
 
 impl<'a> Session<'a> {
     /// Makes QEMU send a snapshot into a socket that has no name.
-    pub(super) fn begin(qmp: &'a mut Qmp, guest: &Guest) -> Result<Session<'a>, Failure> {
+    pub(super) fn begin(qmp: &'a mut Qmp, guest: &Guest, interrupts: &Interrupts) -> Result<Session<'a>, Failure> {
         let (socket, theirs) = UnixStream::pair()?;
         // What waits there for the disk keeps no writer of the guest waiting. Without privileges the system allows less.
         if setsockopt(&theirs, sockopt::SndBufForce, &SLACK).is_err() {
@@ -67,7 +69,7 @@ impl<'a> Session<'a> {
         let wanted = Capabilities(wanted.into_iter().collect());
         let before = guest.capabilities.0.iter().filter(|(name, _)| wanted.0.contains_key(*name));
         let before = Capabilities(before.map(|(name, state)| (name.clone(), *state)).collect());
-        qmp.set_capabilities(&guest.capabilities, &wanted).map_err(userfaultfd)?;
+        turn_on(qmp, &guest.capabilities, &wanted, interrupts)?;
         qmp.forget_events();
         let mut session = Session {
             qmp,
@@ -206,6 +208,36 @@ impl<'a> Session<'a> {
     fn restore(&mut self) -> Result<(), QmpError> {
         self.qmp.set_capabilities(&Capabilities::default(), &self.before)
     }
+}
+
+/// Turns capabilities on. QEMU tries background-snapshot out on its memory then, and now and then finds for no reason that
+/// it does not work (seen with 10.0.2), so it is asked again: a refusal changes nothing.
+fn turn_on(
+    qmp: &mut Qmp,
+    before: &Capabilities,
+    wanted: &Capabilities,
+    interrupts: &Interrupts,
+) -> Result<(), Failure> {
+    for _ in 1..ATTEMPTS {
+        match qmp.set_capabilities(before, wanted) {
+            Err(error) if may_be_wrong(&error) => {}
+            done => return done.map_err(userfaultfd),
+        }
+        if interrupts.came() {
+            return Err("cancelled: the guest goes on, and nothing was written".into());
+        }
+        // A moment later its memory is in another state.
+        std::thread::sleep(MOMENT);
+    }
+    qmp.set_capabilities(before, wanted).map_err(userfaultfd)
+}
+
+/// Whether this is the refusal that QEMU may not repeat (QEMU migration/options.c, `migrate_caps_check`).
+fn may_be_wrong(error: &QmpError) -> bool {
+    let QmpError::Refused { command, description, .. } = error else { return false };
+    let text = description.to_lowercase();
+    command == "migrate-set-capabilities"
+        && text.contains("background-snapshot is not compatible with guest memory configuration")
 }
 
 /// Says what to do if QEMU has no right to userfaultfd.
