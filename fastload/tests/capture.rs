@@ -304,13 +304,13 @@ fn a_migration_that_is_refused_puts_everything_back() {
 
 #[test]
 fn a_memory_that_is_refused_now_and_then_is_tried_again_but_not_for_ever() {
-    let outcome = Outcome::of(Plan { doubts: 19, ..Plan::new(stream(&[0, 1, 2, 3])) });
+    let outcome = Outcome::of(Plan { doubts: 99, ..Plan::new(stream(&[0, 1, 2, 3])) });
     assert!(outcome.ended.status.success(), "{}", outcome.stderr);
     assert!(Snapshot::open(file(outcome.dir.path())).is_ok());
 
     let outcome = Outcome::of(Plan { doubts: 1000, ..Plan::new(Vec::new()) });
     outcome.failed(&[DOUBT]);
-    assert_eq!(outcome.qemu.orders, ["migrate-set-capabilities"; 20]);
+    assert_eq!(outcome.qemu.orders, ["migrate-set-capabilities"; 100]);
 }
 
 #[test]

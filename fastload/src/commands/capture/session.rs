@@ -15,7 +15,7 @@ use crate::commands::Failure;
 use crate::commands::serving::MOMENT;
 
 /// How often QEMU is asked whether it can write-protect its memory, if it says no.
-const ATTEMPTS: usize = 20;
+const ATTEMPTS: usize = 100;
 /// How long QEMU may take to end a migration that was cancelled.
 const ENDING: Duration = Duration::from_secs(60);
 /// How much QEMU may send before we have written it, in bytes of the system's memory.
