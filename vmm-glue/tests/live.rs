@@ -150,6 +150,7 @@ fn writes_of_device_models_are_caught() {
         let still = Arc::new(Mutex::new(false));
         let end = AtomicBool::new(false);
         std::thread::scope(|scope| {
+            let _end = EndOnDrop(&end);
             // A device model: it writes the same number all over its page, except while it is to stand still.
             scope.spawn(|| {
                 let mut number = 0u64;
@@ -184,8 +185,16 @@ fn writes_of_device_models_are_caught() {
                 snapshot_live(&vcpus, &host, &path, &options).unwrap().wait().unwrap();
                 live::assert_same(&live::content_of(&path), &taken.lock());
             }
-            end.store(true, Ordering::Release);
         });
+    }
+}
+
+/// Tells a thread to end, also when the test fails.
+struct EndOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for EndOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
     }
 }
 
