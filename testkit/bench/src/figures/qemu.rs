@@ -81,7 +81,7 @@ pub(super) fn demand(bench: &Bench) -> Measured {
     for (preempt, limit) in [(false, 3.0), (true, 1.5)] {
         for rest in [Duration::ZERO, Duration::from_millis(1)] {
             let p50 = |push: bool| -> Measured<f64> {
-                let mut faults = source.faults(Habit { push, preempt, rest })?;
+                let mut faults = source.faults(bench, Habit { push, preempt, rest })?;
                 Ok(percentile(&mut faults, 50) / 1e3)
             };
             let pairs = interleave(|| p50(true), || p50(false))?;
@@ -89,7 +89,10 @@ pub(super) fn demand(bench: &Bench) -> Measured {
             let channel = if preempt { "preempt" } else { "one_stream" };
             let name = format!("qemu.demand.{channel}.{often}");
             let how = if rest.is_zero() { "one after another" } else { "one each millisecond" };
-            let how = format!("p50 of faults served as QEMU does, {how}, during the push; floor: without a push");
+            let how = format!(
+                "p50 of faults, {how}, during the push, guest on core {}, server on {}; floor: without a push",
+                bench.near, bench.far
+            );
             figures.push(Figure::ratio(name, "us", &pairs, Goal::AtMost(limit)).measured(how));
         }
     }
