@@ -201,14 +201,11 @@ fn open(regions: &[Region], discards: Discards, wait: Wait) -> Result<Descriptor
     for region in regions {
         features |= region.backing.features();
     }
-    if Descriptor::kernel_features()?.contains(Features::POISON) {
-        features |= Features::POISON;
-    }
     if discards == Discards::Events {
         features |= Features::EVENT_REMOVE;
     }
     let nonblocking = discards == Discards::Events || wait == Wait::Spin;
-    Ok(Descriptor::create(features, nonblocking)?)
+    Ok(Descriptor::create(features, Features::POISON, nonblocking)?)
 }
 
 fn waiter(core: &Core, handlers: &Handlers) -> Result<Waiter, StartError> {

@@ -30,12 +30,13 @@ impl Descriptor {
         open::handshake(&fd, Features::empty()).map_err(OpenError::Handshake)
     }
 
-    /// A descriptor for memory of this process, with exactly these features.
-    pub(crate) fn create(features: Features, nonblocking: bool) -> Result<Descriptor, OpenError> {
+    /// A descriptor for memory of this process, with these features, and with those of `welcome` that the kernel has.
+    pub(crate) fn create(needed: Features, welcome: Features, nonblocking: bool) -> Result<Descriptor, OpenError> {
         let available = Descriptor::kernel_features()?;
-        if !available.contains(features) {
-            return Err(OpenError::Unsupported { missing: features - available, available });
+        if !available.contains(needed) {
+            return Err(OpenError::Unsupported { missing: needed - available, available });
         }
+        let features = needed | (welcome & available);
         let fd = open::new_descriptor(nonblocking)?;
         open::handshake(&fd, features).map_err(OpenError::Handshake)?;
         Ok(Descriptor { uffd: into_uffd(fd), features, nonblocking, foreign: false })

@@ -85,7 +85,7 @@ impl Freezer {
                 features |= Features::WP_HUGETLBFS_SHMEM;
             }
         }
-        let descriptor = Descriptor::create(features, true)?;
+        let descriptor = Descriptor::create(features, Features::empty(), true)?;
         let granule = regions.first().map_or(Backing::Anonymous, |region| region.backing).granule();
         if regions.iter().any(|region| region.backing.granule() != granule) {
             return Err(StartError::Incomplete("regions of different page sizes are not frozen together").into());
