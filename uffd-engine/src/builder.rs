@@ -163,7 +163,7 @@ impl Builder {
         };
         let staging = Staging::new(self.staging).map_err(system("memory for huge pages"))?;
         let core = Core::new(descriptor, self.regions, staging, self.policy, self.background.window, self.pauses);
-        let core = Arc::new(core);
+        let core = Arc::new(core.map_err(system("memory for the page states"))?);
         let waiter = waiter(&core, &self.handlers)?;
         let sink: Arc<dyn PageSink> = Arc::<Core>::clone(&core);
         let feed = source.start(sink)?;

@@ -1,6 +1,7 @@
 //! What all threads of an engine share: the regions with their page states. It is the sink of the pages, and it knows
 //! no source, so that a feed that holds it makes no cycle.
 
+use std::io;
 use std::thread::ThreadId;
 
 use page_source::{BlockId, ByteLen, HostAddr, PageCount, PageIndex, PageRun};
@@ -65,19 +66,16 @@ impl Core {
         policy: FailurePolicy,
         window: PageCount,
         pauses: Pauses,
-    ) -> Core {
+    ) -> io::Result<Core> {
         let gated = descriptor.features().contains(crate::Features::EVENT_REMOVE);
-        let areas: Vec<Area> = regions
-            .into_iter()
-            .map(|region| Area {
-                states: StateMap::new(region.granules()),
-                granule: region.backing.granule().pages(),
-                region,
-            })
-            .collect();
+        let area = |region: Region| {
+            let states = StateMap::new(region.granules())?;
+            Ok(Area { states, granule: region.backing.granule().pages(), region })
+        };
+        let areas = regions.into_iter().map(area).collect::<io::Result<Vec<Area>>>()?;
         let mut by_address: Vec<_> = areas.iter().enumerate().map(|(i, area)| (area.region.start, i)).collect();
         by_address.sort_unstable();
-        Core {
+        Ok(Core {
             descriptor,
             areas,
             by_address,
@@ -92,7 +90,7 @@ impl Core {
             readers: RwLock::default(),
             deferred: Mutex::default(),
             waiting: Waiting::default(),
-        }
+        })
     }
 
     /// Held from a claim to the end of its install.

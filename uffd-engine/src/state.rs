@@ -8,9 +8,10 @@
 //! InFlight -> Poisoned                      fail closed
 //! ```
 
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::io;
+use std::sync::atomic::Ordering;
 
-use crate::sys::memory::zeroed_table;
+use crate::sys::memory::Table;
 
 /// Where a granule stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -60,12 +61,12 @@ fn decode(byte: u8) -> Entry {
 /// The states of a region's granules. Costs no memory where nothing has happened yet.
 #[derive(Debug)]
 pub(crate) struct StateMap {
-    granules: Box<[AtomicU8]>,
+    granules: Table,
 }
 
 impl StateMap {
-    pub(crate) fn new(granules: usize) -> StateMap {
-        StateMap { granules: zeroed_table(granules) }
+    pub(crate) fn new(granules: usize) -> io::Result<StateMap> {
+        Ok(StateMap { granules: Table::new(granules)? })
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -186,7 +187,7 @@ mod tests {
 
     #[test]
     fn one_path_wins_a_claim() {
-        let map = StateMap::new(4);
+        let map = StateMap::new(4).unwrap();
         let wins: usize = std::thread::scope(|scope| {
             let tries: Vec<_> = (0..4).map(|_| scope.spawn(|| (0..4).filter(|&g| map.claim(g)).count())).collect();
             tries.into_iter().map(|t| t.join().unwrap()).sum()
@@ -196,7 +197,7 @@ mod tests {
 
     #[test]
     fn zero_is_remembered_and_may_still_be_wanted() {
-        let map = StateMap::new(2);
+        let map = StateMap::new(2).unwrap();
         assert_eq!(map.request(0, true), Some(false));
         let was = map.mark_zero(0);
         assert!(was.requested && was.wanted);
@@ -208,7 +209,7 @@ mod tests {
 
     #[test]
     fn removed_stays_removed_until_a_zero_is_installed() {
-        let map = StateMap::new(2);
+        let map = StateMap::new(2).unwrap();
         assert!(map.remove(0));
         assert!(!map.claim(0), "the old content is gone");
         assert!(map.claim_zero(0));
@@ -223,7 +224,7 @@ mod tests {
 
     #[test]
     fn marks_survive_a_failed_install_and_end_with_a_good_one() {
-        let map = StateMap::new(1);
+        let map = StateMap::new(1).unwrap();
         assert_eq!(map.request(0, false), Some(false));
         assert_eq!(map.request(0, true), Some(true));
         assert!(map.claim(0));

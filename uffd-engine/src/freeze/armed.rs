@@ -95,8 +95,12 @@ impl Freezer {
         let page_table = PageTable::open().map_err(system("/proc/self/pagemap"))?;
         let zones = regions
             .into_iter()
-            .map(|region| Zone { saved: Saved::new(region.granules()), granule: region.backing.granule(), region })
-            .collect();
+            .map(|region| {
+                let saved = Saved::new(region.granules())?;
+                Ok(Zone { saved, granule: region.backing.granule(), region })
+            })
+            .collect::<io::Result<Vec<_>>>()
+            .map_err(system("memory for the page states"))?;
         let shared = Shared::new(descriptor, zones, layout, pool, page_table, options.handlers.cores.len());
         let shared = Arc::new(shared.map_err(|errno| system("an event descriptor")(errno.into()))?);
         let mut freezer = Freezer { shared, threads: Vec::new() };

@@ -3,11 +3,11 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::Ordering;
 
 use page_source::{HostAddr, PAGE_SHIFT};
 
-use crate::sys::memory::zeroed_table;
+use crate::sys::memory::Table;
 
 const UNSAVED: u8 = 0;
 const CLAIMED: u8 = 1;
@@ -17,11 +17,11 @@ const HOLE: u8 = 3;
 
 /// For each granule: not saved, being copied, or saved.
 #[derive(Debug)]
-pub(crate) struct Saved(Box<[AtomicU8]>);
+pub(crate) struct Saved(Table);
 
 impl Saved {
-    pub(crate) fn new(granules: usize) -> Saved {
-        Saved(zeroed_table(granules))
+    pub(crate) fn new(granules: usize) -> io::Result<Saved> {
+        Ok(Saved(Table::new(granules)?))
     }
 
     pub(crate) fn len(&self) -> usize {

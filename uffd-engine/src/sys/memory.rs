@@ -2,17 +2,38 @@
 
 use std::io;
 use std::num::NonZeroUsize;
+use std::ops::Deref;
 use std::ptr::NonNull;
 use std::sync::atomic::AtomicU8;
 
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munmap};
 use page_source::{ByteLen, HostAddr};
 
-/// `len` zero bytes, as atomics. A large table is not touched: the kernel gives it zero pages as they are used.
-pub(crate) fn zeroed_table(len: usize) -> Box<[AtomicU8]> {
-    let table = vec![0u8; len].into_boxed_slice();
-    // SAFETY: `AtomicU8` has the size, alignment and bit validity of `u8`, and the box is the only owner.
-    unsafe { Box::from_raw(Box::into_raw(table) as *mut [AtomicU8]) }
+/// A table of atomic bytes, all zero at first, that costs nothing where it was never touched.
+///
+/// A mapping of its own: memory of the allocator may have been used before, and is then cleared, which for a table of
+/// 16 GiB of guest memory takes longer than everything else of a start.
+#[derive(Debug)]
+pub(crate) struct Table {
+    memory: Scratch,
+    len: usize,
+}
+
+impl Table {
+    pub(crate) fn new(len: usize) -> io::Result<Table> {
+        Ok(Table { memory: Scratch::new(ByteLen::of(len.max(1)))?, len })
+    }
+}
+
+impl Deref for Table {
+    type Target = [AtomicU8];
+
+    fn deref(&self) -> &[AtomicU8] {
+        let start: *const AtomicU8 = self.memory.as_ptr().cast();
+        // SAFETY: `len` bytes of our own mapping, which lives as long as `self`; `AtomicU8` has the size, alignment and
+        // bit validity of `u8`, and nobody has another reference to them.
+        unsafe { std::slice::from_raw_parts(start, self.len) }
+    }
 }
 
 /// Private anonymous memory of this process, unmapped when dropped.
