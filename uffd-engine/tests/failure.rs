@@ -8,7 +8,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 
 use common::{Kind, Memory};
-use page_source::{BlockId, Layout, PageCount, PageIndex, PageRun, PageSize, PageSource, RamBlock};
+use page_source::{
+    BlockId, Feed, Layout, PageCount, PageIndex, PageRun, PageSink, PageSize, PageSource, RamBlock, SourceError, Span,
+};
 use proptest::prelude::*;
 use testkit::faults::{Fault, FaultySource};
 use testkit::gate::Gate;
@@ -310,4 +312,36 @@ fn an_observer_that_panics_changes_nothing_else() {
         drop(engine);
         right_or_refused(&memory, &oracle);
     }
+}
+
+/// A source that can't vouch, at the end, for what it delivered.
+#[derive(Debug)]
+struct Altered(MemorySource);
+
+impl PageSource for Altered {
+    fn layout(&self) -> &Layout {
+        self.0.layout()
+    }
+
+    fn run_at(&self, block: BlockId, first: PageIndex) -> Span {
+        self.0.run_at(block, first)
+    }
+
+    fn verify(&self) -> Result<(), SourceError> {
+        Err(SourceError::Injected("altered".into()))
+    }
+
+    fn start(&self, sink: Arc<dyn PageSink>) -> Result<Box<dyn Feed>, SourceError> {
+        self.0.start(sink)
+    }
+}
+
+#[test]
+fn a_source_that_was_altered_is_never_complete() {
+    testkit::require!(Userfaultfd);
+    let oracle = oracle(14, 512, 255);
+    let memory = Memory::new(Kind::Anonymous, oracle.layout());
+    let engine = memory.engine(Arc::new(Altered(MemorySource::new(Arc::clone(&oracle))))).start().unwrap();
+    let error = engine.wait().unwrap_err();
+    assert!(matches!(error, EngineError::Broken(SourceError::Injected(_))), "{error}");
 }
