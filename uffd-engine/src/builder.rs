@@ -6,7 +6,6 @@ use std::sync::atomic::AtomicBool;
 use std::thread::{Builder as Thread, JoinHandle};
 
 use page_source::{PageCount, PageSink, PageSource};
-use userfaultfd::RegisterMode;
 
 use crate::core::Core;
 use crate::descriptor::Descriptor;
@@ -16,7 +15,7 @@ use crate::handler::{self, Waiter};
 use crate::loader::{self, Plan};
 use crate::options::{Background, Discards, Event, FailurePolicy, Handlers, Wait};
 use crate::pause::Pauses;
-use crate::region::{self, Backing, Region};
+use crate::region::{self, Region};
 use crate::staging::Staging;
 use crate::supervisor::{Observer, Supervisor};
 use crate::sys::abi::Features;
@@ -205,7 +204,9 @@ fn open(regions: &[Region], discards: Discards, wait: Wait) -> Result<Descriptor
         features |= Features::EVENT_REMOVE;
     }
     let nonblocking = discards == Discards::Events || wait == Wait::Spin;
-    Ok(Descriptor::create(features, Features::POISON, nonblocking)?)
+    // Write protection, should the memory be frozen while it is being loaded: it costs nothing until then.
+    let welcome = Features::POISON | Features::PAGEFAULT_FLAG_WP | Features::WP_HUGETLBFS_SHMEM;
+    Ok(Descriptor::create(features, welcome, nonblocking)?)
 }
 
 fn waiter(core: &Core, handlers: &Handlers) -> Result<Waiter, StartError> {
@@ -224,14 +225,8 @@ fn waiter(core: &Core, handlers: &Handlers) -> Result<Waiter, StartError> {
 /// Registers every region, or none.
 fn register(core: &Core) -> Result<(), StartError> {
     for (done, area) in core.areas.iter().enumerate() {
-        let mode = match area.region.backing {
-            Backing::Anonymous => RegisterMode::MISSING,
-            Backing::Memfd | Backing::Hugetlb if area.region.shared => RegisterMode::MISSING | RegisterMode::MINOR,
-            Backing::Memfd => RegisterMode::MISSING | RegisterMode::MINOR,
-            Backing::Hugetlb => RegisterMode::MISSING,
-        };
         let (start, length) = (area.region.start, area.region.len());
-        if let Err(error) = core.descriptor.register(start, length, mode) {
+        if let Err(error) = core.descriptor.register(start, length, area.region.mode()) {
             for earlier in &core.areas[..done] {
                 let _ = core.descriptor.unregister(earlier.region.start, earlier.region.len());
             }

@@ -2,12 +2,14 @@
 //! no source, so that a feed that holds it makes no cycle.
 
 use std::io;
+use std::sync::Arc;
 use std::thread::ThreadId;
 
 use page_source::{BlockId, ByteLen, HostAddr, PageCount, PageIndex, PageRun};
 use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::descriptor::Descriptor;
+use crate::freeze::Shared;
 use crate::hints::Hints;
 use crate::options::FailurePolicy;
 use crate::outstanding::Outstanding;
@@ -35,6 +37,11 @@ pub(crate) struct Place {
     pub(crate) granule: usize,
 }
 
+/// Somebody installs: nothing is frozen, and no event is read, before it is dropped.
+pub(crate) type Gate<'a> = RwLockReadGuard<'a, Option<Arc<Shared>>>;
+/// Nobody installs until it is dropped.
+pub(crate) type Alone<'a> = RwLockWriteGuard<'a, Option<Arc<Shared>>>;
+
 #[derive(Debug)]
 pub(crate) struct Core {
     pub(crate) descriptor: Descriptor,
@@ -48,12 +55,17 @@ pub(crate) struct Core {
     pub(crate) staging: Staging,
     pub(crate) policy: FailurePolicy,
     pub(crate) pauses: Pauses,
-    /// With events: held shared from a claim to the end of its install, and alone while events are read.
-    gate: Option<RwLock<()>>,
+    /// Held shared from a claim to the end of its install; alone while memory is frozen and, with events, while they
+    /// are read. In it, who has frozen the memory: installs are ordered with that.
+    gate: RwLock<Option<Arc<Shared>>>,
+    /// Whether events are read.
+    gated: bool,
     /// The threads that read events: an install that must be tried again after an event was read can't wait there.
     readers: RwLock<Vec<ThreadId>>,
     /// Faults that such a thread has to serve again.
     pub(crate) deferred: Mutex<Vec<Place>>,
+    /// Write faults of that kind.
+    pub(crate) deferred_writes: Mutex<Vec<Place>>,
     /// When the faults were read that wait for a late source.
     pub(crate) waiting: Waiting,
 }
@@ -86,26 +98,46 @@ impl Core {
             staging,
             policy,
             pauses,
-            gate: gated.then(RwLock::default),
+            gate: RwLock::default(),
+            gated,
             readers: RwLock::default(),
             deferred: Mutex::default(),
+            deferred_writes: Mutex::default(),
             waiting: Waiting::default(),
         })
     }
 
     /// Held from a claim to the end of its install.
-    pub(crate) fn installing(&self) -> Option<RwLockReadGuard<'_, ()>> {
-        self.gate.as_ref().map(RwLock::read)
+    pub(crate) fn installing(&self) -> Gate<'_> {
+        self.gate.read()
     }
 
-    /// Held while events are read and applied.
-    pub(crate) fn reading(&self) -> Option<RwLockWriteGuard<'_, ()>> {
-        self.gate.as_ref().map(RwLock::write)
+    /// Held while events are read and applied, if there are any.
+    pub(crate) fn reading(&self) -> Option<Alone<'_>> {
+        self.gated.then(|| self.gate.write())
+    }
+
+    /// Held while memory is frozen.
+    pub(crate) fn gate_alone(&self) -> Alone<'_> {
+        self.gate.write()
+    }
+
+    /// Forgets who has frozen the memory.
+    pub(crate) fn forget_freeze(&self, shared: &Arc<Shared>) {
+        let mut gate = self.gate.write();
+        if gate.as_ref().is_some_and(|held| Arc::ptr_eq(held, shared)) {
+            *gate = None;
+        }
+    }
+
+    /// Who has frozen the memory, if somebody has.
+    pub(crate) fn frozen(&self) -> Option<Arc<Shared>> {
+        self.gate.read().as_ref().filter(|shared| !shared.has_ended()).map(Arc::clone)
     }
 
     /// Whether discards are reported by the kernel.
     pub(crate) fn gated(&self) -> bool {
-        self.gate.is_some()
+        self.gated
     }
 
     /// How much one install covers at most: little where the readers of events wait for it.

@@ -154,6 +154,10 @@ impl Engine {
         }
         for (number, part) in parts {
             let area = &self.core.areas[number];
+            if let Some(frozen) = self.core.frozen() {
+                let start = area.addr(area.granule_of(part.first));
+                frozen.given_back(start, start + part.len());
+            }
             let first = area.granule_of(part.first);
             let granules = page_source::ByteLen(part.pages.0 / area.granule.0).get();
             for granule in first..first + granules {

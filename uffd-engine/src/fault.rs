@@ -6,14 +6,13 @@ use nix::errno::Errno;
 use page_source::{Feed, HostAddr, PageCount, PageRun, PageSource, Urgency};
 
 use crate::EngineError;
-use crate::core::{Core, Place};
-use crate::install::Content;
+use crate::core::{Alone, Core, Place};
+use crate::install::{Content, frozen};
 use crate::pause::PausePoint;
-use crate::region::Backing;
 use crate::state::State;
 use crate::stats::bump;
 use crate::status::Task;
-use crate::sys::abi::UFFD_PAGEFAULT_FLAG_MINOR;
+use crate::sys::abi::{UFFD_PAGEFAULT_FLAG_MINOR, UFFD_PAGEFAULT_FLAG_WP};
 use crate::sys::ops::{self, Done};
 
 /// Where content comes from, as a handler sees it.
@@ -32,6 +31,9 @@ impl Core {
     /// A fault that a handler has read at `since`.
     pub(crate) fn fault(&self, origin: &Origin, addr: HostAddr, flags: u64, since: Instant) {
         self.pauses.at(PausePoint::FaultRead);
+        if flags & UFFD_PAGEFAULT_FLAG_WP != 0 {
+            return self.write_fault(addr);
+        }
         if self.counters.fault(since) {
             self.status.tell(Task::FirstFault);
         }
@@ -51,13 +53,46 @@ impl Core {
         }
     }
 
+    /// A write to a page of frozen memory, or to one whose protection nobody needs any more.
+    fn write_fault(&self, addr: HostAddr) {
+        match self.locate(addr) {
+            Some(place) => self.serve_write(place),
+            None => self.status.fail(EngineError::StrayFault(addr)),
+        }
+    }
+
+    fn serve_write(&self, place: Place) {
+        let area = &self.areas[place.area];
+        let gate = self.installing();
+        let done = match frozen(&gate) {
+            Some(shared) => shared.write(place),
+            None => {
+                let (addr, len) = (area.addr(place.granule), area.len_of(1));
+                // Any other error: it is being unregistered, and its writer woken.
+                ops::write_protect(self.descriptor.fd(), addr.0, len.0, false) != Err(Errno::EAGAIN)
+            }
+        };
+        if !done {
+            self.deferred_writes.lock().push(place);
+        }
+    }
+
     /// Serves the faults again that could not be served before an event was read. Answers whether some are left.
     pub(crate) fn serve_deferred(&self, origin: &Origin) -> bool {
         let places = std::mem::take(&mut *self.deferred.lock());
         for &place in &places {
             self.serve(origin, place, false, true);
         }
-        !self.deferred.lock().is_empty()
+        let writes = std::mem::take(&mut *self.deferred_writes.lock());
+        for &place in &writes {
+            self.serve_write(place);
+        }
+        self.some_deferred()
+    }
+
+    /// Whether faults have to be served again.
+    pub(crate) fn some_deferred(&self) -> bool {
+        !self.deferred.lock().is_empty() || !self.deferred_writes.lock().is_empty()
     }
 
     /// Brings what a fault needs. `true` if whoever waited goes on already.
@@ -152,7 +187,7 @@ impl Core {
             claimed += before + (place.granule + 1..end).take_while(more).count();
             first -= before;
         }
-        let done = self.install_zeros(Place { granule: first, ..place }, claimed);
+        let done = self.install_zeros(&gate, Place { granule: first, ..place }, claimed);
         drop(gate);
         matches!(done, Ok(n) if n == claimed)
     }
@@ -176,12 +211,7 @@ impl Core {
     fn serve_lost(&self, place: Place) -> bool {
         let area = &self.areas[place.area];
         let (addr, len) = (area.addr(place.granule), area.len_of(1));
-        let fd = self.descriptor.fd();
-        let done = match area.region.backing {
-            Backing::Hugetlb => ops::copy(fd, addr.0, self.staging.zeros(), len.0),
-            Backing::Anonymous | Backing::Memfd => ops::zeropage(fd, addr.0, len.0),
-        };
-        match done {
+        match self.zero(&self.installing(), place, 1) {
             Done::All => bump(&self.counters.zero_installed, area.granule.0),
             Done::Failed(Errno::EAGAIN) | Done::Part(_) => {
                 self.deferred.lock().push(place);
@@ -198,13 +228,13 @@ impl Core {
         bump(&self.counters.minor_faults, 1);
         let states = &self.areas[place.area].states;
         let entry = states.get(place.granule);
-        let _gate = self.installing();
+        let gate = self.installing();
         match entry.state {
             State::InFlight => true,
             State::Missing | State::Zero | State::Removed
                 if states.claim(place.granule) || states.claim_zero(place.granule) =>
             {
-                self.install(place, 1, Content::Cached).is_ok_and(|done| done == 1)
+                self.install(&gate, place, 1, Content::Cached).is_ok_and(|done| done == 1)
             }
             State::Poisoned => {
                 self.poison_in_kernel(place.area, place.granule);
@@ -213,7 +243,8 @@ impl Core {
             _ => {
                 let area = &self.areas[place.area];
                 let (addr, len) = (area.addr(place.granule), area.len_of(1));
-                let done = ops::map_cached(self.descriptor.fd(), addr.0, len.0);
+                let protect = frozen(&gate).is_some_and(|shared| shared.protects(place, 1));
+                let done = ops::map_cached(self.descriptor.fd(), addr.0, len.0, protect);
                 if matches!(done, Done::Failed(Errno::EAGAIN)) {
                     self.deferred.lock().push(place);
                     return false;
@@ -226,9 +257,12 @@ impl Core {
         }
     }
 
-    /// The guest gave a range back: what was there is gone, and reads as zeros. Held: [`Core::reading`].
-    pub(crate) fn removed(&self, start: HostAddr, end: HostAddr) {
+    /// The guest gave a range back: what was there is gone, and reads as zeros. `alone`: [`Core::reading`].
+    pub(crate) fn removed(&self, alone: Option<&Alone<'_>>, start: HostAddr, end: HostAddr) {
         self.pauses.at(PausePoint::DiscardRead);
+        if let Some(shared) = alone.and_then(|gate| gate.as_ref()) {
+            shared.given_back(start, end);
+        }
         for (number, area) in self.areas.iter().enumerate() {
             let range = area.region.range();
             let (from, to) = (start.max(range.start), end.min(range.end));

@@ -98,7 +98,7 @@ impl Waiter {
         };
         for message in &messages[..count] {
             if matches!(message.event, UFFD_EVENT_REMOVE | UFFD_EVENT_UNMAP) {
-                core.removed(HostAddr(message.word0), HostAddr(message.word1));
+                core.removed(alone.as_ref(), HostAddr(message.word0), HostAddr(message.word1));
             }
         }
         drop(alone);
@@ -161,7 +161,7 @@ pub(crate) fn run(core: &Arc<Core>, waiter: &Arc<Waiter>, origin: &Origin, cpu: 
         if stop {
             return;
         }
-        if again || !core.deferred.lock().is_empty() {
+        if again || core.some_deferred() {
             again = core.serve_deferred(origin);
             if again {
                 // Whoever discards has to run before the kernel lets us install anything.

@@ -1,12 +1,14 @@
 //! Bringing content into the guest's memory: claims, and what the kernel says to them.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use nix::errno::Errno;
 use page_source::{ByteLen, Flow, PageBytes, SinkError};
 
 use crate::EngineError;
-use crate::core::{Area, Core, Place};
+use crate::core::{Area, Core, Gate, Place};
+use crate::freeze::Shared;
 use crate::pause::PausePoint;
 use crate::region::Backing;
 use crate::state::State;
@@ -51,7 +53,7 @@ impl Core {
             let claimed = 1 + (at + 1..at + longest).take_while(|&granule| states.claim(granule)).count();
             let offset = self.areas[area].len_of(at - first);
             let part = bytes.slice(offset, self.areas[area].len_of(claimed));
-            let done = self.install(Place { area, granule: at }, claimed, Content::Bytes(part));
+            let done = self.install(&gate, Place { area, granule: at }, claimed, Content::Bytes(part));
             drop(gate);
             match done {
                 Ok(done) => at += done,
@@ -64,13 +66,19 @@ impl Core {
 
     /// Installs claimed granules, and settles each of them. Answers how many granules are behind us: fewer than
     /// claimed if an event has to be read first; the others are Missing (or zero) again then.
-    pub(crate) fn install(&self, place: Place, claimed: usize, content: Content<'_>) -> Result<usize, SinkError> {
+    pub(crate) fn install(
+        &self,
+        gate: &Gate<'_>,
+        place: Place,
+        claimed: usize,
+        content: Content<'_>,
+    ) -> Result<usize, SinkError> {
         let mut claim = Claim { core: self, place, left: claimed, content };
         self.pauses.at(PausePoint::Claimed);
         let area = &self.areas[place.area];
         while claim.left > 0 {
             let done = claimed - claim.left;
-            match self.step(area, claim.place, claim.left, content, area.len_of(done)) {
+            match self.step(gate, claim.place, claim.left, content, area.len_of(done)) {
                 Step::Advanced(granules) => {
                     self.pauses.at(PausePoint::Installed);
                     self.settle_present(claim.place, granules, content);
@@ -99,37 +107,56 @@ impl Core {
         Ok(claimed)
     }
 
-    fn step(&self, area: &Area, at: Place, granules: usize, content: Content<'_>, offset: ByteLen) -> Step {
+    fn step(&self, gate: &Gate<'_>, at: Place, granules: usize, content: Content<'_>, offset: ByteLen) -> Step {
+        let area = &self.areas[at.area];
+        let frozen = frozen(gate);
+        // Frozen memory: content comes write-protected, so that it is saved before it is written to. Zeros are known.
+        let protect = frozen.is_some_and(|shared| shared.protects(at, granules));
         let fd = self.descriptor.fd();
         let (addr, len) = (area.addr(at.granule), area.len_of(granules));
-        let huge = area.region.backing == Backing::Hugetlb;
         let (done, unit) = match content {
             Content::Bytes(bytes) => {
                 let from = bytes.as_kernel_ptr().wrapping_add(offset.get());
-                (ops::copy(fd, addr.0, from, len.0), granules)
+                (ops::copy(fd, addr.0, from, len.0, protect), granules)
             }
-            Content::Zeros if huge => {
-                let one = area.len_of(1).0;
-                (ops::copy(fd, addr.0, self.staging.zeros(), one), 1)
+            Content::Zeros if frozen.is_some() || area.region.backing == Backing::Hugetlb => {
+                (self.zero(gate, at, 1), 1)
             }
-            Content::Zeros => (ops::zeropage(fd, addr.0, len.0), granules),
-            Content::Cached => (ops::map_cached(fd, addr.0, len.0), granules),
+            Content::Zeros => (self.zero(gate, at, granules), granules),
+            Content::Cached => (ops::map_cached(fd, addr.0, len.0, protect), granules),
         };
         let whole = |bytes: u64| usize::try_from(bytes / area.len_of(1).0).unwrap_or(0);
         match done {
             Done::All => Step::Advanced(unit),
             Done::Part(bytes) if whole(bytes) > 0 => Step::Advanced(whole(bytes)),
             Done::Part(_) | Done::Failed(Errno::EAGAIN) => Step::ReadEvents,
-            Done::Failed(Errno::EEXIST) => self.exists(area, at),
+            Done::Failed(Errno::EEXIST) => self.exists(gate, at),
             Done::Failed(errno) => self.refused(area, at, granules, content, errno),
         }
     }
 
+    /// Zeros for some granules: one, if they are huge or memory is frozen. What is zero now was zero at the freeze point.
+    pub(crate) fn zero(&self, gate: &Gate<'_>, at: Place, granules: usize) -> Done {
+        let area = &self.areas[at.area];
+        let (addr, len) = (area.addr(at.granule), area.len_of(granules));
+        let frozen = frozen(gate).filter(|shared| shared.claim_hole(at));
+        let done = match area.region.backing {
+            Backing::Hugetlb => ops::copy(self.descriptor.fd(), addr.0, self.staging.zeros(), len.0, false),
+            Backing::Anonymous | Backing::Memfd => ops::zeropage(self.descriptor.fd(), addr.0, len.0),
+        };
+        if let Some(shared) = frozen {
+            shared.end_hole(at, done == Done::All);
+        }
+        done
+    }
+
     /// Somebody was faster: the page is mapped, or the file behind shared memory holds it. Its waiters are woken.
-    fn exists(&self, area: &Area, at: Place) -> Step {
+    fn exists(&self, gate: &Gate<'_>, at: Place) -> Step {
+        let area = &self.areas[at.area];
         let (addr, len) = (area.addr(at.granule), area.len_of(1));
         if area.region.backing != Backing::Anonymous {
-            match ops::map_cached(self.descriptor.fd(), addr.0, len.0) {
+            let protect = frozen(gate).is_some_and(|shared| shared.protects(at, 1));
+            match ops::map_cached(self.descriptor.fd(), addr.0, len.0, protect) {
                 Done::All => return Step::Advanced(1),
                 Done::Part(_) | Done::Failed(Errno::EAGAIN) => return Step::ReadEvents,
                 // EEXIST: mapped. EINVAL, EFAULT: a private mapping whose page is not the file's.
@@ -204,8 +231,8 @@ impl Core {
     }
 
     /// Zeros for claimed granules, on demand.
-    pub(crate) fn install_zeros(&self, place: Place, claimed: usize) -> Result<usize, SinkError> {
-        self.install(place, claimed, Content::Zeros)
+    pub(crate) fn install_zeros(&self, gate: &Gate<'_>, place: Place, claimed: usize) -> Result<usize, SinkError> {
+        self.install(gate, place, claimed, Content::Zeros)
     }
 
     /// Poisons what of a range is Missing, without waiting for what is under way.
@@ -274,6 +301,11 @@ impl Drop for Claim<'_> {
             self.core.areas[self.place.area].states.settle(granule, state);
         }
     }
+}
+
+/// Who has frozen the memory and has not ended.
+pub(crate) fn frozen<'a>(gate: &'a Gate<'_>) -> Option<&'a Arc<Shared>> {
+    gate.as_ref().filter(|shared| !shared.has_ended())
 }
 
 pub(crate) fn stopped() -> SinkError {

@@ -192,6 +192,12 @@ fn request(core: &Core, origin: &Origin, number: usize, run: PageRun, piece: Pag
     asked
 }
 
+/// Requests one granule, if it is Missing and nobody has.
+pub(crate) fn request_granule(core: &Core, origin: &Origin, place: Place) {
+    let granule = core.areas[place.area].granule;
+    request(core, origin, place.area, core.areas[place.area].pages(place.granule, 1), granule);
+}
+
 /// Fails the engine if a loader dies.
 struct Leaving<'a>(&'a Core);
 

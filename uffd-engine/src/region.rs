@@ -4,6 +4,8 @@ use std::ops::Range;
 
 use page_source::{ByteLen, HostAddr, Layout, PAGE_SIZE, PageCount, PageIndex, PageRun, PageSize};
 
+use userfaultfd::RegisterMode;
+
 use crate::StartError;
 use crate::sys::abi::Features;
 
@@ -74,6 +76,15 @@ impl Region {
     pub fn with_alias(mut self, alias: HostAddr) -> Region {
         self.alias = Some(alias);
         self
+    }
+
+    /// What an engine registers it for.
+    pub(crate) fn mode(&self) -> RegisterMode {
+        match self.backing {
+            Backing::Anonymous => RegisterMode::MISSING,
+            Backing::Hugetlb if !self.shared => RegisterMode::MISSING,
+            Backing::Memfd | Backing::Hugetlb => RegisterMode::MISSING | RegisterMode::MINOR,
+        }
     }
 
     pub(crate) fn len(&self) -> ByteLen {

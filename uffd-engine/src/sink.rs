@@ -108,7 +108,7 @@ impl Core {
             if !self.areas[place.area].states.claim_zero(place.granule) {
                 return Flow::Continue(());
             }
-            let done = self.install_zeros(place, 1);
+            let done = self.install_zeros(&gate, place, 1);
             drop(gate);
             match done {
                 Ok(0) => {}
@@ -182,8 +182,10 @@ impl Core {
                 break;
             }
             let installed = match &content {
-                Whole::Buffer(buffer) => self.install(place, 1, Content::Bytes(PageBytes::from_slice(buffer.bytes()))),
-                Whole::InFile => self.install(place, 1, Content::Cached),
+                Whole::Buffer(buffer) => {
+                    self.install(&gate, place, 1, Content::Bytes(PageBytes::from_slice(buffer.bytes())))
+                }
+                Whole::InFile => self.install(&gate, place, 1, Content::Cached),
             };
             drop(gate);
             match installed {

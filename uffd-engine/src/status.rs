@@ -22,6 +22,8 @@ pub(crate) enum Task {
     PagesFailed(EngineError),
     Check,
     LookUp,
+    /// A freeze has ended where nothing may be waited for: take its protection off.
+    Thaw,
     Fail(EngineError),
 }
 
@@ -29,6 +31,7 @@ pub(crate) enum Task {
 struct Inbox {
     first_fault: bool,
     check: bool,
+    thaw: bool,
     failed_pages: Vec<EngineError>,
     failure: Option<EngineError>,
 }
@@ -82,6 +85,7 @@ impl Status {
         match task {
             Task::FirstFault => inbox.first_fault = true,
             Task::Check | Task::LookUp => inbox.check = true,
+            Task::Thaw => inbox.thaw = true,
             Task::PagesFailed(error) if inbox.failed_pages.len() < MAX_FAILED_PAGES => inbox.failed_pages.push(error),
             Task::PagesFailed(_) => {}
             Task::Fail(error) => inbox.failure = Some(error),
@@ -95,6 +99,9 @@ impl Status {
         loop {
             if let Some(error) = inbox.failure.take() {
                 return Task::Fail(error);
+            }
+            if std::mem::take(&mut inbox.thaw) {
+                return Task::Thaw;
             }
             if std::mem::take(&mut inbox.first_fault) {
                 return Task::FirstFault;

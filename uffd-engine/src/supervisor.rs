@@ -15,7 +15,7 @@ use crate::pause::PausePoint;
 use crate::state::State;
 use crate::status::{Outcome, Task};
 use crate::sys::ops;
-use crate::{EngineError, stats};
+use crate::{EngineError, FrozenError, stats};
 
 /// Whom the engine tells.
 pub(crate) struct Observer(pub(crate) Box<dyn Fn(&Event) + Send>);
@@ -52,9 +52,19 @@ impl Supervisor {
                     }
                 }
                 Task::LookUp => self.look_up(),
+                Task::Thaw => self.thaw(),
                 Task::Fail(error) => return self.fail(error),
             }
         }
+    }
+
+    /// A freeze has ended on a thread that reads faults.
+    fn thaw(&self) {
+        let ended = self.core.installing().clone();
+        if let Some(shared) = ended.filter(|shared| shared.has_ended()) {
+            self.core.thaw(&shared.zones);
+        }
+        self.core.status.tell(Task::Check);
     }
 
     /// A source that has died without a word would leave its pages outstanding for ever.
@@ -100,7 +110,7 @@ impl Supervisor {
             self.core.status.fail(EngineError::Broken(error));
             return false;
         }
-        if !self.core.status.begin_completion() {
+        if !self.begin_completion() {
             return false;
         }
         self.core.pauses.at(PausePoint::Completing);
@@ -110,6 +120,14 @@ impl Supervisor {
         self.core.outstanding.wake();
         self.tell(&Event::Complete { after });
         true
+    }
+
+    /// Not while memory is frozen: unregistering would take the protection off. The end of the freeze has it checked
+    /// again.
+    fn begin_completion(&self) -> bool {
+        let gate = self.core.installing();
+        let frozen = gate.as_ref().is_some_and(|shared| !shared.has_ended());
+        !frozen && self.core.status.begin_completion()
     }
 
     /// Whether content of an area is still missing, by its page states.
@@ -146,6 +164,9 @@ impl Supervisor {
     fn fail(&mut self, error: EngineError) {
         log::error!("{error}");
         self.core.outstanding.wake();
+        if let Some(frozen) = self.core.frozen() {
+            frozen.end(Err(FrozenError::Engine(error.clone())));
+        }
         for area in 0..self.core.areas.len() {
             self.poison_missing(area);
         }

@@ -2,21 +2,24 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::Builder as Thread;
 
 use nix::errno::Errno;
 use page_source::{ByteLen, HostAddr, Layout, PageRun};
 use userfaultfd::RegisterMode;
 
-use super::frozen::{Frozen, Shared, Zone};
+use super::frozen::{Frozen, FrozenError, Shared, Zone};
+use super::owner::Owner;
 use super::pages::{PageTable, Saved};
 use super::pool::Pool;
 use super::writes;
+use crate::core::Core;
 use crate::descriptor::Descriptor;
 use crate::region::{self, Backing, Region};
 use crate::sys::abi::Features;
 use crate::sys::ops;
-use crate::{Handlers, OpenError, StartError};
+use crate::{Engine, Handlers, OpenError, StartError};
 
 /// So much is protected by one call, from one multiple to the next: what one entry of the second level of a page table
 /// covers. Where there is no such entry the kernel does nothing; in a call that covers more, it tells KVM of all of it
@@ -50,6 +53,21 @@ pub enum FreezeError {
     /// The regions can't be, or a thread or memory is missing.
     #[error(transparent)]
     Start(#[from] StartError),
+    /// The engine is not loading any more: the memory is complete, and frozen without it, or could not be loaded.
+    #[error("the engine that loaded the memory has ended: freeze the memory without it")]
+    EngineEnded,
+    /// The memory is frozen already.
+    #[error("this memory is frozen already")]
+    Busy,
+    /// The engine serves other regions than those.
+    #[error("the engine does not serve exactly these regions: see {start}")]
+    OtherRegions {
+        /// A region of either that the other lacks.
+        start: HostAddr,
+    },
+    /// The memory belongs to another process.
+    #[error("the memory belongs to another process, which alone can read it")]
+    Foreign,
     /// The kernel refused to register or to write-protect a range. `EBUSY`: another userfaultfd has it, that of an
     /// engine which is still loading.
     #[error("write-protecting {length} bytes at {start} failed: {errno}")]
@@ -77,32 +95,14 @@ impl Freezer {
     /// If anything is missing. Nothing has happened to the memory then.
     pub fn prepare(regions: Vec<Region>, layout: Layout, options: &FreezeOptions) -> Result<Freezer, FreezeError> {
         region::check(&regions, &layout)?;
-        let system = |what| move |error: io::Error| StartError::System { what, error };
-        let mut features = Features::PAGEFAULT_FLAG_WP | Features::EVENT_REMOVE;
+        let mut features = Features::EVENT_REMOVE;
         for region in &regions {
-            features |= region.backing.features();
-            if region.backing != Backing::Anonymous {
-                features |= Features::WP_HUGETLBFS_SHMEM;
-            }
+            features |= region.backing.features() | needs(region);
         }
         let descriptor = Descriptor::create(features, Features::empty(), true)?;
-        let granule = regions.first().map_or(Backing::Anonymous, |region| region.backing).granule();
-        if regions.iter().any(|region| region.backing.granule() != granule) {
-            return Err(StartError::Incomplete("regions of different page sizes are not frozen together").into());
-        }
-        let buffers = ByteLen(options.pool.0 / granule.bytes().0).get();
-        let pool = Pool::new(buffers, granule.bytes()).map_err(system("the pool of copied pages"))?;
-        let page_table = PageTable::open().map_err(system("/proc/self/pagemap"))?;
-        let zones = regions
-            .into_iter()
-            .map(|region| {
-                let saved = Saved::new(region.granules())?;
-                Ok(Zone { saved, granule: region.backing.granule(), region })
-            })
-            .collect::<io::Result<Vec<_>>>()
-            .map_err(system("memory for the page states"))?;
-        let shared = Shared::new(descriptor, zones, layout, pool, page_table, options.handlers.cores.len());
-        let shared = Arc::new(shared.map_err(|errno| system("an event descriptor")(errno.into()))?);
+        let owner = Owner::freeze(descriptor, options.handlers.cores.len());
+        let owner = owner.map_err(|errno| system("an event descriptor")(errno.into()))?;
+        let shared = shared(owner, regions, layout, options)?;
         let mut freezer = Freezer { shared, threads: Vec::new() };
         for (number, &cpu) in options.handlers.cores.iter().enumerate() {
             let shared = Arc::clone(&freezer.shared);
@@ -125,7 +125,10 @@ impl Freezer {
     pub fn arm(mut self, populated: &[PageRun]) -> Result<Frozen, FreezeError> {
         let threads = std::mem::take(&mut self.threads);
         let mut frozen = Frozen { shared: Arc::clone(&self.shared), threads };
-        let result = self.shared.zones.iter().try_for_each(|zone| arm(&self.shared, zone, populated));
+        let result = match &self.shared.owner {
+            Owner::Freeze { .. } => arm_all(&self.shared, populated),
+            Owner::Engine { core, .. } => self.arm_with(core, populated),
+        };
         match result {
             Ok(()) => Ok(frozen),
             Err(error) => {
@@ -134,6 +137,70 @@ impl Freezer {
             }
         }
     }
+
+    /// Nothing is being installed at the freeze point, and no discard read: a page is either there, and protected, or
+    /// its content is that of the source.
+    fn arm_with(&self, core: &Core, populated: &[PageRun]) -> Result<(), FreezeError> {
+        loop {
+            let mut gate = core.gate_alone();
+            if !core.status.running() {
+                return Err(FreezeError::EngineEnded);
+            }
+            if gate.as_ref().is_some_and(|other| !other.has_ended()) {
+                return Err(FreezeError::Busy);
+            }
+            match arm_all(&self.shared, populated) {
+                Ok(()) => {
+                    *gate = Some(Arc::clone(&self.shared));
+                    return Ok(());
+                }
+                // A discard waits for its event to be read, by whoever waits for us.
+                Err(FreezeError::Arm { errno: Errno::EAGAIN, .. }) => {}
+                Err(error) => return Err(error),
+            }
+            drop(gate);
+            std::thread::yield_now();
+        }
+    }
+}
+
+/// What freezing needs of the kernel besides.
+fn needs(region: &Region) -> Features {
+    match region.backing {
+        Backing::Anonymous => Features::PAGEFAULT_FLAG_WP,
+        Backing::Memfd | Backing::Hugetlb => Features::PAGEFAULT_FLAG_WP | Features::WP_HUGETLBFS_SHMEM,
+    }
+}
+
+fn system(what: &'static str) -> impl Fn(io::Error) -> StartError {
+    move |error| StartError::System { what, error }
+}
+
+/// Everything that can be made beforehand.
+fn shared(
+    owner: Owner,
+    regions: Vec<Region>,
+    layout: Layout,
+    options: &FreezeOptions,
+) -> Result<Arc<Shared>, FreezeError> {
+    let granule = regions.first().map_or(Backing::Anonymous, |region| region.backing).granule();
+    if regions.iter().any(|region| region.backing.granule() != granule) {
+        return Err(StartError::Incomplete("regions of different page sizes are not frozen together").into());
+    }
+    let buffers = ByteLen(options.pool.0 / granule.bytes().0).get();
+    let pool = Pool::new(buffers, granule.bytes()).map_err(system("the pool of copied pages"))?;
+    let page_table = PageTable::open().map_err(system("/proc/self/pagemap"))?;
+    let zones = regions
+        .into_iter()
+        .map(|region| {
+            let saved = Saved::new(region.granules())?;
+            let registered = AtomicBool::new(false);
+            Ok(Zone { saved, granule: region.backing.granule(), region, registered })
+        })
+        .collect::<io::Result<Vec<_>>>()
+        .map_err(system("memory for the page states"))?;
+    let shared = Shared::new(owner, zones, layout, pool, page_table);
+    Ok(Arc::new(shared.map_err(|errno| system("a page of zeros")(errno.into()))?))
 }
 
 impl Drop for Freezer {
@@ -142,30 +209,86 @@ impl Drop for Freezer {
         if self.threads.is_empty() {
             return;
         }
-        self.shared.stop();
+        self.shared.end(Err(FrozenError::Cancelled));
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
     }
 }
 
+impl Engine {
+    /// As [`Freezer::prepare`], for memory that this engine is still loading. Its own handlers serve the writers then,
+    /// those of the options are not used; what the engine brings from the freeze point on comes write-protected, and what
+    /// is missing is taken from its source as long as that is [repeatable](page_source::PageSource::repeatable): it is
+    /// not brought into the memory for it. Pages of another source are waited for.
+    ///
+    /// `regions` are those of the engine, in any order, with the pages that `layout` gives them. While memory is frozen
+    /// the engine does not become complete. Should it fail or be dropped, the freeze fails.
+    ///
+    /// # Errors
+    /// If anything is missing, the regions are others, or the kernel lacks write protection. Nothing has happened to the
+    /// memory then. [`FreezeError::EngineEnded`], here or from [`Freezer::arm`], says that the engine is not needed any
+    /// more, or has failed.
+    pub fn freezer(
+        &self,
+        mut regions: Vec<Region>,
+        layout: Layout,
+        options: &FreezeOptions,
+    ) -> Result<Freezer, FreezeError> {
+        let core = &self.core;
+        if core.descriptor.foreign() {
+            return Err(FreezeError::Foreign);
+        }
+        let Some(origin) = self.origin.as_ref().filter(|_| core.status.running()) else {
+            return Err(FreezeError::EngineEnded);
+        };
+        region::check(&regions, &layout)?;
+        let needed = regions.iter().map(needs).fold(Features::empty(), Features::union);
+        let available = core.descriptor.features();
+        if !available.contains(needed) {
+            return Err(OpenError::Unsupported { missing: needed - available, available }.into());
+        }
+        let number = |region: &Region| core.areas.iter().position(|area| area.region.start == region.start);
+        regions.sort_by_key(number);
+        let mut pairs = regions.iter().zip(&core.areas);
+        let other = pairs.find(|(region, area)| region.start != area.region.start || region.len() != area.region.len());
+        let longer = regions.get(core.areas.len()).or(core.areas.get(regions.len()).map(|area| &area.region));
+        if let Some(region) = other.map(|(region, _)| region).or(longer) {
+            return Err(FreezeError::OtherRegions { start: region.start });
+        }
+        let source = Arc::clone(&origin.source);
+        let owner = Owner::Engine { core: Arc::clone(core), source, origin: Arc::downgrade(origin) };
+        Ok(Freezer { shared: shared(owner, regions, layout, options)?, threads: Vec::new() })
+    }
+}
+
+fn arm_all(shared: &Shared, populated: &[PageRun]) -> Result<(), FreezeError> {
+    shared.zones.iter().try_for_each(|zone| arm(shared, zone, populated))
+}
+
 fn arm(shared: &Shared, zone: &Zone, populated: &[PageRun]) -> Result<(), FreezeError> {
     let region = &zone.region;
     let refused = |start: HostAddr, length: ByteLen, errno| FreezeError::Arm { start, length, errno };
-    let mode = RegisterMode::MISSING | RegisterMode::WRITE_PROTECT;
-    shared.descriptor.register(region.start, region.len(), mode).map_err(|error| {
+    // Those that it is registered for already, by an engine, stay.
+    let mode = RegisterMode::WRITE_PROTECT
+        | match &shared.owner {
+            Owner::Freeze { .. } => RegisterMode::MISSING,
+            Owner::Engine { .. } => region.mode(),
+        };
+    shared.owner.descriptor().register(region.start, region.len(), mode).map_err(|error| {
         let errno = match error {
             userfaultfd::Error::SystemError(errno) => Errno::from_raw(errno as i32),
             _ => Errno::last(),
         };
         refused(region.start, region.len(), errno)
     })?;
+    zone.registered.store(true, Ordering::Release);
     let protect = |start: HostAddr, len: ByteLen| {
         let end = start.0 + len.0;
         let mut at = start.0;
         while at < end {
             let next = (at + 1).next_multiple_of(STRIDE.0).min(end);
-            ops::write_protect(shared.descriptor.fd(), at, next - at, true)
+            ops::write_protect(shared.owner.descriptor().fd(), at, next - at, true)
                 .map_err(|errno| refused(HostAddr(at), ByteLen(next - at), errno))?;
             at = next;
         }

@@ -1,21 +1,23 @@
 //! Frozen memory, as a source that pushes each page once.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{Builder as Thread, JoinHandle};
+use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::sys::eventfd::{EfdFlags, EventFd};
 use page_source::{
     BlockId, ByteLen, Content, End, Feed, HostAddr, Layout, PageCount, PageIndex, PageRun, PageSink, PageSize,
     PageSource, SinkError, SourceError, Span, Urgency,
 };
 use parking_lot::{Condvar, Mutex, RwLock};
 
+use super::owner::Owner;
 use super::pages::{PageTable, Saved};
 use super::pool::Pool;
 use super::saver;
-use crate::descriptor::Descriptor;
+use crate::EngineError;
+use crate::core::Place;
 use crate::region::Region;
 use crate::sys::memory::Scratch;
 
@@ -25,6 +27,8 @@ pub(crate) struct Zone {
     pub(crate) region: Region,
     pub(crate) saved: Saved,
     pub(crate) granule: PageSize,
+    /// Whether the freeze has registered it, and nobody else.
+    pub(crate) registered: AtomicBool,
 }
 
 impl Zone {
@@ -57,6 +61,8 @@ pub struct FreezeStats {
     pub pages: u64,
     /// 4 KiB pages of zeros.
     pub zero_pages: u64,
+    /// Of all these pages, those that were still missing in memory and were taken from the source that it is loaded from.
+    pub pages_from_source: u64,
 }
 
 /// Why frozen memory could not be delivered whole. The guest goes on, and its memory is as it should be.
@@ -86,65 +92,83 @@ pub enum FrozenError {
         /// What the kernel said.
         errno: Errno,
     },
+    /// The memory is still being loaded, and its source has no content for pages that are missing.
+    #[error("{run}, still missing in memory: {error}")]
+    Source {
+        /// The pages, as the source counts them.
+        run: PageRun,
+        /// What the source says.
+        #[source]
+        error: SourceError,
+    },
+    /// The source that the memory is being loaded from is not what it was: nothing that came from it can be trusted.
+    #[error("the source that the memory is loaded from has changed: {0}")]
+    Changed(#[source] SourceError),
+    /// The memory is still being loaded, and that has failed or was given up.
+    #[error("the engine that loads the memory has ended: {0}")]
+    Engine(#[source] EngineError),
+    /// The content of pages could not be loaded: they are poisoned.
+    #[error("{0} could not be loaded, and has no content")]
+    Poisoned(PageRun),
     /// It was cancelled.
     #[error("the snapshot was cancelled")]
     Cancelled,
 }
 
+/// So long the thread that saves sleeps at most where it waits for an install that is under way.
+const MOMENT: Duration = Duration::from_millis(1);
+
 #[derive(Debug)]
 pub(crate) struct Shared {
-    pub(crate) descriptor: Descriptor,
+    pub(crate) owner: Owner,
     pub(crate) zones: Vec<Zone>,
     pub(crate) layout: Layout,
     pub(crate) pool: Pool,
     pub(crate) page_table: PageTable,
     zeros: Scratch,
-    pub(crate) event: EventFd,
-    pub(crate) stop: AtomicBool,
+    over: AtomicBool,
     /// Granules whose writers wait because the pool is full.
     pub(crate) parked: Mutex<Vec<(usize, usize)>>,
     populated: RwLock<Vec<PageRun>>,
-    /// Of each handler: odd from before it reads messages until it has looked at the discards among them.
-    turns: Box<[AtomicU64]>,
     pub(crate) write_faults: AtomicU64,
     pub(crate) hole_faults: AtomicU64,
     pub(crate) waits: AtomicU64,
     pub(crate) pages: AtomicU64,
     pub(crate) zero_pages: AtomicU64,
+    pub(crate) from_source: AtomicU64,
     outcome: Mutex<Option<Result<(), FrozenError>>>,
     ended: Condvar,
     started: AtomicBool,
-    pub(crate) work: Mutex<()>,
-    pub(crate) work_arrived: Condvar,
+    /// Something may have changed for the thread that saves.
+    work: Mutex<bool>,
+    work_arrived: Condvar,
 }
 
 impl Shared {
     pub(crate) fn new(
-        descriptor: Descriptor,
+        owner: Owner,
         zones: Vec<Zone>,
         layout: Layout,
         pool: Pool,
         page_table: PageTable,
-        handlers: usize,
     ) -> nix::Result<Shared> {
         let zero = || AtomicU64::new(0);
         Ok(Shared {
-            descriptor,
+            owner,
             zones,
             layout,
             pool,
             page_table,
             zeros: Scratch::new(PageSize::HUGE.bytes()).map_err(|_| Errno::ENOMEM)?,
-            event: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
-            stop: AtomicBool::new(false),
+            over: AtomicBool::new(false),
             parked: Mutex::default(),
             populated: RwLock::default(),
-            turns: std::iter::repeat_with(zero).take(handlers).collect(),
             write_faults: zero(),
             hole_faults: zero(),
             waits: zero(),
             pages: zero(),
             zero_pages: zero(),
+            from_source: zero(),
             outcome: Mutex::default(),
             ended: Condvar::new(),
             started: AtomicBool::new(false),
@@ -183,71 +207,57 @@ impl Shared {
         exists
     }
 
-    /// A handler begins, or ends, to read messages and to look at the discards among them.
-    pub(crate) fn turn(&self, handler: usize) {
-        self.turns[handler].fetch_add(1, Ordering::SeqCst);
-    }
-
-    /// Waits until every discard that may have taken effect is known. The kernel lets memory go as soon as a handler
-    /// has read of it: what was copied, or found missing, after that is not what it was at the freeze point. So whoever
-    /// has claimed a granule calls this after looking at it and before declaring it saved; a discard that is noticed
-    /// until then fails the snapshot.
+    /// See [`Owner::settle`].
     pub(crate) fn settle(&self) {
-        fence(Ordering::SeqCst);
-        for turn in &self.turns {
-            let now = turn.load(Ordering::SeqCst);
-            while now % 2 == 1 && turn.load(Ordering::SeqCst) == now && !self.stopping() {
-                std::thread::yield_now();
-            }
-        }
+        self.owner.settle(|| self.has_ended());
     }
 
-    /// Ends the threads that serve faults.
-    pub(crate) fn stop(&self) {
-        self.stop.store(true, Ordering::Release);
-        if let Err(errno) = self.event.write(1) {
-            log::error!("waking the fault handlers failed: {errno}");
-        }
-        self.wake_saver();
+    /// Whether nothing of it is needed any more: neither its protection nor its threads.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.over.load(Ordering::SeqCst)
     }
 
-    pub(crate) fn stopping(&self) -> bool {
-        self.stop.load(Ordering::Acquire)
+    /// Whether an install of so many granules has to be write-protected, since not all of them are saved.
+    pub(crate) fn protects(&self, at: Place, granules: usize) -> bool {
+        let saved = &self.zones[at.area].saved;
+        (at.granule..at.granule + granules).any(|granule| !saved.may_change(granule))
     }
 
     pub(crate) fn wake_saver(&self) {
-        let _held = self.work.lock();
+        *self.work.lock() = true;
         self.work_arrived.notify_all();
     }
 
-    /// The end: lets the memory go, then says how it ended. Only the first end counts.
+    /// The end: lets the memory go, and says how it ended. Only the first end counts.
     pub(crate) fn end(&self, outcome: Result<(), FrozenError>) {
-        let mut slot = self.outcome.lock();
-        if slot.is_some() {
+        if self.over.swap(true, Ordering::SeqCst) {
             return;
         }
-        self.unregister();
-        *slot = Some(outcome);
+        self.owner.let_go(&self.zones, outcome.is_ok());
+        *self.outcome.lock() = Some(outcome);
         self.ended.notify_all();
-        drop(slot);
-        self.stop();
+        self.owner.stop();
+        self.wake_saver();
     }
 
-    pub(crate) fn outcome(&self) -> Option<Result<(), FrozenError>> {
-        self.outcome.lock().clone()
-    }
-
-    /// Takes the protection off everything, and wakes whoever waits: after it too, see `Core::unregister`.
-    fn unregister(&self) {
-        for zone in &self.zones {
-            let (start, len) = (zone.region.start, zone.region.len());
-            if let Err(error) = self.descriptor.unregister(start, len) {
-                log::debug!("unregistering {start} failed: {error}");
-            }
-            if let Err(error) = self.descriptor.wake(start, len) {
-                log::debug!("waking the waiters of {start} failed: {error}");
+    /// How it ended, when it has.
+    pub(crate) fn wait(&self) -> Result<(), FrozenError> {
+        let mut slot = self.outcome.lock();
+        loop {
+            match &*slot {
+                Some(outcome) => return outcome.clone(),
+                None => self.ended.wait(&mut slot),
             }
         }
+    }
+
+    /// Waits until there may be something for the thread that saves, or for a moment.
+    pub(crate) fn wait_for_work(&self) {
+        let mut work = self.work.lock();
+        if !std::mem::take(&mut *work) {
+            self.work_arrived.wait_for(&mut work, MOMENT);
+        }
+        *work = false;
     }
 }
 
@@ -267,18 +277,14 @@ impl Frozen {
     /// # Errors
     /// If something went wrong; the guest goes on all the same.
     pub fn wait(&self) -> Result<FreezeStats, FrozenError> {
-        let mut slot = self.shared.outcome.lock();
-        while slot.is_none() {
-            self.shared.ended.wait(&mut slot);
-        }
-        let outcome = slot.clone().unwrap_or(Err(FrozenError::Cancelled));
-        drop(slot);
-        outcome.map(|()| self.stats())
+        self.shared.wait().map(|()| self.stats())
     }
 
     /// Takes the protection off and ends the delivery.
     pub fn cancel(&self) {
         self.shared.end(Err(FrozenError::Cancelled));
+        // Somebody else may be at it.
+        let _ = self.shared.wait();
     }
 
     /// What was done so far.
@@ -291,6 +297,7 @@ impl Frozen {
             waits_for_pool: of(&self.shared.waits),
             pages: of(&self.shared.pages),
             zero_pages: of(&self.shared.zero_pages),
+            pages_from_source: of(&self.shared.from_source),
         }
     }
 
@@ -301,6 +308,7 @@ impl Frozen {
                 log::error!("a write-fault handler had panicked");
             }
         }
+        self.shared.owner.forget(&self.shared);
     }
 }
 
@@ -333,10 +341,9 @@ impl PageSource for Frozen {
         let thread = Thread::new().name("uffd-save".into()).spawn(move || {
             shared.end(saver::run(&shared, &*sink));
             // The end that counts, which need not be that one: nothing is published that was cancelled.
-            let reason = match shared.outcome() {
-                Some(Ok(())) => return sink.end(End::Complete),
-                Some(Err(error)) => error.to_string(),
-                None => "it has not ended".into(),
+            let reason = match shared.wait() {
+                Ok(()) => return sink.end(End::Complete),
+                Err(error) => error.to_string(),
             };
             sink.end(End::Broken(SourceError::Stopped { reason }));
         });

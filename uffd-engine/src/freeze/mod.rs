@@ -5,13 +5,21 @@
 //! copied away first and its writer let go at once; the other pages are copied in the background and released in large
 //! pieces. [`Frozen`] is a [`PageSource`](page_source::PageSource) that pushes each page exactly once, those that are
 //! written first.
+//!
+//! Memory that an engine is still loading is frozen with the engine ([`Engine::freezer`](crate::Engine::freezer)): its
+//! handlers serve the writers too, what it installs from then on comes write-protected, and what is missing is taken
+//! from the engine's source without being brought into the memory.
 
 mod armed;
+mod fetch;
 mod frozen;
+mod owner;
 mod pages;
 mod pool;
 mod saver;
+mod whereabouts;
 mod writes;
 
 pub use armed::{FreezeError, FreezeOptions, Freezer};
+pub(crate) use frozen::Shared;
 pub use frozen::{FreezeStats, Frozen, FrozenError};

@@ -1,13 +1,16 @@
 //! Bringing frozen pages to the sink: those that were written first, then the rest.
 
+use std::ops::Range;
 use std::sync::atomic::Ordering;
 
 use nix::errno::Errno;
 use page_source::{ByteLen, Flow, HostAddr, PAGE_SIZE, PageBytes, PageCount, PageRun, PageSink, is_zero};
 
+use super::fetch::Fetch;
 use super::frozen::{FrozenError, Shared, Zone};
+use super::owner::Owner;
 use super::pool::Copied;
-use crate::region::Backing;
+use super::whereabouts::{Whereabouts, fetched_at_a_time};
 use crate::sys::memory::{Scratch, read_granule};
 use crate::sys::ops;
 
@@ -18,31 +21,37 @@ type Outcome = Result<(), FrozenError>;
 
 /// Delivers everything. Returns when each page was delivered, or at the first error.
 pub(crate) fn run(shared: &Shared, sink: &dyn PageSink) -> Outcome {
-    let mut buffer = Scratch::new(PIECE).map_err(|error| kernel("a buffer", HostAddr(0), errno_of(&error)))?;
+    let buffer = Scratch::new(PIECE).map_err(|error| kernel("a buffer", HostAddr(0), errno_of(&error)))?;
+    let mut saver = Saver { shared, sink, buffer, fetch: None };
     for (number, zone) in shared.zones.iter().enumerate() {
         let step = ByteLen(PIECE.0 / zone.granule.bytes().0).get();
         let mut at = 0;
         while at < zone.saved.len() {
-            written_first(shared, sink, &mut buffer)?;
+            saver.written_first()?;
             let end = (at + step).min(zone.saved.len());
-            sweep(shared, sink, number, at..end, &mut buffer)?;
+            saver.sweep(number, at..end)?;
             at = end;
         }
     }
-    // What the handlers have claimed is on its way into the pool.
+    // What the handlers have claimed is on its way into the pool; what an engine installs just now will be there.
     for (number, zone) in shared.zones.iter().enumerate() {
         for granule in 0..zone.saved.len() {
             while !zone.saved.saved(granule) {
-                written_first(shared, sink, &mut buffer)?;
+                saver.written_first()?;
                 if zone.saved.claimed(granule) {
                     std::thread::yield_now();
-                } else {
-                    sweep(shared, sink, number, granule..granule + 1, &mut buffer)?;
+                } else if !saver.sweep(number, granule..granule + 1)? {
+                    shared.wait_for_work();
                 }
             }
         }
     }
-    written_first(shared, sink, &mut buffer)
+    saver.written_first()?;
+    match &shared.owner {
+        Owner::Freeze { .. } => Ok(()),
+        // What was loaded since the freeze point was not vouched for yet, nor what was taken here.
+        Owner::Engine { source, .. } => source.verify().map_err(FrozenError::Changed),
+    }
 }
 
 fn kernel(what: &'static str, at: HostAddr, errno: Errno) -> FrozenError {
@@ -53,64 +62,102 @@ fn errno_of(error: &std::io::Error) -> Errno {
     Errno::from_raw(error.raw_os_error().unwrap_or(0))
 }
 
-/// The pages that were copied for their writers, and those whose writers wait.
-fn written_first(shared: &Shared, sink: &dyn PageSink, buffer: &mut Scratch) -> Outcome {
-    if let Some(outcome) = shared.outcome() {
-        return outcome.and(Err(FrozenError::Cancelled));
-    }
-    for Copied { area, granule, buffer } in shared.pool.drain() {
-        let zone = &shared.zones[area];
-        let run = zone.pages(granule, 1);
-        let flow = deliver(shared, sink, run, &buffer.bytes()[..run.len().get()]);
-        shared.pool.give_back(buffer);
-        taken(flow)?;
-    }
-    let parked = std::mem::take(&mut *shared.parked.lock());
-    for (number, granule) in parked {
-        sweep(shared, sink, number, granule..granule + 1, buffer)?;
-        // Saved by somebody else in between: its writer may wait for this.
-        release(shared, &shared.zones[number], granule, 1)?;
-    }
-    Ok(())
+pub(crate) fn page_table_error(start: HostAddr, error: &std::io::Error) -> FrozenError {
+    kernel("reading the page table", start, errno_of(error))
 }
 
-/// Saves what of some granules is not saved: copies, releases, and then delivers, so that no writer waits for the sink.
-fn sweep(
-    shared: &Shared,
-    sink: &dyn PageSink,
-    number: usize,
-    granules: std::ops::Range<usize>,
-    buffer: &mut Scratch,
-) -> Outcome {
-    let zone = &shared.zones[number];
-    let exists = existing(shared, zone, granules.clone())?;
-    let mut at = granules.start;
-    while at < granules.end {
-        let there = exists[at - granules.start];
-        let alike = (at..granules.end).take_while(|&granule| exists[granule - granules.start] == there);
-        let claimed = alike.take_while(|&granule| zone.saved.claim(granule)).count();
-        if claimed == 0 {
-            let holes = (at..granules.end).take_while(|&granule| zone.saved.take_hole(granule)).count();
-            zeros(shared, sink, zone.pages(at, holes))?;
-            at += holes.max(1);
-            continue;
+struct Saver<'a> {
+    shared: &'a Shared,
+    sink: &'a dyn PageSink,
+    buffer: Scratch,
+    fetch: Option<Fetch>,
+}
+
+impl Saver<'_> {
+    /// The pages that were copied for their writers, and those whose writers wait.
+    fn written_first(&mut self) -> Outcome {
+        let shared = self.shared;
+        if shared.has_ended() {
+            return Err(FrozenError::Cancelled);
         }
-        let run = zone.pages(at, claimed);
-        if there {
-            let bytes = buffer.bytes_mut(0, run.len().get());
-            read_granule(zone.addr(at), bytes);
-            shared.settle();
-            (at..at + claimed).for_each(|granule| zone.saved.done(granule));
-            release(shared, zone, at, claimed)?;
-            taken(deliver(shared, sink, run, bytes))?;
-        } else {
-            shared.settle();
-            (at..at + claimed).for_each(|granule| zone.saved.done(granule));
-            zeros(shared, sink, run)?;
+        for Copied { area, granule, buffer } in shared.pool.drain() {
+            let zone = &shared.zones[area];
+            let run = zone.pages(granule, 1);
+            let flow = deliver(shared, self.sink, run, &buffer.bytes()[..run.len().get()]);
+            shared.pool.give_back(buffer);
+            taken(flow)?;
         }
-        at += claimed;
+        let parked = std::mem::take(&mut *shared.parked.lock());
+        for (number, granule) in parked {
+            self.sweep(number, granule..granule + 1)?;
+            // Saved by somebody else in between: its writer may wait for this.
+            release(shared, &shared.zones[number], granule, 1)?;
+        }
+        Ok(())
     }
-    Ok(())
+
+    /// Saves what of some granules is not saved: copies, releases, and then delivers, so that no writer waits for the
+    /// sink. `false` if the content of some is not to be had yet.
+    fn sweep(&mut self, number: usize, granules: Range<usize>) -> Result<bool, FrozenError> {
+        let shared = self.shared;
+        let zone = &shared.zones[number];
+        let whereabouts = shared.whereabouts(number, granules.clone())?;
+        let mut all = true;
+        let mut at = granules.start;
+        while at < granules.end {
+            let place = whereabouts[at - granules.start];
+            if place == Whereabouts::Soon {
+                all = false;
+                at += 1;
+                continue;
+            }
+            let most = if place == Whereabouts::Source { fetched_at_a_time(zone) } else { granules.len() };
+            let alike = (at..granules.end).take(most).take_while(|&at| whereabouts[at - granules.start] == place);
+            let claimed = alike.take_while(|&granule| zone.saved.claim(granule)).count();
+            if claimed == 0 {
+                let holes = (at..granules.end).take_while(|&granule| zone.saved.take_hole(granule)).count();
+                zeros(shared, self.sink, zone.pages(at, holes))?;
+                at += holes.max(1);
+                continue;
+            }
+            self.save(number, at, claimed, place)?;
+            at += claimed;
+        }
+        Ok(all)
+    }
+
+    /// Saves claimed granules.
+    fn save(&mut self, number: usize, first: usize, granules: usize, place: Whereabouts) -> Outcome {
+        let shared = self.shared;
+        let zone = &shared.zones[number];
+        let run = zone.pages(first, granules);
+        match place {
+            Whereabouts::Memory => read_granule(zone.addr(first), self.buffer.bytes_mut(0, run.len().get())),
+            Whereabouts::Source => self.fetch(number, first, granules)?,
+            Whereabouts::Zero | Whereabouts::Soon => {}
+        }
+        shared.settle();
+        (first..first + granules).for_each(|granule| zone.saved.done(granule));
+        if place == Whereabouts::Zero {
+            return zeros(shared, self.sink, run);
+        }
+        release(shared, zone, first, granules)?;
+        taken(deliver(shared, self.sink, run, &self.buffer.bytes()[..run.len().get()]))
+    }
+
+    /// From the source of the engine that loads the memory.
+    fn fetch(&mut self, number: usize, first: usize, granules: usize) -> Outcome {
+        let Owner::Engine { core, source, .. } = &self.shared.owner else { return Ok(()) };
+        let run = core.areas[number].pages(first, granules);
+        let fetch = match self.fetch.take() {
+            Some(fetch) => fetch,
+            None => Fetch::start(&**source, PIECE).map_err(|error| FrozenError::Source { run, error })?,
+        };
+        let to = self.buffer.bytes_mut(0, run.len().get());
+        self.fetch.insert(fetch).fetch(run, to, || self.shared.has_ended())?;
+        self.shared.from_source.fetch_add(run.pages.0, Ordering::Relaxed);
+        Ok(())
+    }
 }
 
 fn zeros(shared: &Shared, sink: &dyn PageSink, run: PageRun) -> Outcome {
@@ -121,27 +168,12 @@ fn zeros(shared: &Shared, sink: &dyn PageSink, run: PageRun) -> Outcome {
     taken(sink.zero(run))
 }
 
-/// For each granule, whether it existed at the freeze point, unless it is saved already. A granule that came into being
-/// since then was a hole, which its first toucher has marked.
-fn existing(shared: &Shared, zone: &Zone, granules: std::ops::Range<usize>) -> Result<Vec<bool>, FrozenError> {
-    let per = ByteLen(zone.granule.pages().0).get();
-    let run = zone.pages(granules.start, granules.len());
-    let pages = if zone.region.backing == Backing::Anonymous || !zone.region.shared {
-        let start = zone.addr(granules.start);
-        let exist = shared.page_table.exist(start, granules.len() * per);
-        exist.map_err(|error| kernel("reading the page table", start, errno_of(&error)))?
-    } else {
-        shared.in_file(run)
-    };
-    Ok(pages.chunks(per).map(|pages| pages.iter().any(|&there| there)).collect())
-}
-
 fn release(shared: &Shared, zone: &Zone, first: usize, granules: usize) -> Outcome {
     let (addr, len) = (zone.addr(first), zone.len_of(granules));
     loop {
-        match ops::write_protect(shared.descriptor.fd(), addr.0, len.0, false) {
+        match ops::write_protect(shared.owner.descriptor().fd(), addr.0, len.0, false) {
             Ok(()) => return Ok(()),
-            Err(Errno::EAGAIN) if !shared.stopping() => std::thread::yield_now(),
+            Err(Errno::EAGAIN) if !shared.has_ended() => std::thread::yield_now(),
             Err(errno) => return Err(kernel("releasing pages", addr, errno)),
         }
     }

@@ -8,7 +8,9 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use page_source::{ByteLen, HostAddr};
 
 use super::frozen::{FrozenError, Shared, Zone};
+use super::owner::Owner;
 use super::pool::Copied;
+use crate::core::Place;
 use crate::handler::bind;
 use crate::region::Backing;
 use crate::sys::abi::{Message, UFFD_EVENT_PAGEFAULT, UFFD_EVENT_REMOVE, UFFD_EVENT_UNMAP, UFFD_PAGEFAULT_FLAG_WP};
@@ -21,30 +23,28 @@ const BATCH: usize = 64;
 /// Serves write faults until the freeze is over.
 pub(crate) fn run(shared: &Shared, handler: usize, cpu: Option<usize>) {
     bind(cpu);
+    let Owner::Freeze { descriptor, event, .. } = &shared.owner else { return };
     let mut messages = [Message::default(); BATCH];
     let mut again: Vec<(HostAddr, u64)> = Vec::new();
-    while !shared.stopping() {
+    while !shared.has_ended() {
         let wait = if again.is_empty() { PollTimeout::NONE } else { PollTimeout::ZERO };
-        let mut fds = [
-            PollFd::new(shared.descriptor.fd(), PollFlags::POLLIN),
-            PollFd::new(shared.event.as_fd(), PollFlags::POLLIN),
-        ];
+        let mut fds = [PollFd::new(descriptor.fd(), PollFlags::POLLIN), PollFd::new(event.as_fd(), PollFlags::POLLIN)];
         match poll(&mut fds, wait) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(errno) => return fail(shared, "waiting for faults", HostAddr(0), errno),
         }
-        shared.turn(handler);
-        let count = match ops::read(shared.descriptor.fd(), &mut messages) {
+        shared.owner.turn(handler);
+        let count = match ops::read(descriptor.fd(), &mut messages) {
             Ok(count) => count,
             Err(Errno::EAGAIN | Errno::EINTR) => 0,
             Err(errno) => return fail(shared, "reading faults", HostAddr(0), errno),
         };
         for message in &messages[..count] {
             if matches!(message.event, UFFD_EVENT_REMOVE | UFFD_EVENT_UNMAP) {
-                given_back(shared, HostAddr(message.word0), HostAddr(message.word1));
+                shared.given_back(HostAddr(message.word0), HostAddr(message.word1));
             }
         }
-        shared.turn(handler);
+        shared.owner.turn(handler);
         let mut faults = std::mem::take(&mut again);
         let fresh = messages[..count].iter().filter(|message| message.event == UFFD_EVENT_PAGEFAULT);
         faults.extend(fresh.map(|message| (HostAddr(message.word1), message.word0)));
@@ -56,25 +56,50 @@ pub(crate) fn run(shared: &Shared, handler: usize, cpu: Option<usize>) {
 }
 
 fn fail(shared: &Shared, what: &'static str, at: HostAddr, errno: Errno) {
-    if !shared.stopping() {
+    if !shared.has_ended() {
         shared.end(Err(FrozenError::Kernel { what, at, errno }));
     }
 }
 
-/// Memory was given back. What of it was not saved is lost to the snapshot.
-fn given_back(shared: &Shared, start: HostAddr, end: HostAddr) {
-    for zone in &shared.zones {
-        let range = zone.region.range();
-        let (from, to) = (start.max(range.start), end.min(range.end));
-        if from >= to {
-            continue;
+impl Shared {
+    /// Memory was given back. What of it was not saved is lost to the snapshot.
+    pub(crate) fn given_back(&self, start: HostAddr, end: HostAddr) {
+        for zone in &self.zones {
+            let range = zone.region.range();
+            let (from, to) = (start.max(range.start), end.min(range.end));
+            if from >= to {
+                continue;
+            }
+            let unit = zone.granule.bytes().0;
+            let first = ByteLen((from - range.start).0 / unit).get();
+            let last = ByteLen((to - range.start).0.div_ceil(unit)).get();
+            if (first..last).any(|granule| !zone.saved.may_change(granule)) {
+                self.end(Err(FrozenError::Discarded { start: from, end: to }));
+            }
         }
-        let unit = zone.granule.bytes().0;
-        let first = ByteLen((from - range.start).0 / unit).get();
-        let last = ByteLen((to - range.start).0.div_ceil(unit)).get();
-        if (first..last).any(|granule| !zone.saved.may_change(granule)) {
-            shared.end(Err(FrozenError::Discarded { start: from, end: to }));
+    }
+
+    /// An engine's handler, which holds its gate, serves a write. `false` if it has to be tried again after an event was
+    /// read.
+    pub(crate) fn write(&self, place: Place) -> bool {
+        write(self, place.area, place.granule)
+    }
+
+    /// An engine, which holds its gate, is about to install zeros: the caller is the one who says what comes of it.
+    pub(crate) fn claim_hole(&self, at: Place) -> bool {
+        self.zones[at.area].saved.claim(at.granule)
+    }
+
+    /// What came of it.
+    pub(crate) fn end_hole(&self, at: Place, installed: bool) {
+        let zone = &self.zones[at.area];
+        if installed {
+            self.hole_faults.fetch_add(1, Ordering::Relaxed);
+            return zone.saved.hole(at.granule);
         }
+        zone.saved.give_back(at.granule);
+        // Its writers may have been told meanwhile that whoever had claimed it would release them.
+        drop(self.owner.descriptor().wake(zone.addr(at.granule), zone.len_of(1)));
     }
 }
 
@@ -98,8 +123,8 @@ fn hole(shared: &Shared, zone: &Zone, granule: usize) -> bool {
     // Claimed by the saver: it found no page, and will not look again.
     let claimed = zone.saved.claim(granule);
     let done = match zone.region.backing {
-        Backing::Hugetlb => ops::copy(shared.descriptor.fd(), addr.0, shared.zeros(), len.0),
-        Backing::Anonymous | Backing::Memfd => ops::zeropage(shared.descriptor.fd(), addr.0, len.0),
+        Backing::Hugetlb => ops::copy(shared.owner.descriptor().fd(), addr.0, shared.zeros(), len.0, false),
+        Backing::Anonymous | Backing::Memfd => ops::zeropage(shared.owner.descriptor().fd(), addr.0, len.0),
     };
     if matches!(done, Done::Failed(Errno::EAGAIN) | Done::Part(_)) {
         if claimed {
@@ -108,7 +133,7 @@ fn hole(shared: &Shared, zone: &Zone, granule: usize) -> bool {
         return false;
     }
     if done != Done::All {
-        drop(shared.descriptor.wake(addr, len));
+        drop(shared.owner.descriptor().wake(addr, len));
     }
     if claimed {
         shared.settle();
@@ -137,7 +162,10 @@ fn write(shared: &Shared, number: usize, granule: usize) -> bool {
         return true;
     };
     read_granule(addr, buffer.bytes_mut(0, zone.granule.bytes().get()));
-    shared.settle();
+    if matches!(shared.owner, Owner::Freeze { .. }) {
+        // An engine's handler holds its gate.
+        shared.settle();
+    }
     shared.write_faults.fetch_add(1, Ordering::Relaxed);
     let first = shared.pool.push(Copied { area: number, granule, buffer });
     zone.saved.done(granule);
@@ -150,7 +178,7 @@ fn write(shared: &Shared, number: usize, granule: usize) -> bool {
 /// Takes the protection off a saved granule, and wakes its writers.
 fn release(shared: &Shared, zone: &Zone, granule: usize) -> bool {
     let (addr, len) = (zone.addr(granule), zone.len_of(1));
-    match ops::write_protect(shared.descriptor.fd(), addr.0, len.0, false) {
+    match ops::write_protect(shared.owner.descriptor().fd(), addr.0, len.0, false) {
         Ok(()) => true,
         Err(Errno::EAGAIN) => false,
         Err(errno) => {

@@ -113,6 +113,9 @@ pub(crate) const UFFD_EVENT_REMOVE: u8 = 0x15;
 pub(crate) const UFFD_EVENT_UNMAP: u8 = 0x16;
 
 pub(crate) const UFFDIO_WRITEPROTECT_MODE_WP: u64 = 1 << 0;
+pub(crate) const UFFDIO_COPY_MODE_WP: u64 = 1 << 1;
+/// Linux 6.4.
+pub(crate) const UFFDIO_CONTINUE_MODE_WP: u64 = 1 << 1;
 pub(crate) const UFFD_PAGEFAULT_FLAG_WP: u64 = 1 << 1;
 pub(crate) const UFFD_PAGEFAULT_FLAG_MINOR: u64 = 1 << 2;
 

@@ -32,16 +32,18 @@ fn done(status: i32, out: i64, len: u64) -> Done {
     }
 }
 
-/// `UFFDIO_COPY`. `from` is read by the kernel only: an address that is gone is `EFAULT`.
-pub(crate) fn copy(fd: BorrowedFd<'_>, to: u64, from: *const u8, len: u64) -> Done {
-    let mut arg = Copy { dst: to, src: from as u64, len, mode: 0, copy: 0 };
+/// `UFFDIO_COPY`. `from` is read by the kernel only: an address that is gone is `EFAULT`. Write-protected from the
+/// first moment on, if `protect`.
+pub(crate) fn copy(fd: BorrowedFd<'_>, to: u64, from: *const u8, len: u64, protect: bool) -> Done {
+    let mode = if protect { abi::UFFDIO_COPY_MODE_WP } else { 0 };
+    let mut arg = Copy { dst: to, src: from as u64, len, mode, copy: 0 };
     // SAFETY: `arg` is the structure this ioctl reads and writes; the addresses in it are checked by the kernel.
     let status = unsafe { libc::ioctl(fd.as_raw_fd(), abi::UFFDIO_COPY, &raw mut arg) };
     done(status, arg.copy, len)
 }
 
-fn fill(fd: BorrowedFd<'_>, number: u64, start: u64, len: u64) -> Done {
-    let mut arg = Fill { range: Range { start, len }, mode: 0, done: 0 };
+fn fill(fd: BorrowedFd<'_>, number: u64, start: u64, len: u64, mode: u64) -> Done {
+    let mut arg = Fill { range: Range { start, len }, mode, done: 0 };
     // SAFETY: `arg` is the structure that all three ioctls read and write; the kernel checks the range in it.
     let status = unsafe { libc::ioctl(fd.as_raw_fd(), number, &raw mut arg) };
     done(status, arg.done, len)
@@ -49,17 +51,18 @@ fn fill(fd: BorrowedFd<'_>, number: u64, start: u64, len: u64) -> Done {
 
 /// `UFFDIO_ZEROPAGE`: not on hugetlbfs.
 pub(crate) fn zeropage(fd: BorrowedFd<'_>, start: u64, len: u64) -> Done {
-    fill(fd, abi::UFFDIO_ZEROPAGE, start, len)
+    fill(fd, abi::UFFDIO_ZEROPAGE, start, len, 0)
 }
 
-/// `UFFDIO_CONTINUE`: maps pages that the file behind shared memory holds already.
-pub(crate) fn map_cached(fd: BorrowedFd<'_>, start: u64, len: u64) -> Done {
-    fill(fd, abi::UFFDIO_CONTINUE, start, len)
+/// `UFFDIO_CONTINUE`: maps pages that the file behind shared memory holds already; write-protected, if `protect`.
+pub(crate) fn map_cached(fd: BorrowedFd<'_>, start: u64, len: u64, protect: bool) -> Done {
+    let mode = if protect { abi::UFFDIO_CONTINUE_MODE_WP } else { 0 };
+    fill(fd, abi::UFFDIO_CONTINUE, start, len, mode)
 }
 
 /// `UFFDIO_POISON`: any access is an error from now on, also after the descriptor was closed.
 pub(crate) fn poison(fd: BorrowedFd<'_>, start: u64, len: u64) -> Done {
-    fill(fd, abi::UFFDIO_POISON, start, len)
+    fill(fd, abi::UFFDIO_POISON, start, len, 0)
 }
 
 /// `UFFDIO_WRITEPROTECT`: arms what is populated of a range, or releases it and wakes its writers.

@@ -1,0 +1,134 @@
+//! Where the content of a granule at the freeze point is to be had.
+
+use page_source::{ByteLen, Content, PageCount, PageSource};
+
+use super::frozen::{FrozenError, Shared, Zone};
+use super::owner::Owner;
+use super::saver::page_table_error;
+use crate::core::{Core, Place};
+use crate::region::Backing;
+use crate::state::State;
+use crate::{install, loader};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Whereabouts {
+    /// In the memory itself.
+    Memory,
+    /// Nowhere: it is zero.
+    Zero,
+    /// In the source that the memory is loaded from; the memory does not have it.
+    Source,
+    /// Not known yet: an install is under way, or was asked for.
+    Soon,
+}
+
+impl Shared {
+    /// For each granule, where its content is, unless it is saved already: then the answer means nothing.
+    pub(crate) fn whereabouts(
+        &self,
+        number: usize,
+        granules: std::ops::Range<usize>,
+    ) -> Result<Vec<Whereabouts>, FrozenError> {
+        let zone = &self.zones[number];
+        match &self.owner {
+            Owner::Freeze { .. } => {
+                let of = |exists| if exists { Whereabouts::Memory } else { Whereabouts::Zero };
+                Ok(self.existing(zone, granules)?.into_iter().map(of).collect())
+            }
+            Owner::Engine { core, source, origin } => {
+                let ask = |place| {
+                    if let Some(origin) = origin.upgrade() {
+                        loader::request_granule(core, &origin, place);
+                    }
+                };
+                self.in_engine(zone, number, granules, core, &**source, ask)
+            }
+        }
+    }
+
+    /// By the engine's page states. What is Missing there was Missing at the freeze point; what became Present since
+    /// then came write-protected, and is what the source has until it is saved.
+    fn in_engine(
+        &self,
+        zone: &Zone,
+        number: usize,
+        granules: std::ops::Range<usize>,
+        core: &Core,
+        source: &dyn PageSource,
+        ask: impl Fn(Place),
+    ) -> Result<Vec<Whereabouts>, FrozenError> {
+        let area = &core.areas[number];
+        let states: Vec<State> = granules.clone().map(|granule| area.states.get(granule).state).collect();
+        // A page that is Present can be missing all the same, if it was given back before the freeze point: see
+        // `Core::serve`. In this order: what is Present was mapped before.
+        let exists = if zone.region.shared || !states.contains(&State::Present) {
+            vec![true; granules.len()]
+        } else {
+            self.existing(zone, granules.clone())?
+        };
+        // In shared memory the file may hold what nobody has mapped yet.
+        let in_file = if zone.region.shared && states.contains(&State::Missing) {
+            self.existing(zone, granules.clone())?
+        } else {
+            vec![false; granules.len()]
+        };
+        let mut known = (Content::Unknown, granules.start);
+        let mut content = |granule: usize| {
+            if known.1 <= granule {
+                let span = source.run_at(area.block(), area.page(granule));
+                let whole = ByteLen(span.pages.0 / area.granule.0).get();
+                known = if whole == 0 { (Content::Unknown, granule + 1) } else { (span.content, granule + whole) };
+            }
+            known.0
+        };
+        granules
+            .clone()
+            .zip(states)
+            .map(|(granule, state)| {
+                let place = Place { area: number, granule };
+                let at = granule - granules.start;
+                Ok(match state {
+                    _ if zone.saved.saved(granule) => Whereabouts::Zero,
+                    State::Present if exists[at] => Whereabouts::Memory,
+                    State::Present | State::Zero | State::Removed => Whereabouts::Zero,
+                    State::InFlight => Whereabouts::Soon,
+                    State::Poisoned => return Err(FrozenError::Poisoned(zone.pages(granule, 1))),
+                    State::Missing if in_file[at] && !core.staging.gathering(place) => map(core, place),
+                    State::Missing if content(granule) == Content::Zero => Whereabouts::Zero,
+                    State::Missing if source.repeatable() => Whereabouts::Source,
+                    State::Missing => {
+                        ask(place);
+                        Whereabouts::Soon
+                    }
+                })
+            })
+            .collect()
+    }
+
+    /// For each granule, whether it existed at the freeze point, unless it is saved already. A granule that came into
+    /// being since then was a hole, which its first toucher has marked.
+    fn existing(&self, zone: &Zone, granules: std::ops::Range<usize>) -> Result<Vec<bool>, FrozenError> {
+        let per = ByteLen(zone.granule.pages().0).get();
+        let run = zone.pages(granules.start, granules.len());
+        let pages = if zone.region.backing == Backing::Anonymous || !zone.region.shared {
+            let start = zone.addr(granules.start);
+            self.page_table.exist(start, granules.len() * per).map_err(|error| page_table_error(start, &error))?
+        } else {
+            self.in_file(run)
+        };
+        Ok(pages.chunks(per).map(|pages| pages.iter().any(|&there| there)).collect())
+    }
+}
+
+/// Maps what the file behind shared memory holds.
+fn map(core: &Core, place: Place) -> Whereabouts {
+    let gate = core.installing();
+    let mapped = core.areas[place.area].states.claim(place.granule)
+        && core.install(&gate, place, 1, install::Content::Cached).is_ok_and(|done| done == 1);
+    if mapped { Whereabouts::Memory } else { Whereabouts::Soon }
+}
+
+/// So much is taken from a source at a time: its pages can't be written to meanwhile.
+pub(crate) fn fetched_at_a_time(zone: &Zone) -> usize {
+    ByteLen(PageCount(64).0 / zone.granule.pages().0).get().max(1)
+}
