@@ -5,103 +5,13 @@ mod common;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use common::collector::{Collector, layout};
 use common::{Kind, Memory, PAGE};
-use page_source::{
-    BlockId, ByteLen, End, Flow, Layout, PageBytes, PageCount, PageIndex, PageRun, PageSink, PageSize, PageSource,
-    RamBlock, SinkError, SourceError,
-};
-use parking_lot::{Condvar, Mutex};
+use page_source::{BlockId, ByteLen, PageCount, PageIndex, PageRun, PageSink, PageSource};
 use testkit::gate::Gate;
 use testkit::hugepages::Overcommit;
 use testkit::oracle::Oracle;
-use uffd_engine::{FreezeError, FreezeOptions, Freezer, Frozen, FrozenError, Handlers};
-
-/// Collects pages, and notices one that comes twice.
-#[derive(Debug)]
-struct Collector {
-    bytes: Mutex<Vec<Vec<u8>>>,
-    seen: Mutex<Vec<Vec<bool>>>,
-    end: Mutex<Option<End>>,
-    ended: Condvar,
-    gate: Option<Gate>,
-    fail_at: u64,
-    calls: AtomicU64,
-}
-
-impl Collector {
-    fn new(layout: &Layout, gate: Option<Gate>, fail_at: u64) -> Arc<Collector> {
-        let blocks = layout.blocks();
-        let pages = |block: &RamBlock| block.length().get() / PAGE;
-        Arc::new(Collector {
-            bytes: Mutex::new(blocks.iter().map(|block| vec![0xee; block.length().get()]).collect()),
-            seen: Mutex::new(blocks.iter().map(|block| vec![false; pages(block)]).collect()),
-            end: Mutex::default(),
-            ended: Condvar::new(),
-            gate,
-            fail_at,
-            calls: AtomicU64::new(0),
-        })
-    }
-
-    fn take(&self, run: PageRun, fill: impl Fn(&mut [u8])) -> Flow {
-        if let Some(gate) = &self.gate {
-            gate.enter();
-        }
-        if self.calls.fetch_add(1, Ordering::AcqRel) >= self.fail_at {
-            return Flow::Break(SinkError::Stopped { reason: "injected".into() });
-        }
-        let mut seen = self.seen.lock();
-        for page in run.iter() {
-            let once = &mut seen[run.block.0 as usize][page.byte_offset().get() / PAGE];
-            assert!(!std::mem::replace(once, true), "page {page} came twice");
-        }
-        let range = run.first.byte_offset().get()..run.end().byte_offset().get();
-        fill(&mut self.bytes.lock()[run.block.0 as usize][range]);
-        Flow::Continue(())
-    }
-
-    fn complete(&self) -> bool {
-        let mut end = self.end.lock();
-        while end.is_none() {
-            self.ended.wait(&mut end);
-        }
-        matches!(*end, Some(End::Complete))
-    }
-
-    fn assert_equals(&self, expected: &[Vec<u8>]) {
-        assert!(self.seen.lock().iter().flatten().all(|&seen| seen), "a page never came");
-        for (block, (bytes, expected)) in self.bytes.lock().iter().zip(expected).enumerate() {
-            let differs = bytes.chunks(PAGE).zip(expected.chunks(PAGE)).position(|(a, b)| a != b);
-            assert_eq!(differs, None, "block {block}: this page is not what it was at the freeze point");
-        }
-    }
-}
-
-impl PageSink for Collector {
-    fn data(&self, run: PageRun, bytes: PageBytes<'_>) -> Flow {
-        self.take(run, |to| bytes.copy_to(to).unwrap())
-    }
-
-    fn zero(&self, run: PageRun) -> Flow {
-        self.take(run, |to| to.fill(0))
-    }
-
-    fn failed(&self, run: PageRun, error: SourceError) -> Flow {
-        panic!("{run}: {error}")
-    }
-
-    fn end(&self, end: End) {
-        *self.end.lock() = Some(end);
-        self.ended.notify_all();
-    }
-}
-
-fn layout(pages: &[u64]) -> Layout {
-    let block = |(i, &pages): (usize, &u64)| {
-        RamBlock::new(format!("ram{i}"), PageCount(pages).to_bytes(), PageSize::SMALL).unwrap()
-    };
-    Layout::new(pages.iter().enumerate().map(block).collect()).unwrap()
-}
+use uffd_engine::{FreezeOptions, Freezer, Frozen, FrozenError, Handlers};
 
 /// Fills what the oracle has content for: the rest stays a hole.
 fn populate(memory: &Memory, oracle: &Oracle) -> Vec<PageRun> {
@@ -298,24 +208,4 @@ fn give_back(memory: &Memory) {
     let at = std::ptr::NonNull::new(std::ptr::with_exposed_provenance_mut(at)).unwrap();
     // SAFETY: pages of the test's own mapping, of which nothing is borrowed.
     unsafe { nix::sys::mman::madvise(at, 16 * 4096, nix::sys::mman::MmapAdvise::MADV_DONTNEED) }.unwrap();
-}
-
-#[test]
-fn memory_that_is_still_being_loaded_is_refused() {
-    testkit::require!(Userfaultfd);
-    let oracle = Arc::new(Oracle::random(8, layout(&[256]), 255));
-    let memory = Memory::new(Kind::Anonymous, oracle.layout());
-    let source = Arc::new(testkit::source::MemorySource::new(Arc::clone(&oracle)));
-    let engine = memory.engine(source).background(uffd_engine::Background::default().paused()).start().unwrap();
-    let freezer = Freezer::prepare(memory.regions(), memory.layout.clone(), &FreezeOptions::default()).unwrap();
-    assert!(matches!(freezer.arm(&[]), Err(FreezeError::Arm { errno: nix::errno::Errno::EBUSY, .. })));
-    engine.resume_background();
-    engine.wait().unwrap();
-    memory.assert_equals(&oracle);
-    let all: Vec<_> = memory.layout.runs().collect();
-    let frozen = freeze(&memory, &all, ByteLen(1 << 20), 1);
-    let sink = Collector::new(oracle.layout(), None, u64::MAX);
-    let _feed = frozen.start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
-    assert!(sink.complete());
-    sink.assert_equals(&[oracle.block(BlockId(0)).to_vec()]);
 }

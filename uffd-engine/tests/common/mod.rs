@@ -1,6 +1,8 @@
 //! Memory to be served, and a look at every byte of it.
 #![allow(dead_code, reason = "each test file uses its part")]
 
+pub(crate) mod collector;
+
 use std::io::{self, IoSliceMut};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;

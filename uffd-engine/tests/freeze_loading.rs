@@ -1,0 +1,450 @@
+//! Memory that is still being loaded is frozen at once: what is saved is what it was at the freeze point, and what is
+//! missing comes straight from the source.
+
+mod common;
+
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use common::collector::{Collector, layout};
+use common::{Kind, Memory, PAGE};
+use nix::unistd::{Whence, lseek};
+use page_source::{
+    BlockId, ByteLen, Feed, Layout, PageCount, PageIndex, PageRun, PageSink, PageSource, SourceError, Span,
+};
+use parking_lot::{Mutex, RwLock};
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+use testkit::faults::{Fault, FaultySource};
+use testkit::gate::Gate;
+use testkit::hugepages::Overcommit;
+use testkit::late::LateSource;
+use testkit::oracle::Oracle;
+use testkit::source::MemorySource;
+use uffd_engine::{
+    Background, Discards, Engine, EngineError, FailurePolicy, FreezeError, FreezeOptions, FreezeStats, Freezer, Frozen,
+    FrozenError, Handlers,
+};
+
+/// A guest: threads that write all over the memory, and a model of what the memory is.
+struct Guest<'a> {
+    memory: &'a Memory,
+    model: Mutex<Vec<Vec<u8>>>,
+    /// Held by a writer for the time of one write; alone by whoever stops the guest.
+    running: RwLock<()>,
+    over: AtomicBool,
+    writes: AtomicU64,
+}
+
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
+}
+
+impl<'a> Guest<'a> {
+    fn new(memory: &'a Memory, oracle: &Oracle) -> Guest<'a> {
+        let blocks = (0..).zip(memory.layout.blocks());
+        let model = blocks.map(|(id, _)| oracle.block(BlockId(id)).to_vec()).collect();
+        let model = Mutex::new(model);
+        Guest { memory, model, running: RwLock::new(()), over: AtomicBool::new(false), writes: AtomicU64::new(0) }
+    }
+
+    /// Runs `body` while two vCPUs write.
+    fn runs(&self, seed: u64, body: impl FnOnce()) {
+        std::thread::scope(|scope| {
+            for vcpu in 0..2 {
+                scope.spawn(move || {
+                    let mut random = StdRng::seed_from_u64(seed * 2 + vcpu);
+                    let runs: Vec<_> = self.memory.layout.runs().filter(|run| !run.is_empty()).collect();
+                    while !self.over.load(Ordering::Acquire) {
+                        let run = runs[random.random_range(0..runs.len())];
+                        // Each has pages of its own: then the order of writes is that of the model.
+                        let page = random.random_range(0..run.pages.0 / 2) * 2 + vcpu;
+                        self.write(run.block, PageIndex(page), random.random());
+                    }
+                });
+            }
+            let _over = Over(&self.over);
+            body();
+        });
+    }
+
+    fn write(&self, block: BlockId, page: PageIndex, value: u64) {
+        let _running = self.running.read_recursive();
+        self.memory.store(block, page, &value.to_le_bytes());
+        let at = page.byte_offset().get();
+        self.model.lock()[block.0 as usize][at..at + 8].copy_from_slice(&value.to_le_bytes());
+        self.writes.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// Until so many more writes were made.
+    fn progress(&self, writes: u64) {
+        let until = self.writes.load(Ordering::Acquire) + writes;
+        while self.writes.load(Ordering::Acquire) < until {
+            std::thread::yield_now();
+        }
+    }
+
+    /// Stops the guest, freezes its memory, and lets it go on. With what the memory was then.
+    fn freeze(&self, engine: &Engine, pool: ByteLen) -> (Result<Frozen, FreezeError>, Vec<Vec<u8>>) {
+        let options = FreezeOptions { pool, handlers: Handlers::default() };
+        let freezer = engine.freezer(self.memory.regions(), self.memory.layout.clone(), &options).unwrap();
+        let _stopped = self.running.write();
+        let frozen = freezer.arm(&populated(self.memory));
+        (frozen, self.model.lock().clone())
+    }
+
+    fn assert_memory(&self) {
+        for (block, model) in (0..).map(BlockId).zip(&*self.model.lock()) {
+            for (number, page) in model.chunks(PAGE).enumerate() {
+                let index = PageIndex(number as u64);
+                assert!(self.memory.load(block, index) == page, "memory at page {number} of block {}", block.0);
+            }
+        }
+    }
+}
+
+/// What the files behind shared memory hold.
+fn populated(memory: &Memory) -> Vec<PageRun> {
+    let mut runs = Vec::new();
+    for (block, map) in (0..).map(BlockId).zip(&memory.maps) {
+        match memory.kind {
+            Kind::MemfdShared => {
+                let file = map.file_offset().unwrap().file();
+                let end = i64::try_from(map.size()).unwrap();
+                let mut at = 0;
+                while let Ok(data) = lseek(file.as_fd(), at, Whence::SeekData) {
+                    at = lseek(file.as_fd(), data, Whence::SeekHole).unwrap().min(end);
+                    let pages = PageCount((at - data).unsigned_abs() / 4096);
+                    runs.push(PageRun::new(block, PageIndex(data.unsigned_abs() / 4096), pages));
+                }
+            }
+            Kind::HugetlbShared | Kind::HugetlbAlias => {
+                let table = std::fs::File::open("/proc/self/pagemap").unwrap();
+                for huge in 0..map.size() / common::HUGE {
+                    let mut entry = [0; 8];
+                    let at = (map.as_ptr() as usize + huge * common::HUGE) / PAGE * 8;
+                    table.read_exact_at(&mut entry, at as u64).unwrap();
+                    if u64::from_le_bytes(entry) >> 62 != 0 {
+                        runs.push(PageRun::new(block, PageIndex(huge as u64 * 512), PageCount(512)));
+                    }
+                }
+            }
+            Kind::Anonymous | Kind::MemfdPrivate | Kind::HugetlbPrivate => {}
+        }
+    }
+    runs
+}
+
+fn save(frozen: &Frozen, expected: &[Vec<u8>], layout: &Layout) -> FreezeStats {
+    let sink = Collector::new(layout, None, u64::MAX);
+    let feed = frozen.start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
+    let complete = sink.complete();
+    let stats = frozen.wait().unwrap();
+    assert!(complete);
+    sink.assert_equals(expected);
+    drop(feed);
+    assert_eq!(stats.pages + stats.zero_pages, layout.total().to_pages().0, "{stats:?}");
+    stats
+}
+
+fn sources(seed: u64, oracle: &Arc<Oracle>) -> Arc<dyn PageSource> {
+    let oracle = Arc::clone(oracle);
+    match seed % 4 {
+        0 => Arc::new(MemorySource::new(oracle)),
+        1 => Arc::new(MemorySource::new(oracle).knowing_nothing()),
+        2 => Arc::new(LateSource::new(oracle, seed).with_threads(2)),
+        _ => Arc::new(LateSource::new(oracle, seed).sending_each_page_once()),
+    }
+}
+
+/// Two snapshots, one after the other, of a guest that writes while its memory comes.
+fn two_snapshots(seed: u64, kind: Kind) {
+    let mut random = StdRng::seed_from_u64(seed);
+    let huge = !matches!(kind, Kind::Anonymous | Kind::MemfdShared);
+    let pages: &[u64] = if huge { &[1024, 512] } else { &[3000, 700] };
+    let oracle = Arc::new(Oracle::random(seed, layout(pages), random.random_range(40..=255)));
+    let memory = Memory::new(kind, oracle.layout());
+    let background = Background::default().with_piece(PageCount(32)).with_window(PageCount(64));
+    let engine = memory
+        .engine(sources(seed, &oracle))
+        .handlers(Handlers::threads(random.random_range(1..=2)))
+        .background(if random.random() { background } else { background.paused() })
+        .discards(if random.random() { Discards::Events } else { Discards::Announced })
+        .start()
+        .unwrap();
+    let guest = Guest::new(&memory, &oracle);
+    let pool = ByteLen(if random.random() { 4 << 20 } else { 1 });
+    guest.runs(seed, || {
+        for _ in 0..2 {
+            guest.progress(random.random_range(0..40));
+            match guest.freeze(&engine, pool) {
+                (Ok(frozen), expected) => drop(save(&frozen, &expected, oracle.layout())),
+                // It was quick: complete by now, and frozen without it.
+                (Err(FreezeError::EngineEnded), _) => drop(engine.wait().unwrap()),
+                (Err(error), _) => panic!("seed {seed}, {kind:?}: {error}"),
+            }
+        }
+        engine.resume_background();
+        engine.wait().unwrap();
+    });
+    guest.assert_memory();
+}
+
+#[test]
+fn what_is_saved_is_what_was_there_at_the_freeze_point() {
+    testkit::require!(Userfaultfd);
+    for seed in 0..48 {
+        two_snapshots(seed, [Kind::Anonymous, Kind::MemfdShared][usize::try_from(seed / 4 % 2).unwrap()]);
+    }
+}
+
+#[test]
+fn and_of_huge_pages_too() {
+    testkit::require!(Userfaultfd, Hugepages);
+    let _pages = Overcommit::reserve(16).unwrap();
+    let kinds = [Kind::HugetlbPrivate, Kind::HugetlbShared, Kind::HugetlbAlias];
+    for seed in 0..24 {
+        two_snapshots(seed, kinds[usize::try_from(seed / 4 % 3).unwrap()]);
+    }
+}
+
+fn paused(memory: &Memory, source: Arc<dyn PageSource>) -> Engine {
+    memory.engine(source).background(Background::default().paused()).start().unwrap()
+}
+
+#[test]
+fn nothing_is_brought_into_memory_for_it() {
+    testkit::require!(Userfaultfd);
+    for kind in [Kind::Anonymous, Kind::MemfdShared] {
+        let oracle = Arc::new(Oracle::random(3, layout(&[4096]), 200));
+        let memory = Memory::new(kind, oracle.layout());
+        let engine = paused(&memory, Arc::new(MemorySource::new(Arc::clone(&oracle))));
+        let guest = Guest::new(&memory, &oracle);
+        for page in [0, 77, 4095] {
+            guest.write(BlockId(0), PageIndex(page), 5);
+        }
+        let before = engine.stats();
+        let (frozen, expected) = guest.freeze(&engine, ByteLen(1 << 20));
+        let stats = save(&frozen.unwrap(), &expected, oracle.layout());
+        let after = engine.stats();
+        assert_eq!(after.demand_faults, before.demand_faults, "a page fault for the snapshot");
+        assert_eq!((after.demand_pages, after.background_pages), (before.demand_pages, 0));
+        // At most a few zero pages more than the three that are there.
+        assert!(memory.resident() <= ByteLen(64 * 4096), "{kind:?}: {}", memory.resident());
+        let touched = [0, 77, 4095].iter().filter(|&&page| !oracle.zero_at(BlockId(0), PageIndex(page))).count();
+        assert_eq!(stats.pages_from_source, oracle.stored_pages().0 - touched as u64, "{stats:?}");
+        engine.resume_background();
+        engine.wait().unwrap();
+        guest.assert_memory();
+    }
+}
+
+#[test]
+fn an_engine_is_complete_only_after_the_freeze() {
+    testkit::require!(Userfaultfd);
+    let oracle = Arc::new(Oracle::random(4, layout(&[600]), 200));
+    let memory = Memory::new(Kind::Anonymous, oracle.layout());
+    let engine = paused(&memory, Arc::new(MemorySource::new(Arc::clone(&oracle))));
+    let guest = Guest::new(&memory, &oracle);
+    let (frozen, expected) = guest.freeze(&engine, ByteLen(1 << 20));
+    let frozen = frozen.unwrap();
+    // All of it is loaded, and written to, while the sink stands still.
+    let gate = Gate::closed();
+    let sink = Collector::new(oracle.layout(), Some(gate.clone()), u64::MAX);
+    let feed = frozen.start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
+    gate.wait_for(1);
+    engine.resume_background();
+    for page in 0..200 {
+        guest.write(BlockId(0), PageIndex(page), 99);
+    }
+    while engine.stats().background_pages + engine.stats().demand_pages < oracle.stored_pages().0 {
+        std::thread::yield_now();
+    }
+    assert!(engine.wait_for(Duration::from_millis(20)).is_none(), "complete while frozen");
+    gate.open();
+    assert!(sink.complete());
+    sink.assert_equals(&expected);
+    engine.wait().unwrap();
+    guest.assert_memory();
+    drop((feed, frozen));
+    // From now on it is ordinary memory.
+    let options = FreezeOptions::default();
+    let ended = engine.freezer(memory.regions(), memory.layout.clone(), &options);
+    assert!(matches!(ended, Err(FreezeError::EngineEnded)));
+    let frozen = Freezer::prepare(memory.regions(), memory.layout.clone(), &options).unwrap().arm(&[]).unwrap();
+    let expected = guest.model.lock().clone();
+    save(&frozen, &expected, oracle.layout());
+}
+
+#[test]
+fn one_that_is_given_up_changes_nothing() {
+    testkit::require!(Userfaultfd);
+    for kind in [Kind::Anonymous, Kind::MemfdShared] {
+        for seed in 0..12 {
+            let oracle = Arc::new(Oracle::random(seed, layout(&[1500]), 220));
+            let memory = Memory::new(kind, oracle.layout());
+            let engine = paused(&memory, sources(seed, &oracle));
+            let guest = Guest::new(&memory, &oracle);
+            guest.runs(seed, || {
+                // One buffer: writers wait for it when it is given up.
+                let (frozen, _) = guest.freeze(&engine, ByteLen(1));
+                let frozen = frozen.unwrap();
+                guest.progress(1);
+                match seed % 3 {
+                    0 => drop(frozen),
+                    1 => {
+                        frozen.cancel();
+                        assert!(matches!(frozen.wait(), Err(FrozenError::Cancelled)));
+                    }
+                    _ => {
+                        let sink = Collector::new(oracle.layout(), None, seed / 3);
+                        let feed = frozen.start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
+                        assert!(!sink.complete());
+                        assert!(matches!(frozen.wait(), Err(FrozenError::Sink(_))));
+                        drop(feed);
+                    }
+                }
+                guest.progress(50);
+                let (frozen, expected) = guest.freeze(&engine, ByteLen(1 << 16));
+                save(&frozen.unwrap(), &expected, oracle.layout());
+                engine.resume_background();
+                engine.wait().unwrap();
+            });
+            guest.assert_memory();
+        }
+    }
+}
+
+#[test]
+fn a_second_freeze_at_the_same_time_and_other_regions_are_refused() {
+    testkit::require!(Userfaultfd);
+    let oracle = Arc::new(Oracle::random(5, layout(&[64, 64]), 200));
+    let memory = Memory::new(Kind::Anonymous, oracle.layout());
+    let engine = paused(&memory, Arc::new(MemorySource::new(Arc::clone(&oracle))));
+    let guest = Guest::new(&memory, &oracle);
+    let (first, expected) = guest.freeze(&engine, ByteLen(1 << 16));
+    let (second, _) = guest.freeze(&engine, ByteLen(1 << 16));
+    assert!(matches!(second, Err(FreezeError::Busy)));
+    let less = engine.freezer(memory.regions()[..1].to_vec(), memory.layout.clone(), &FreezeOptions::default());
+    assert!(matches!(less, Err(FreezeError::OtherRegions { .. })));
+    save(&first.unwrap(), &expected, oracle.layout());
+}
+
+/// A source that says at the end that its file has changed.
+#[derive(Debug)]
+struct Changed(MemorySource);
+
+impl PageSource for Changed {
+    fn layout(&self) -> &Layout {
+        self.0.layout()
+    }
+
+    fn run_at(&self, block: BlockId, first: PageIndex) -> Span {
+        self.0.run_at(block, first)
+    }
+
+    fn verify(&self) -> Result<(), SourceError> {
+        Err(SourceError::Injected("changed".into()))
+    }
+
+    fn start(&self, sink: Arc<dyn PageSink>) -> Result<Box<dyn Feed>, SourceError> {
+        self.0.start(sink)
+    }
+}
+
+/// Freezes untouched memory over a source, and delivers it: how that fails.
+fn failure(source: Arc<dyn PageSource>, oracle: &Arc<Oracle>, meanwhile: impl FnOnce(&Memory, &Engine)) -> FrozenError {
+    let memory = Memory::new(Kind::Anonymous, oracle.layout());
+    let engine = memory
+        .engine(source)
+        .background(Background::default().paused())
+        .on_failure(FailurePolicy::PoisonFailed)
+        .start()
+        .unwrap();
+    let guest = Guest::new(&memory, oracle);
+    let (frozen, _) = guest.freeze(&engine, ByteLen(1 << 16));
+    let frozen = frozen.unwrap();
+    meanwhile(&memory, &engine);
+    let sink = Collector::new(oracle.layout(), None, u64::MAX);
+    let feed = frozen.start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
+    assert!(!sink.complete(), "nothing is published");
+    let error = frozen.wait().unwrap_err();
+    drop((feed, frozen, engine));
+    error
+}
+
+#[test]
+fn what_can_not_be_had_fails_the_snapshot() {
+    testkit::require!(Userfaultfd);
+    let oracle = Arc::new(Oracle::random(9, layout(&[300]), 255));
+    let source = || Arc::new(MemorySource::new(Arc::clone(&oracle)));
+    for fault in [Fault::Error, Fault::Short, Fault::Broken, Fault::Silence] {
+        let faulty = Arc::new(FaultySource::new(source(), 2, fault.clone()));
+        let error = failure(faulty, &oracle, |_, _| {});
+        assert!(matches!(error, FrozenError::Source { .. }), "{fault:?}: {error}");
+    }
+    let error = failure(Arc::new(Changed(MemorySource::new(Arc::clone(&oracle)))), &oracle, |_, _| {});
+    assert!(matches!(error, FrozenError::Changed(_)), "{error}");
+    let error = failure(source(), &oracle, |_, engine| engine.cancel());
+    assert!(matches!(error, FrozenError::Engine(EngineError::Cancelled)), "{error}");
+    // The first run that is delivered is that of this fault: its page is poisoned, and the engine goes on.
+    let faulty = Arc::new(FaultySource::new(source(), 0, Fault::Error));
+    let error = failure(faulty, &oracle, |memory, _| {
+        memory.read(BlockId(0), PageIndex(7)).unwrap_err();
+    });
+    assert!(matches!(error, FrozenError::Poisoned(run) if run.first == PageIndex(7)), "{error}");
+}
+
+#[test]
+fn memory_that_is_given_back_before_it_is_saved_fails_the_snapshot() {
+    testkit::require!(Userfaultfd);
+    let oracle = Arc::new(Oracle::random(10, layout(&[300]), 255));
+    let source = || Arc::new(MemorySource::new(Arc::clone(&oracle)));
+    let run = PageRun::new(BlockId(0), PageIndex(16), PageCount(16));
+    let error = failure(source(), &oracle, |memory, engine| {
+        engine.discard(run).unwrap();
+        assert!(memory.load(BlockId(0), PageIndex(20)).iter().all(|&byte| byte == 0));
+        engine.resume_background();
+        engine.wait().unwrap();
+        assert!(memory.load(BlockId(0), PageIndex(21)).iter().all(|&byte| byte == 0));
+        assert!(memory.load(BlockId(0), PageIndex(40)) == oracle.run(PageRun::single(BlockId(0), PageIndex(40))));
+    });
+    assert!(matches!(error, FrozenError::Discarded { .. }), "{error}");
+}
+
+#[test]
+fn an_engine_that_is_dropped_ends_the_freeze() {
+    testkit::require!(Userfaultfd);
+    let oracle = Arc::new(Oracle::random(11, layout(&[300]), 255));
+    let memory = Memory::new(Kind::Anonymous, oracle.layout());
+    let before = common::fd_count();
+    let engine = paused(&memory, Arc::new(LateSource::new(Arc::clone(&oracle), 1)));
+    let guest = Guest::new(&memory, &oracle);
+    let (frozen, _) = guest.freeze(&engine, ByteLen(1 << 16));
+    let frozen = frozen.unwrap();
+    drop(engine);
+    assert!(matches!(frozen.wait(), Err(FrozenError::Engine(EngineError::Cancelled))));
+    assert!(memory.read(BlockId(0), PageIndex(1)).is_err(), "poisoned, not zero");
+    drop(frozen);
+    assert_eq!(common::fd_count(), before, "the descriptor is closed");
+}
+
+#[test]
+fn plain_freezing_does_not_take_memory_from_an_engine() {
+    testkit::require!(Userfaultfd);
+    let oracle = Arc::new(Oracle::random(8, layout(&[256]), 255));
+    let memory = Memory::new(Kind::Anonymous, oracle.layout());
+    let engine = paused(&memory, Arc::new(MemorySource::new(Arc::clone(&oracle))));
+    let freezer = Freezer::prepare(memory.regions(), memory.layout.clone(), &FreezeOptions::default()).unwrap();
+    assert!(matches!(freezer.arm(&[]), Err(FreezeError::Arm { errno: nix::errno::Errno::EBUSY, .. })));
+    engine.resume_background();
+    engine.wait().unwrap();
+    memory.assert_equals(&oracle);
+}
