@@ -77,6 +77,18 @@ impl StateMap {
         decode(self.granules[granule].load(Ordering::Acquire))
     }
 
+    /// The granules that are Present: the first of each run, and how many.
+    pub(crate) fn present(&self) -> impl Iterator<Item = (usize, usize)> {
+        let there = |granule: &usize| self.get(*granule).state == State::Present;
+        let mut at = 0;
+        std::iter::from_fn(move || {
+            let first = (at..self.len()).find(there)?;
+            let granules = (first..self.len()).take_while(there).count();
+            at = first + granules;
+            Some((first, granules))
+        })
+    }
+
     /// Missing or Zero becomes InFlight, and the caller is the one who installs it.
     pub(crate) fn claim(&self, granule: usize) -> bool {
         self.change(granule, |entry| matches!(entry.state, State::Missing | State::Zero), State::InFlight)
@@ -205,6 +217,16 @@ mod tests {
         assert_eq!(map.request(0, true), None);
         assert!(map.claim_zero(0) && !map.claim_zero(1));
         assert_eq!(map.mark_zero(0).state, State::InFlight);
+    }
+
+    #[test]
+    fn what_is_present_is_told_in_runs() {
+        let map = StateMap::new(6).unwrap();
+        for granule in [1, 2, 5] {
+            assert!(map.claim(granule));
+            map.settle(granule, State::Present);
+        }
+        assert_eq!(map.present().collect::<Vec<_>>(), [(1, 2), (5, 1)]);
     }
 
     #[test]

@@ -62,7 +62,7 @@ impl Supervisor {
     fn thaw(&self) {
         let ended = self.core.installing().clone();
         if let Some(shared) = ended.filter(|shared| shared.has_ended()) {
-            self.core.thaw(&shared.zones);
+            self.core.thaw(&shared);
         }
         self.core.status.tell(Task::Check);
     }

@@ -263,10 +263,11 @@ impl Engine {
 }
 
 fn arm_all(shared: &Shared, populated: &[PageRun]) -> Result<(), FreezeError> {
-    shared.zones.iter().try_for_each(|zone| arm(shared, zone, populated))
+    (0..shared.zones.len()).try_for_each(|number| arm(shared, number, populated))
 }
 
-fn arm(shared: &Shared, zone: &Zone, populated: &[PageRun]) -> Result<(), FreezeError> {
+fn arm(shared: &Shared, number: usize, populated: &[PageRun]) -> Result<(), FreezeError> {
+    let zone = &shared.zones[number];
     let region = &zone.region;
     let refused = |start: HostAddr, length: ByteLen, errno| FreezeError::Arm { start, length, errno };
     // Those that it is registered for already, by an engine, stay.
@@ -297,15 +298,23 @@ fn arm(shared: &Shared, zone: &Zone, populated: &[PageRun]) -> Result<(), Freeze
     if region.backing == Backing::Anonymous || !region.shared {
         return protect(region.start, region.len());
     }
-    let granule = zone.granule.bytes().0;
-    for run in populated {
-        let here = run.intersect(region.run);
-        if here.is_empty() {
-            continue;
+    if let Owner::Engine { core, .. } = &shared.owner {
+        // What it has installed since the caller looked at the file is there too.
+        let states = &core.areas[number].states;
+        for (first, granules) in states.present() {
+            protect(zone.addr(first), zone.len_of(granules))?;
         }
-        let from = (here.first - region.run.first).to_bytes().0 / granule * granule;
-        let to = (here.end() - region.run.first).to_bytes().0.next_multiple_of(granule);
-        protect(region.start + ByteLen(from), ByteLen(to - from))?;
+    } else {
+        let granule = zone.granule.bytes().0;
+        for run in populated {
+            let here = run.intersect(region.run);
+            if here.is_empty() {
+                continue;
+            }
+            let from = (here.first - region.run.first).to_bytes().0 / granule * granule;
+            let to = (here.end() - region.run.first).to_bytes().0.next_multiple_of(granule);
+            protect(region.start + ByteLen(from), ByteLen(to - from))?;
+        }
     }
     shared.note_populated(populated);
     Ok(())

@@ -233,7 +233,7 @@ impl Shared {
         if self.over.swap(true, Ordering::SeqCst) {
             return;
         }
-        self.owner.let_go(&self.zones, outcome.is_ok());
+        self.owner.let_go(self, outcome.is_ok());
         *self.outcome.lock() = Some(outcome);
         self.ended.notify_all();
         self.owner.stop();

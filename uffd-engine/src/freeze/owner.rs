@@ -8,7 +8,7 @@ use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use page_source::{ByteLen, HostAddr, PageSource};
 
-use super::frozen::{Shared, Zone};
+use super::frozen::Shared;
 use crate::core::Core;
 use crate::descriptor::Descriptor;
 use crate::fault::Origin;
@@ -97,11 +97,11 @@ impl Owner {
 
     /// Takes the protection off everything that is not released, wakes whoever waits, and lets an engine go on to its
     /// completion.
-    pub(crate) fn let_go(&self, zones: &[Zone], all_released: bool) {
+    pub(crate) fn let_go(&self, shared: &Shared, all_released: bool) {
         match self {
             // After it too: see `Core::unregister`.
             Owner::Freeze { descriptor, .. } => {
-                for zone in zones.iter().filter(|zone| zone.registered.load(Ordering::Acquire)) {
+                for zone in shared.zones.iter().filter(|zone| zone.registered.load(Ordering::Acquire)) {
                     let (start, len) = (zone.region.start, zone.region.len());
                     if let Err(error) = descriptor.unregister(start, len) {
                         log::debug!("unregistering {start} failed: {error}");
@@ -115,7 +115,7 @@ impl Owner {
             Owner::Engine { core, .. } if all_released => core.status.tell(Task::Check),
             Owner::Engine { core, .. } if core.on_reader_thread() => core.status.tell(Task::Thaw),
             Owner::Engine { core, .. } => {
-                core.thaw(zones);
+                core.thaw(shared);
                 core.status.tell(Task::Check);
             }
         }
@@ -135,14 +135,14 @@ const STRIDE: ByteLen = ByteLen(1 << 30);
 impl Core {
     /// Takes the protection off, after a freeze has ended. What is protected all the same (an install that was under
     /// way) is released when it is written to.
-    pub(crate) fn thaw(&self, zones: &[Zone]) {
+    pub(crate) fn thaw(&self, shared: &Shared) {
         // Whoever serves a write for the freeze has seen by then that it has ended, or parked its writer, who is woken.
         drop(self.gate_alone());
-        for zone in zones {
+        for zone in &shared.zones {
             let (mut at, end) = (zone.region.start.0, zone.region.range().end.0);
             while at < end {
                 let next = (at + 1).next_multiple_of(STRIDE.0).min(end);
-                if !self.release(HostAddr(at), ByteLen(next - at)) {
+                if !self.release(shared, HostAddr(at), ByteLen(next - at)) {
                     return;
                 }
                 at = next;
@@ -150,17 +150,23 @@ impl Core {
         }
     }
 
-    /// `false` if the memory is no longer this engine's to release.
-    fn release(&self, start: HostAddr, len: ByteLen) -> bool {
+    /// `false` if the memory is not to be released any more: it is frozen again, or no longer this engine's.
+    fn release(&self, shared: &Shared, start: HostAddr, len: ByteLen) -> bool {
         loop {
+            let gate = self.installing();
+            if gate.as_deref().is_some_and(|now| !std::ptr::eq(now, shared)) {
+                return false;
+            }
             match ops::write_protect(self.descriptor.fd(), start.0, len.0, false) {
                 Ok(()) => return true,
-                Err(Errno::EAGAIN) if self.status.running() => std::thread::yield_now(),
+                Err(Errno::EAGAIN) if self.status.running() => {}
                 Err(errno) => {
                     log::debug!("releasing {len} bytes at {start} failed: {errno}");
                     return false;
                 }
             }
+            drop(gate);
+            std::thread::yield_now();
         }
     }
 }

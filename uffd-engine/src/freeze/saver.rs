@@ -90,8 +90,14 @@ impl Saver<'_> {
         let parked = std::mem::take(&mut *shared.parked.lock());
         for (number, granule) in parked {
             self.sweep(number, granule..granule + 1)?;
-            // Saved by somebody else in between: its writer may wait for this.
-            release(shared, &shared.zones[number], granule, 1)?;
+            let zone = &shared.zones[number];
+            if zone.saved.may_change(granule) {
+                // Saved by somebody else in between: its writer may wait for this.
+                release(shared, zone, granule, 1)?;
+            } else {
+                // Somebody is copying it, or the engine has installed it and not said so yet.
+                shared.parked.lock().push((number, granule));
+            }
         }
         Ok(())
     }
