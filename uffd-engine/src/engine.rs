@@ -5,12 +5,13 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use page_source::PageRun;
+use page_source::{PageCount, PageRun};
 
-use crate::core::Core;
+use crate::core::{Area, Core};
 use crate::fault::Origin;
 use crate::handler::Waiter;
 use crate::loader::Plan;
+use crate::state::State;
 use crate::stats::Stats;
 use crate::status::{Outcome, Task};
 use crate::sys::memory;
@@ -106,6 +107,19 @@ impl Engine {
         }
     }
 
+    /// How many pages are not in memory yet and may have content.
+    #[must_use]
+    pub fn missing(&self) -> PageCount {
+        let Some(origin) = self.origin.as_ref().filter(|_| self.core.status.running()) else { return PageCount(0) };
+        let areas = self.core.areas.iter();
+        let granules = |area: &Area| {
+            let missing = |granule: &usize| matches!(area.states.get(*granule).state, State::Missing | State::InFlight);
+            let spans = origin.stored(area);
+            spans.map(|(first, granules)| (first..first + granules).filter(missing).count()).sum::<usize>()
+        };
+        PageCount(areas.map(|area| granules(area) as u64 * area.granule.0).sum())
+    }
+
     /// What it has done so far.
     #[must_use]
     pub fn stats(&self) -> Stats {
@@ -161,7 +175,7 @@ impl Engine {
             let first = area.granule_of(part.first);
             let granules = page_source::ByteLen(part.pages.0 / area.granule.0).get();
             for granule in first..first + granules {
-                while area.states.get(granule).state == crate::state::State::InFlight {
+                while area.states.get(granule).state == State::InFlight {
                     std::thread::yield_now();
                 }
                 self.core.remove_granule(number, granule);

@@ -3,10 +3,10 @@
 use std::time::Instant;
 
 use nix::errno::Errno;
-use page_source::{Feed, HostAddr, PageCount, PageRun, PageSource, Urgency};
+use page_source::{ByteLen, Feed, HostAddr, PageCount, PageRun, PageSource, Urgency};
 
 use crate::EngineError;
-use crate::core::{Alone, Core, Place};
+use crate::core::{Alone, Area, Core, Place};
 use crate::install::{Content, frozen};
 use crate::pause::PausePoint;
 use crate::state::State;
@@ -22,6 +22,29 @@ pub(crate) struct Origin {
     pub(crate) feed: std::sync::Arc<dyn Feed>,
     /// So many pages are asked for at a time, around the fault.
     pub(crate) around: PageCount,
+}
+
+impl Origin {
+    /// The granules of an area that are not known to be zero: the first of a span, and how many.
+    pub(crate) fn stored<'a>(&'a self, area: &'a Area) -> impl Iterator<Item = (usize, usize)> + 'a {
+        let mut at = 0;
+        std::iter::from_fn(move || {
+            while at < area.states.len() {
+                let span = self.source.run_at(area.block(), area.page(at));
+                let granules = ByteLen(span.pages.0 / area.granule.0).get();
+                let left = area.states.len() - at;
+                let first = at;
+                if span.content == page_source::Content::Zero && granules > 0 {
+                    at += granules.min(left);
+                    continue;
+                }
+                let granules = granules.clamp(1, left);
+                at += granules;
+                return Some((first, granules));
+            }
+            None
+        })
+    }
 }
 
 /// Zeros are installed in ranges of up to so many 4 KiB pages around a fault: one costs little more than the other.
@@ -152,7 +175,7 @@ impl Core {
     /// The pages to ask for: the granule, and what is Missing right around it in the same aligned window.
     fn around(&self, origin: &Origin, place: Place) -> PageRun {
         let area = &self.areas[place.area];
-        let window = page_source::ByteLen(origin.around.0).get();
+        let window = ByteLen(origin.around.0).get();
         if window <= 1 || !area.small() {
             return area.pages(place.granule, 1);
         }
@@ -270,8 +293,8 @@ impl Core {
                 continue;
             }
             let granule = area.granule.to_bytes().0;
-            let first = page_source::ByteLen((from - range.start).0 / granule).get();
-            let last = page_source::ByteLen((to - range.start).0.div_ceil(granule)).get();
+            let first = ByteLen((from - range.start).0 / granule).get();
+            let last = ByteLen((to - range.start).0.div_ceil(granule)).get();
             for at in first..last {
                 self.remove_granule(number, at);
             }

@@ -5,9 +5,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use page_source::{Content, SourceError};
+use page_source::SourceError;
 
-use crate::core::{Area, Core};
+use crate::core::Core;
 use crate::fault::Origin;
 use crate::loader::Plan;
 use crate::options::Event;
@@ -133,30 +133,9 @@ impl Supervisor {
     /// Whether content of an area is still missing, by its page states.
     fn lacks(&self, number: usize) -> bool {
         let area = &self.core.areas[number];
-        self.spans(area).any(|(first, granules)| {
+        self.origin.stored(area).any(|(first, granules)| {
             (first..first + granules)
                 .any(|granule| matches!(area.states.get(granule).state, State::Missing | State::InFlight))
-        })
-    }
-
-    /// The granules of an area that are not known to be zero: the first of a span, and how many.
-    fn spans<'a>(&'a self, area: &'a Area) -> impl Iterator<Item = (usize, usize)> + 'a {
-        let mut at = 0;
-        std::iter::from_fn(move || {
-            while at < area.states.len() {
-                let span = self.origin.source.run_at(area.block(), area.page(at));
-                let granules = page_source::ByteLen(span.pages.0 / area.granule.0).get();
-                let left = area.states.len() - at;
-                let first = at;
-                if span.content == Content::Zero && granules > 0 {
-                    at += granules.min(left);
-                    continue;
-                }
-                let granules = granules.clamp(1, left);
-                at += granules;
-                return Some((first, granules));
-            }
-            None
         })
     }
 
@@ -179,7 +158,7 @@ impl Supervisor {
 
     fn poison_missing(&self, number: usize) {
         let area = &self.core.areas[number];
-        let spans: Vec<_> = self.spans(area).collect();
+        let spans: Vec<_> = self.origin.stored(area).collect();
         for (first, granules) in spans {
             let mut at = first;
             while at < first + granules {

@@ -14,8 +14,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mapped_ram::Writer;
-use page_source::{ByteLen, PageSink, PageSource};
-use uffd_engine::Freezer;
+use page_source::{ByteLen, PageCount, PageSink, PageSource};
+use uffd_engine::{Engine, FreezeError, Freezer};
 use vmstate::{Configuration, DeviceWriter};
 
 pub use self::error::LiveError;
@@ -26,7 +26,7 @@ use crate::memory::FreezeClaim;
 use crate::save::FIRST_DEVICE;
 use crate::state::{Host, MachineState};
 use crate::vcpu::Hold;
-use crate::{Vcpus, blueprint};
+use crate::{GuestRam, Vcpus, blueprint};
 
 /// What the blackout was spent on.
 #[derive(Clone, Copy, Debug, Default)]
@@ -65,7 +65,8 @@ impl Drop for Held<'_> {
 /// its temporary name, the free space. vCPUs that did not run before (paused, or stopped by a device) do not run
 /// afterwards either.
 ///
-/// The memory must be complete: see [`Vm::snapshot_live`](crate::Vm::snapshot_live), which checks it or waits for it.
+/// The memory must be complete. For a guest whose memory is still being loaded see
+/// [`Vm::snapshot_live`](crate::Vm::snapshot_live).
 ///
 /// # What is not caught
 /// Writes that go through the guest's memory as it is mapped here are caught, those of the caller's device models
@@ -81,22 +82,38 @@ pub fn snapshot_live(
     path: &Path,
     options: &LiveOptions,
 ) -> Result<LiveSnapshot, LiveError> {
+    take(vcpus, host, path, options, None)
+}
+
+/// As [`snapshot_live`], with the engine that loads the memory, if one does.
+pub(crate) fn take(
+    vcpus: &Vcpus,
+    host: &Host,
+    path: &Path,
+    options: &LiveOptions,
+    engine: Option<&Engine>,
+) -> Result<LiveSnapshot, LiveError> {
     let begun = Instant::now();
     let ram = vcpus.ram();
     check::memory(ram)?;
     let claim = FreezeClaim::new(ram).ok_or(LiveError::Busy)?;
-    let regions = ram.regions(ram.layout())?;
-    let freezer = Freezer::prepare(regions, ram.layout().clone(), &options.freeze)?;
+    let freezer = freezer(ram, options, engine)?;
     let mut devices = DeviceWriter::new(FIRST_DEVICE);
     devices.push(blueprint::section(ram)?);
     let configuration = Configuration::new(options.machine.clone());
     let writer = Writer::create(path, &configuration, ram.layout().clone())?;
     if options.check_space {
-        check::space(ram, path)?;
+        check::space(ram, path, engine.map_or(PageCount(0), Engine::missing))?;
     }
     let sink = Arc::new(LiveSink::new(writer, claim));
 
-    let (state, frozen, blackout) = freeze(vcpus, host, freezer, options)?;
+    let (state, frozen, blackout) = match freeze(vcpus, host, freezer, options) {
+        // The last page came just before the freeze point: the memory is complete, and frozen without the engine.
+        Err(LiveError::Freeze(FreezeError::EngineEnded)) => {
+            freeze(vcpus, host, self::freezer(ram, options, engine)?, options)
+        }
+        done => done,
+    }?;
     options.tell(&LiveEvent::FreezePoint { blackout: blackout.total });
 
     let frozen = Arc::new(frozen);
@@ -108,6 +125,20 @@ pub fn snapshot_live(
     sink.set_device_state(state);
     let feed = frozen.start(Arc::clone(&sink) as Arc<dyn PageSink>).map_err(LiveError::Begin)?;
     Ok(LiveSnapshot::new(feed, frozen, sink, Arc::clone(ram), handle::Begun { begun, blackout, state: length }))
+}
+
+/// Everything a freeze needs: with the engine, as long as that is loading.
+fn freezer(ram: &GuestRam, options: &LiveOptions, engine: Option<&Engine>) -> Result<Freezer, LiveError> {
+    let regions = ram.regions(ram.layout())?;
+    match engine.map(|engine| (engine, engine.freezer(regions.clone(), ram.layout().clone(), &options.freeze))) {
+        Some((engine, Err(FreezeError::EngineEnded))) => match engine.wait() {
+            Ok(_) => {}
+            Err(error) => return Err(LiveError::Load(error)),
+        },
+        Some((_, done)) => return Ok(done?),
+        None => {}
+    }
+    Ok(Freezer::prepare(regions, ram.layout().clone(), &options.freeze)?)
 }
 
 /// The blackout, and all of it.

@@ -8,7 +8,7 @@ use std::time::Duration;
 use page_source::GuestAddr;
 use uffd_engine::{Engine, EngineError};
 
-use crate::live::{LiveError, LiveOptions, LiveSnapshot, snapshot_live};
+use crate::live::{self, LiveError, LiveOptions, LiveSnapshot};
 use crate::report::RestoreReport;
 use crate::save::{SaveError, SaveOptions, Saved, save};
 use crate::state::Host;
@@ -175,20 +175,15 @@ impl Vm {
 
     /// Takes a snapshot while the guest runs; see [`snapshot_live`](crate::snapshot_live()).
     ///
-    /// Memory that is still being loaded on demand belongs to the engine's userfaultfd, and a page can't have two: such
-    /// a guest is refused, or its memory waited for first ([`LiveOptions::wait_for_load`]). A joint mode, in which the
-    /// missing pages are taken straight from the source, is future work.
+    /// The memory need not be complete: what is still missing is taken straight from the snapshot that it is loaded
+    /// from, and is not brought into the memory for it. The engine goes on serving and loading, its own handlers serve
+    /// the writers too, and it becomes complete only after the live snapshot has its pages. Dropping the guest meanwhile
+    /// fails that snapshot.
     ///
     /// # Errors
-    /// If memory is still missing, or anything fails: the guest goes on, and there is no file.
+    /// If anything fails: the guest goes on, and there is no file.
     pub fn snapshot_live(&self, host: &Host, path: &Path, options: &LiveOptions) -> Result<LiveSnapshot, LiveError> {
-        if !self.wait_complete(Duration::ZERO)? {
-            let limit = options.wait_for_load.ok_or(LiveError::Loading)?;
-            if !self.wait_complete(limit)? {
-                return Err(LiveError::LoadTimeout(limit));
-            }
-        }
-        snapshot_live(self.vcpus(), host, path, options)
+        live::take(self.vcpus(), host, path, options, self.engine.as_ref())
     }
 }
 

@@ -15,9 +15,7 @@ use parking_lot::Mutex;
 use testkit::guest::{GuestConfig, Pattern, Privilege};
 use testkit::require;
 use vm_memory::{Bytes, GuestAddress};
-use vmm_glue::{
-    Backing, FreezeOptions, Handlers, Host, LiveError, LiveEvent, LiveOptions, MachineConfig, snapshot_live,
-};
+use vmm_glue::{Backing, FreezeOptions, Handlers, Host, LiveEvent, LiveOptions, MachineConfig, Vm, snapshot_live};
 
 /// Where files are quick to write, if there is such a place.
 fn directory() -> tempfile::TempDir {
@@ -123,9 +121,10 @@ fn five_generations() {
             let (vm, image, bus) = live::restore(&path, backings[generation % 2], config, on_demand);
             vm.resume();
             live::progress(vm.vcpus(), &image, 500);
-            path = dir.path().join(format!("generation-{generation}.mr"));
-            let copy = live::Copy::default();
-            let options = copy.options(LiveOptions::default().wait_for_load(PATIENCE));
+            let last = std::mem::replace(&mut path, dir.path().join(format!("generation-{generation}.mr")));
+            // Half of them are still being loaded.
+            let copy = live::Copy::over(live::content_of(&last));
+            let options = copy.options(LiveOptions::default());
             let report = vm.snapshot_live(&host, &path, &options).unwrap().wait().unwrap();
             assert!(report.blackout.total > Duration::ZERO && report.took > report.blackout.total, "{report:?}");
             live::assert_same(&live::content_of(&path), &copy.take());
@@ -238,45 +237,65 @@ fn a_guest_that_stands_still_stays_so() {
     live::finish(&vcpus, &image, &bus, &kind);
 }
 
-#[test]
-fn what_is_still_loading_is_refused_or_waited_for() {
-    require!(Kvm, Userfaultfd);
-    let dir = directory();
-    let path = dir.path().join("live.mr");
-    let kind = Kind {
-        privilege: Privilege::User,
-        vcpus: 1,
-        pattern: Pattern::Random,
-        backing: Backing::Anonymous,
-        mib: 16,
-        filled: 50,
-    };
-    let (vcpus, image, _) = live::boot(&kind, MachineConfig::bare(1));
-    vcpus.resume();
-    live::progress(&vcpus, &image, 100);
-    live::snapshot(&vcpus, &path, &LiveOptions::default()).unwrap();
-    drop(vcpus);
-
+/// Loads it, and the guest does nothing but what it does; the background waits.
+fn loading(path: &std::path::Path, backing: Backing) -> (Vm, Arc<common::Signals>) {
     let kvm = Kvm::new().unwrap();
     let host = Host::probe(&kvm).unwrap();
-    let saved = vmm_glue::SavedVm::open(&path, &kvm, &host).unwrap();
+    let saved = vmm_glue::SavedVm::open(path, &kvm, &host).unwrap();
     let bus = Arc::new(common::Signals::default());
-    let options = vmm_glue::RestoreOptions::default();
+    let options = vmm_glue::RestoreOptions::default().with_backing(backing);
     let paused = uffd_engine::Background::default().paused();
-    let vm = saved.restore_on_demand(&kvm, &host, Arc::clone(&bus) as _, &options, |e| e.background(paused)).unwrap();
-    let next = dir.path().join("next.mr");
-    let refused = vm.snapshot_live(&host, &next, &LiveOptions::default()).unwrap_err();
-    assert!(matches!(refused, LiveError::Loading), "{refused}");
-    let moment = Duration::from_millis(1);
-    let refused = vm.snapshot_live(&host, &next, &LiveOptions::default().wait_for_load(moment)).unwrap_err();
-    assert!(matches!(refused, LiveError::LoadTimeout(limit) if limit == moment), "{refused}");
-    assert!(!next.exists());
-    vm.engine().unwrap().resume_background();
-    let copy = live::Copy::default();
-    let options = copy.options(LiveOptions::default().wait_for_load(PATIENCE));
-    vm.snapshot_live(&host, &next, &options).unwrap().wait().unwrap();
-    live::assert_same(&live::content_of(&next), &copy.take());
-    live::finish(vm.vcpus(), &image, &bus, &kind);
+    let vm = saved.restore_on_demand(&kvm, &host, Arc::clone(&bus) as _, &options, |e| e.background(paused));
+    (vm.unwrap(), bus)
+}
+
+#[test]
+fn what_is_still_loading_is_saved_at_once() {
+    require!(Kvm, Userfaultfd, Hugepages);
+    let _room = testkit::hugepages::Overcommit::reserve(64).unwrap();
+    let dir = directory();
+    let host = Host::probe(&Kvm::new().unwrap()).unwrap();
+    let mut from_source = 0;
+    for ((privilege, vcpus), backing) in
+        VARIANTS.into_iter().zip([Backing::Anonymous, Backing::Memfd, Backing::Hugetlb].into_iter().cycle())
+    {
+        let path = dir.path().join("live.mr");
+        let kind =
+            Kind { privilege, vcpus, pattern: Pattern::Random, backing: Backing::Anonymous, mib: 64, filled: 50 };
+        let (vcpus, image, _) = live::boot(&kind, MachineConfig::bare(vcpus));
+        vcpus.resume();
+        live::progress(&vcpus, &image, 100);
+        live::snapshot(&vcpus, &path, &LiveOptions::default()).unwrap();
+        drop(vcpus);
+
+        let (vm, bus) = loading(&path, backing);
+        // One after the other, each over what the last one showed.
+        for round in 0..3 {
+            live::progress(vm.vcpus(), &image, 100);
+            let next = dir.path().join(format!("next-{round}.mr"));
+            let copy = live::Copy::over(live::content_of(&path));
+            let snapshot = vm.snapshot_live(&host, &next, &copy.options(LiveOptions::default())).unwrap();
+            if round == 1 {
+                // It is given up, and the guest goes on.
+                snapshot.cancel();
+                assert!(snapshot.wait().is_err() && !next.exists());
+                continue;
+            }
+            let report = snapshot.wait().unwrap();
+            from_source += report.stats.pages_from_source;
+            live::assert_same(&live::content_of(&next), &copy.take());
+        }
+        // A restored one goes on from there, and so does the original.
+        let (other, other_bus) = loading(&dir.path().join("next-2.mr"), Backing::Anonymous);
+        live::progress(other.vcpus(), &image, 100);
+        other.engine().unwrap().resume_background();
+        assert!(other.wait_complete(PATIENCE).unwrap());
+        live::finish(other.vcpus(), &image, &other_bus, &kind);
+        vm.engine().unwrap().resume_background();
+        assert!(vm.wait_complete(PATIENCE).unwrap());
+        live::finish(vm.vcpus(), &image, &bus, &kind);
+    }
+    assert!(from_source > 1000, "{from_source} pages were taken from the source");
 }
 
 #[test]

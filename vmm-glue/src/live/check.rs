@@ -34,9 +34,9 @@ fn in_memory(file: &File) -> bool {
     fstatfs(file).is_ok_and(|of| matches!(of.filesystem_type(), TMPFS_MAGIC | HUGETLBFS_MAGIC))
 }
 
-/// Whether what exists of the memory fits where `path` is.
-pub(super) fn space(ram: &GuestRam, path: &Path) -> Result<(), LiveError> {
-    let mut pages = PageCount(0);
+/// Whether what exists of the memory, and what is `missing` of it, fits where `path` is.
+pub(super) fn space(ram: &GuestRam, path: &Path, missing: PageCount) -> Result<(), LiveError> {
+    let mut pages = missing;
     for (number, piece) in ram.pieces().iter().enumerate() {
         let runs = populated(piece, ram.file_of(number)).map_err(LiveError::Populated)?;
         pages = PageCount(pages.0 + runs.iter().map(|run| run.pages.0).sum::<u64>());

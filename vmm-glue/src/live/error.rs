@@ -2,33 +2,24 @@
 
 use std::io;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use mapped_ram::CreateError;
 use nix::errno::Errno;
 use page_source::{ByteLen, GuestAddr, SinkError, SourceError};
-use uffd_engine::{FreezeError, FrozenError};
+use uffd_engine::{EngineError, FreezeError, FrozenError};
 use vmstate::WriteError;
 
+use crate::StopError;
 use crate::memory::MemoryError;
 use crate::state::StateError;
-use crate::{StopError, VmError};
 
 /// Why there is no live snapshot. The guest goes on as it was, and there is no file, or the one that was there before.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LiveError {
-    /// The memory is still being loaded, by an engine that owns its page faults.
-    #[error(
-        "the guest's memory is still being loaded, and a live snapshot can't share it with the engine that loads it: set wait_for_load, or try again when it is complete"
-    )]
-    Loading,
-    /// The memory was not loaded in time.
-    #[error("the guest's memory was not loaded within {0:?}")]
-    LoadTimeout(Duration),
     /// The memory could not be loaded.
-    #[error(transparent)]
-    Vm(#[from] Box<VmError>),
+    #[error("the guest's memory could not be loaded: {0}")]
+    Load(EngineError),
     /// Another live snapshot of the same memory is not complete yet.
     #[error("another live snapshot of this guest is not complete yet")]
     Busy,

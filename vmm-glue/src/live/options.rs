@@ -18,9 +18,6 @@ pub struct LiveOptions {
     pub stop_limit: Duration,
     /// The pool of copied pages, and the threads that serve write faults.
     pub freeze: FreezeOptions,
-    /// If the guest's memory is still being loaded: wait so long for it, before anything else. Without it that is
-    /// an error.
-    pub wait_for_load: Option<Duration>,
     /// Whether to refuse before anything stops if not all pages that exist fit where the file is to be. Zero pages take
     /// no space in it: a guest that has many may be saved without the check; a full disk is an error then, no harm.
     pub check_space: bool,
@@ -32,13 +29,12 @@ type Drain = dyn Fn(&GuestRam) -> Result<(), String> + Send + Sync;
 type Observer = dyn Fn(&LiveEvent) + Send + Sync;
 
 impl Default for LiveOptions {
-    /// Machine `vmm-glue`, five seconds to stop, the engine's own defaults, no waiting, the space checked.
+    /// Machine `vmm-glue`, five seconds to stop, the engine's own defaults, the space checked.
     fn default() -> LiveOptions {
         LiveOptions {
             machine: "vmm-glue".into(),
             stop_limit: Duration::from_secs(5),
             freeze: FreezeOptions::default(),
-            wait_for_load: None,
             check_space: true,
             drain: None,
             observer: None,
@@ -52,7 +48,6 @@ impl fmt::Debug for LiveOptions {
             .field("machine", &self.machine)
             .field("stop_limit", &self.stop_limit)
             .field("freeze", &self.freeze)
-            .field("wait_for_load", &self.wait_for_load)
             .field("check_space", &self.check_space)
             .finish_non_exhaustive()
     }
@@ -80,13 +75,6 @@ impl fmt::Display for LiveEvent {
 }
 
 impl LiveOptions {
-    /// If memory is still being loaded, waits so long for it.
-    #[must_use]
-    pub fn wait_for_load(mut self, limit: Duration) -> LiveOptions {
-        self.wait_for_load = Some(limit);
-        self
-    }
-
     /// Memory is frozen so.
     #[must_use]
     pub fn with_freeze(mut self, freeze: FreezeOptions) -> LiveOptions {

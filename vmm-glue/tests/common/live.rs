@@ -94,18 +94,35 @@ pub fn boot(kind: &Kind, machine: MachineConfig) -> (Vcpus, GuestImage, Arc<Sign
     (vcpus, image, bus)
 }
 
-/// A copy of each block, page by page. Pages that do not exist are not touched: that would make them exist.
+/// A copy of each block, of memory that is complete.
 pub fn copy_of(ram: &GuestRam) -> Vec<Vec<u8>> {
+    copy_over(ram, None)
+}
+
+/// A copy of each block, page by page. Pages that do not exist are not touched: that would make them exist. They are
+/// what `base` has, or else zero.
+pub fn copy_over(ram: &GuestRam, base: Option<&Vec<Vec<u8>>>) -> Vec<Vec<u8>> {
     let pagemap = File::open("/proc/self/pagemap").unwrap();
-    let mut blocks: Vec<Vec<u8>> = ram.layout().blocks().iter().map(|block| vec![0; block.length().get()]).collect();
+    let zero = || ram.layout().blocks().iter().map(|block| vec![0; block.length().get()]).collect();
+    let mut blocks: Vec<Vec<u8>> = base.map_or_else(zero, Vec::clone);
     for (number, piece) in ram.pieces().iter().enumerate() {
         let first = piece.run.first.byte_offset().get();
         let bytes = &mut blocks[piece.run.block.0 as usize][first..first + piece.run.len().get()];
         if piece.shared {
-            // A hole in the file reads as zeros, and stays a hole.
             let memory = vm_memory::GuestMemoryBackend::iter(ram.memory()).nth(number).unwrap();
             let offset = vm_memory::GuestMemoryRegion::file_offset(memory).unwrap();
-            offset.file().read_exact_at(bytes, offset.start()).unwrap();
+            let (start, end) = (offset.start(), offset.start() + piece.run.len().0);
+            let seek = |at: u64, whence| {
+                let found = nix::unistd::lseek(offset.file(), i64::try_from(at).unwrap(), whence);
+                found.map_or(end, |found| u64::try_from(found).unwrap().min(end))
+            };
+            let mut at = seek(start, nix::unistd::Whence::SeekData);
+            while at < end {
+                let hole = seek(at, nix::unistd::Whence::SeekHole);
+                let range = usize::try_from(at - start).unwrap()..usize::try_from(hole - start).unwrap();
+                offset.file().read_exact_at(&mut bytes[range], at).unwrap();
+                at = seek(hole, nix::unistd::Whence::SeekData);
+            }
             continue;
         }
         let mut entries = vec![0; bytes.len() / PAGE * 8];
@@ -160,9 +177,14 @@ pub fn assert_same(found: &[Vec<u8>], expected: &[Vec<u8>]) {
 
 /// The test's own copy, taken while the guest stands still.
 #[derive(Clone, Debug, Default)]
-pub struct Copy(Arc<Mutex<Vec<Vec<u8>>>>);
+pub struct Copy(Arc<Mutex<Vec<Vec<u8>>>>, Option<Arc<Vec<Vec<u8>>>>);
 
 impl Copy {
+    /// Of memory that is still being loaded: what does not exist yet is what `base` has.
+    pub fn over(base: Vec<Vec<u8>>) -> Copy {
+        Copy(Arc::default(), Some(Arc::new(base)))
+    }
+
     pub fn take(&self) -> Vec<Vec<u8>> {
         std::mem::take(&mut *self.0.lock())
     }
@@ -171,7 +193,7 @@ impl Copy {
     pub fn options(&self, options: LiveOptions) -> LiveOptions {
         let copy = self.clone();
         options.with_drain(move |ram| {
-            *copy.0.lock() = copy_of(ram);
+            *copy.0.lock() = copy_over(ram, copy.1.as_deref());
             Ok(())
         })
     }
