@@ -1,22 +1,28 @@
 //! A connection into which several threads put whole messages, and which nobody waits for.
 
-use std::io::{self, ErrorKind, Write};
+use std::io::{self, ErrorKind};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::time::Duration;
 
-use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::socket::{getsockopt, setsockopt, sockopt};
 use page_units::ByteLen;
-use parking_lot::{Condvar, Mutex};
+use parking_lot::Mutex;
 
 use super::address::Socket;
+use super::message::Message;
+use super::sys;
+use crate::PageBytes;
+
+/// A message of which a part can't be read. The rest of it was not sent.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Unreadable;
 
 /// The sending half of a connection.
 #[derive(Debug)]
 pub(super) struct Channel {
     socket: Socket,
     queue: Mutex<Queue>,
-    drained: Condvar,
     /// Bytes in the queue.
     waiting: AtomicUsize,
     /// Bytes ever put in.
@@ -32,12 +38,24 @@ struct Queue {
     error: Option<Arc<io::Error>>,
 }
 
+impl Queue {
+    /// Copies a message from byte `skip` on.
+    fn keep(&mut self, message: &Message<'_>, skip: usize) -> Result<(), Unreadable> {
+        for part in message.parts(skip) {
+            let before = self.bytes.len();
+            self.bytes.resize(before + part.len().get(), 0);
+            let to = self.bytes.get_mut(before..).unwrap_or_default();
+            part.copy_to(to).map_err(|_| Unreadable)?;
+        }
+        Ok(())
+    }
+}
+
 impl Channel {
     pub(super) fn new(socket: Socket) -> Channel {
         Channel {
             socket,
             queue: Mutex::default(),
-            drained: Condvar::new(),
             waiting: AtomicUsize::new(0),
             position: AtomicU64::new(0),
             broken: AtomicBool::new(false),
@@ -48,25 +66,79 @@ impl Channel {
         &self.socket
     }
 
-    /// Limits what the kernel holds for the peer to about `limit`.
-    pub(super) fn limit_buffer(&self, limit: ByteLen) {
-        // The kernel doubles the value, for its own bookkeeping. A refusal only means another size.
-        let _ = setsockopt(&self.socket, sockopt::SndBuf, &(limit.get() / 2));
+    /// Makes the socket of a unix connection writable once the peer has left no more than about `low` bytes in it.
+    /// Returns at how many it will be, which the system may have limited.
+    pub(super) fn writable_below(&self, low: ByteLen) -> ByteLen {
+        // It is writable while a quarter of its buffer is taken or less (Linux, net/unix/af_unix.c, `unix_writable`),
+        // and the kernel doubles the value that it is given.
+        let _ = setsockopt(&self.socket, sockopt::SndBuf, &low.get().saturating_mul(2));
+        ByteLen::of(getsockopt(&self.socket, sockopt::SndBuf).unwrap_or(0) / 4)
+    }
+
+    /// Bytes of a unix connection that the peer has not received, or some more.
+    pub(super) fn unreceived(&self) -> u64 {
+        // Fails only if it is no socket.
+        self.kept() as u64 + sys::unreceived(self.socket.as_fd()).unwrap_or(0)
+    }
+
+    /// Puts bytes in, as [`send`](Self::send).
+    pub(super) fn send_bytes(&self, bytes: Vec<u8>) {
+        // Our own bytes can be read.
+        let _ = self.send(&Message::plain(bytes));
     }
 
     /// Puts a message in. What the kernel does not take at once is kept, for [`flush`](Self::flush).
-    pub(super) fn send(&self, message: &[u8]) {
+    ///
+    /// # Errors
+    /// If a lent page is gone. Nothing of the message was sent then, or else nothing will ever be sent any more.
+    pub(super) fn send(&self, message: &Message<'_>) -> Result<(), Unreadable> {
         let mut queue = self.queue.lock();
-        self.position.fetch_add(message.len() as u64, Ordering::SeqCst);
-        let mut rest = message;
-        if queue.bytes.is_empty() {
-            let done = self.write(&mut queue, rest);
-            rest = rest.get(done..).unwrap_or_default();
+        let mut done = 0;
+        let mut read = Ok(());
+        if queue.bytes.is_empty() && queue.error.is_none() {
+            (done, read) = self.write(&mut queue, message);
         }
-        if queue.error.is_none() {
-            queue.bytes.extend_from_slice(rest);
+        if read.is_ok() && queue.error.is_none() {
+            let before = queue.bytes.len();
+            read = queue.keep(message, done);
+            if read.is_err() {
+                queue.bytes.truncate(before);
+            }
+        }
+        match read {
+            // The peer would take what comes next for the rest.
+            Err(Unreadable) if done > 0 => self.fail(&mut queue, io::Error::other("a page can't be read any more")),
+            Err(Unreadable) => {}
+            Ok(()) => _ = self.position.fetch_add(message.len() as u64, Ordering::SeqCst),
         }
         self.waiting.store(queue.bytes.len() - queue.taken, Ordering::SeqCst);
+        read
+    }
+
+    fn write(&self, queue: &mut Queue, message: &Message<'_>) -> (usize, Result<(), Unreadable>) {
+        let mut done = 0;
+        while done < message.len() && queue.error.is_none() {
+            match sys::send(self.socket.as_fd(), message.parts(done).into_iter()) {
+                Err(error) if error.raw_os_error() == Some(libc::EFAULT) => return (done, Err(Unreadable)),
+                sent => match self.sent(queue, sent) {
+                    Some(n) => done += n,
+                    None => break,
+                },
+            }
+        }
+        (done, Ok(()))
+    }
+
+    /// How many bytes went; `None` if there was no room.
+    fn sent(&self, queue: &mut Queue, sent: io::Result<usize>) -> Option<usize> {
+        match sent {
+            Ok(0) => self.fail(queue, ErrorKind::WriteZero.into()),
+            Ok(n) => return Some(n),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return None,
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => self.fail(queue, error),
+        }
+        Some(0)
     }
 
     /// Sends what is kept, as far as the kernel takes it.
@@ -75,42 +147,24 @@ impl Channel {
         if queue.bytes.is_empty() {
             return;
         }
-        let (bytes, taken) = (std::mem::take(&mut queue.bytes), queue.taken);
-        queue.taken += self.write(&mut queue, bytes.get(taken..).unwrap_or_default());
-        queue.bytes = bytes;
+        while queue.taken < queue.bytes.len() && queue.error.is_none() {
+            let rest = PageBytes::from_slice(queue.bytes.get(queue.taken..).unwrap_or_default());
+            let sent = sys::send(self.socket.as_fd(), std::iter::once(rest));
+            match self.sent(&mut queue, sent) {
+                Some(n) => queue.taken += n,
+                None => break,
+            }
+        }
         if queue.taken == queue.bytes.len() || queue.error.is_some() {
             queue.bytes.clear();
             queue.taken = 0;
         }
         self.waiting.store(queue.bytes.len() - queue.taken, Ordering::SeqCst);
-        self.drained.notify_all();
-    }
-
-    fn write(&self, queue: &mut Queue, bytes: &[u8]) -> usize {
-        let mut done = 0;
-        while let Some(rest) = bytes.get(done..).filter(|rest| !rest.is_empty() && queue.error.is_none()) {
-            match (&self.socket).write(rest) {
-                Ok(0) => self.fail(queue, ErrorKind::WriteZero.into()),
-                Ok(n) => done += n,
-                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => self.fail(queue, error),
-            }
-        }
-        done
     }
 
     fn fail(&self, queue: &mut Queue, error: io::Error) {
         queue.error = Some(Arc::new(error));
         self.broken.store(true, Ordering::SeqCst);
-    }
-
-    /// Waits, at most for a moment, while more than `limit` bytes are kept.
-    pub(super) fn wait_below(&self, limit: ByteLen) {
-        let mut queue = self.queue.lock();
-        if queue.bytes.len() - queue.taken > limit.get() && queue.error.is_none() {
-            self.drained.wait_for(&mut queue, Duration::from_millis(100));
-        }
     }
 
     /// Bytes that the kernel did not take yet.

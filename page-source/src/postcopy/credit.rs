@@ -3,8 +3,9 @@
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 
 /// PINGs of this kind have this bit, the others do not.
 const OURS: u32 = 1 << 31;
@@ -15,6 +16,7 @@ const MOST: usize = 4096;
 pub(super) struct Credit {
     sent: Mutex<(u32, VecDeque<(u32, u64)>)>,
     confirmed: AtomicU64,
+    came: Condvar,
 }
 
 impl Credit {
@@ -36,8 +38,14 @@ impl Credit {
         let Some(at) = sent.1.iter().position(|(ping, _)| *ping == number) else { return false };
         if let Some((_, position)) = sent.1.drain(..=at).next_back() {
             self.confirmed.fetch_max(position, Ordering::SeqCst);
+            self.came.notify_all();
         }
         true
+    }
+
+    /// Waits for a PONG, at most so long.
+    pub(super) fn wait(&self, longest: Duration) {
+        self.came.wait_for(&mut self.sent.lock(), longest);
     }
 
     /// How many of the first `position` bytes are not confirmed.

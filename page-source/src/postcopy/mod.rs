@@ -20,6 +20,7 @@ mod assembly;
 mod channel;
 mod credit;
 mod error;
+mod message;
 mod opening;
 mod options;
 mod order;
@@ -31,6 +32,8 @@ mod resume;
 pub mod return_path;
 mod server;
 mod session;
+mod sys;
+mod window;
 
 pub use address::Address;
 pub use error::ServeError;

@@ -8,19 +8,19 @@ use std::thread::{self, ThreadId};
 use page_units::{BlockId, ByteLen, PageCount, PageIndex, PageRun};
 use parking_lot::{Mutex, RwLock};
 
+use super::ServeError;
 use super::assembly::{Assemblies, Assembly};
-use super::channel::Channel;
-use super::credit::Credit;
-use super::opening::{begin_part, end_of_stream, end_part};
+use super::channel::{Channel, Unreadable};
+use super::message::Message;
+use super::opening::end_of_stream;
 use super::options::{Options, Phase, Shared};
 use super::pages::{BlockPages, Pages};
-use super::{ServeError, record};
+use super::sys;
+use super::window::Window;
 use crate::{End, Flow, PageBytes, PageSink, SinkError, SourceError};
 
 /// The most pages in one message: what a request may have to wait for.
 const PIECE: PageCount = PageCount(32);
-/// A thread of the source waits while more than this is kept for the kernel.
-const BACKLOG: ByteLen = ByteLen(256 << 10);
 
 /// Everything that the threads of a server share.
 #[derive(Debug)]
@@ -32,10 +32,8 @@ pub(super) struct Outlet {
     pub(super) main: Channel,
     /// The second connection, with preempt.
     pub(super) fast: OnceLock<Channel>,
-    /// Only where the kernel does not limit what is under way.
-    pub(super) credit: Option<Credit>,
-    /// Held while a message with a PING is put in, so that its position is right.
-    pinging: Mutex<()>,
+    /// What may be under way on the main connection.
+    pub(super) window: Window,
     /// Read while pages are on their way into a channel; true once the end was sent.
     ended: RwLock<bool>,
     /// The destination is ready for what it did not ask for.
@@ -56,30 +54,24 @@ pub(super) struct Outlet {
 
 /// Records on their way.
 #[derive(Default)]
-struct Outgoing {
-    main: Vec<u8>,
-    fast: Vec<u8>,
+struct Outgoing<'a> {
+    main: Message<'a>,
+    fast: Message<'a>,
 }
 
-impl Outgoing {
-    fn record(&mut self, fast: bool, block: &BlockPages, page: u64, content: Option<&[u8]>) {
-        let to = if fast { &mut self.fast } else { &mut self.main };
-        let mut same = !to.is_empty();
-        if !fast && !same {
-            begin_part(to);
-            same = false;
-        }
-        match content {
-            Some(content) => record::push_page(to, &block.name, PageIndex(page), same, content),
-            None => record::push_zero(to, &block.name, PageIndex(page), same),
+impl<'a> Outgoing<'a> {
+    fn record(&mut self, fast: bool, block: &BlockPages, page: u64, content: Option<PageBytes<'a>>) {
+        if fast {
+            self.fast.bare_page(block, page, content);
+        } else {
+            self.main.page(block, page, content);
         }
     }
 }
 
 impl Outlet {
     pub(super) fn new(to: String, options: Options, shared: Arc<Shared>, pages: Pages, main: Channel) -> Outlet {
-        let credit = (!main.socket().is_local()).then(Credit::default);
-        main.limit_buffer(options.window);
+        let window = Window::new(&main, options.window);
         Outlet {
             to,
             options,
@@ -87,8 +79,7 @@ impl Outlet {
             pages,
             main,
             fast: OnceLock::new(),
-            credit,
-            pinging: Mutex::default(),
+            window,
             ended: RwLock::new(false),
             flowing: AtomicBool::new(false),
             over: AtomicBool::new(false),
@@ -145,7 +136,7 @@ impl Outlet {
         }
         if !*ended {
             *ended = true;
-            self.main.send(&end_of_stream());
+            self.main.send_bytes(end_of_stream());
             self.shared.counters.enter(Phase::Finishing);
         }
         true
@@ -157,11 +148,15 @@ impl Outlet {
     }
 
     /// Pages of 4 KiB each: with content, or zero.
-    fn post_small(&self, block: &BlockPages, run: PageRun, content: Option<&[u8]>) {
+    fn post_small(&self, block: &BlockPages, run: PageRun, content: Option<PageBytes<'_>>) -> Result<(), Unreadable> {
+        if let Some(content) = content {
+            // Nobody is held up while a disk is read.
+            sys::bring(content);
+        }
         let ended = self.ended.read();
         let mut out = Outgoing::default();
         let (mut demand, mut background) = (0, 0);
-        for (at, page) in run.iter().enumerate() {
+        for (at, page) in (0..).zip(run.iter()) {
             self.pages.answered(block, page.0);
             if content.is_none() {
                 block.zero.set(page.0);
@@ -172,16 +167,21 @@ impl Outlet {
             if (content.is_none() && !wanted) || (*ended && !fast) || !block.sent.set(page.0) {
                 continue;
             }
-            let bytes = content.and_then(|content| content.get(at * 4096..(at + 1) * 4096));
+            let bytes = content.map(|content| content.slice(PageCount(at).to_bytes(), PageCount(1).to_bytes()));
             out.record(fast, block, page.0, bytes);
             *(if wanted { &mut demand } else { &mut background }) += 1;
         }
         self.count(content.is_none(), demand, background);
-        self.post(out);
+        let posted = self.post(out);
+        if posted.is_err() {
+            // So that they count as needed when the source says that it does not have them.
+            run.iter().for_each(|page| _ = block.sent.clear(page.0));
+        }
+        posted
     }
 
     /// A huge page.
-    fn post_huge(&self, block: &BlockPages, granule: u64, assembly: &Assembly) {
+    fn post_huge(&self, block: &BlockPages, granule: u64, assembly: &Assembly) -> Result<(), Unreadable> {
         let ended = self.ended.read();
         self.pages.answered(block, granule);
         if assembly.is_zero() {
@@ -190,14 +190,16 @@ impl Outlet {
         let wanted = block.wanted.get(granule);
         let fast = wanted && self.fast.get().is_some();
         if (assembly.is_zero() && !wanted) || (*ended && !fast) || !block.sent.set(granule) {
-            return;
+            // Whoever waits for this answer goes on.
+            self.shared.pusher.ring();
+            return Ok(());
         }
         let mut out = Outgoing::default();
         for (page, content) in (granule * block.per_granule..).zip(assembly.pages()) {
-            out.record(fast, block, page, content);
+            out.record(fast, block, page, content.map(PageBytes::from_slice));
             self.count(content.is_none(), u64::from(wanted), u64::from(!wanted));
         }
-        self.post(out);
+        self.post(out)
     }
 
     fn count(&self, zero: bool, demand: u64, background: u64) {
@@ -210,26 +212,19 @@ impl Outlet {
         }
     }
 
-    fn post(&self, mut out: Outgoing) {
+    fn post(&self, mut out: Outgoing<'_>) -> Result<(), Unreadable> {
         if let Some(fast) = self.fast.get().filter(|_| !out.fast.is_empty()) {
-            fast.send(&out.fast);
+            fast.send(&out.fast)?;
             if fast.kept() > 0 {
                 self.shared.session.ring();
             }
         }
         if !out.main.is_empty() {
-            end_part(&mut out.main);
-            match &self.credit {
-                None => self.main.send(&out.main),
-                Some(credit) => {
-                    let _in_order = self.pinging.lock();
-                    let number = credit.ping(self.main.position() + out.main.len() as u64);
-                    push_ping(&mut out.main, number);
-                    self.main.send(&out.main);
-                }
-            }
+            out.main.end();
+            self.window.send(&self.main, out.main)?;
         }
         self.shared.pusher.ring();
+        Ok(())
     }
 
     /// Takes a part of a run that lies in one block; `content` is as long as the run.
@@ -241,15 +236,11 @@ impl Outlet {
         let unreadable = |run| ControlFlow::Break(SinkError::Unreadable(run));
         let mut from = ByteLen(0);
         if block.per_granule == 1 {
-            let mut bytes = Vec::new();
             for piece in run.pieces(PIECE) {
-                if let Some(content) = content {
-                    bytes.resize(piece.len().get(), 0);
-                    if content.slice(from, piece.len()).copy_to(&mut bytes).is_err() {
-                        return unreadable(piece);
-                    }
+                let bytes = content.map(|content| content.slice(from, piece.len()));
+                if self.post_small(block, piece, bytes).is_err() {
+                    return unreadable(piece);
                 }
-                self.post_small(block, piece, content.map(|_| bytes.as_slice()));
                 from += piece.len();
             }
             return ControlFlow::Continue(());
@@ -271,7 +262,11 @@ impl Outlet {
             match self.assemblies.add(run.block, granule, size, part, bytes) {
                 Err(_) => return unreadable(piece),
                 Ok(None) => {}
-                Ok(Some(whole)) => self.post_huge(block, granule, &whole),
+                Ok(Some(whole)) => {
+                    if self.post_huge(block, granule, &whole).is_err() {
+                        return unreadable(piece);
+                    }
+                }
             }
         }
         ControlFlow::Continue(())
@@ -301,15 +296,13 @@ impl Outlet {
         if self.pages.block(run.block).is_some_and(wanted) {
             return;
         }
-        while self.main.kept() > BACKLOG.get() && self.main.error().is_none() && !self.is_over() {
-            self.main.wait_below(BACKLOG);
+        while !self.window.has_room(&self.main, PageCount(0), PageCount(0))
+            && self.main.error().is_none()
+            && !self.is_over()
+        {
+            self.window.wait(&self.main);
         }
     }
-}
-
-fn push_ping(to: &mut Vec<u8>, number: u32) {
-    to.extend_from_slice(&[vmstate::kind::COMMAND, 0, 2, 0, 4]);
-    to.extend_from_slice(&number.to_be_bytes());
 }
 
 impl PageSink for Outlet {

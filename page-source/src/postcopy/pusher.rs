@@ -1,26 +1,28 @@
 //! The thread that pushes what nobody asked for, keeps the main connection flowing, and sends the end.
 
+use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use page_units::{ByteLen, PageCount, PageRun};
+use page_units::{PageCount, PageRun};
 
 use super::ServeError;
 use super::order::{Next, Order};
 use super::outlet::Outlet;
 use crate::{Feed, PageSource, Urgency};
 
-/// Pages per piece of the background.
-const PIECE: u64 = 16;
-/// The same, after a request.
-const SMALL_PIECE: u64 = 4;
-/// After a request, so many pieces go out small and with a small window.
-const HURRY: u32 = 64;
+/// So long after a request, pieces are small and few of them are under way: who has asked asks again.
+const HURRY: Duration = Duration::from_millis(10);
+/// A source that answers later is asked for no more pages before it has.
+const ASKED: u64 = 64;
 
 /// What to do.
 enum Step {
     Push(PageRun),
+    /// Wait for room in the socket.
+    Room,
     Wait,
 }
 
@@ -29,10 +31,9 @@ pub(super) struct Pusher<'a> {
     source: &'a dyn PageSource,
     feed: &'a dyn Feed,
     order: Order,
-    /// Small pieces that are left, and requests seen.
-    hurry: u32,
+    /// Requests seen, and when the last was.
     requests: u64,
-    narrow: bool,
+    requested: Option<Instant>,
 }
 
 /// Ends the server if the thread dies.
@@ -48,7 +49,7 @@ impl Drop for Alarm<'_> {
 
 impl<'a> Pusher<'a> {
     pub(super) fn new(outlet: &'a Outlet, source: &'a dyn PageSource, feed: &'a dyn Feed) -> Pusher<'a> {
-        Pusher { outlet, source, feed, order: Order::default(), hurry: 0, requests: 0, narrow: false }
+        Pusher { outlet, source, feed, order: Order::default(), requests: 0, requested: None }
     }
 
     pub(super) fn run(mut self) {
@@ -62,31 +63,31 @@ impl<'a> Pusher<'a> {
             }
             let bell = &self.outlet.shared.pusher;
             bell.listen();
-            if let Step::Push(run) = self.step() {
+            let step = self.step();
+            if let Step::Push(run) = step {
                 bell.hush();
                 self.push(run);
                 continue;
             }
             if !self.outlet.is_over() {
-                self.wait();
+                self.wait(matches!(step, Step::Room));
             }
             bell.hush();
         }
     }
 
-    fn wait(&self) {
+    fn wait(&self, for_room: bool) {
         let bell = PollFd::new(self.outlet.shared.pusher.fd(), PollFlags::POLLIN);
-        let socket = PollFd::new(std::os::fd::AsFd::as_fd(self.outlet.main.socket()), PollFlags::POLLOUT);
+        let socket = PollFd::new(self.outlet.main.socket().as_fd(), PollFlags::POLLOUT);
         let mut both = [bell, socket];
-        let which = if self.outlet.main.kept() > 0 { &mut both[..] } else { &mut both[..1] };
+        let which = if for_room || self.outlet.main.kept() > 0 { &mut both[..] } else { &mut both[..1] };
         // Interrupted or not: everything is looked at again.
         let _ = poll(which, PollTimeout::NONE);
     }
 
-    fn push(&mut self, run: PageRun) {
+    fn push(&self, run: PageRun) {
         self.outlet.pages.ask(run);
         self.feed.request(run, Urgency::Background);
-        self.hurry = self.hurry.saturating_sub(1);
     }
 
     fn step(&mut self) -> Step {
@@ -96,24 +97,20 @@ impl<'a> Pusher<'a> {
         if !wanted || !flowing || outlet.is_over() || outlet.main.kept() > 0 || outlet.has_ended() {
             return Step::Wait;
         }
-        let piece = self.adapt();
-        if let Some(credit) = &outlet.credit {
-            let window = if self.narrow { outlet.options.window.0 / 4 } else { outlet.options.window.0 };
-            // A huge page may be longer than the window: one at a time, then.
-            let room = PageCount(piece).to_bytes().0;
-            let under_way = credit.under_way(outlet.main.position());
-            if under_way > 0 && under_way + room > window {
-                return Step::Wait;
-            }
-        }
-        if outlet.pages.asked.load(Ordering::SeqCst) >= 4 * PIECE {
+        outlet.window.set_narrow(&outlet.main, self.is_hurried());
+        let (piece, asked) = (outlet.window.piece(), outlet.pages.asked.load(Ordering::SeqCst));
+        if asked >= ASKED {
             return Step::Wait;
+        }
+        if !outlet.window.has_room(&outlet.main, piece, PageCount(asked)) {
+            // What comes rings, and so does a PONG.
+            return if asked == 0 && outlet.window.is_room_writable() { Step::Room } else { Step::Wait };
         }
         if let Some((block, granule)) = outlet.follow.lock().take() {
             self.order.follow(block, granule);
         }
         let next =
-            if outlet.is_source_complete() { Next::Done } else { self.order.next(&outlet.pages, self.source, piece) };
+            if outlet.is_source_complete() { Next::Done } else { self.order.next(&outlet.pages, self.source, piece.0) };
         match next {
             Next::Run(run) => return Step::Push(run),
             Next::Waiting => {}
@@ -122,23 +119,14 @@ impl<'a> Pusher<'a> {
         Step::Wait
     }
 
-    /// The size of the next piece: small, with little under way, for a while after each request.
-    fn adapt(&mut self) -> u64 {
-        let outlet = self.outlet;
-        let requests = outlet.requests.load(Ordering::Relaxed);
+    /// Whether a request came lately, and the next will have to wait behind what is under way.
+    fn is_hurried(&mut self) -> bool {
+        let requests = self.outlet.requests.load(Ordering::Relaxed);
         if requests != self.requests {
             self.requests = requests;
-            self.hurry = HURRY;
+            self.requested = Some(Instant::now());
         }
-        let narrow = self.hurry > 0 && outlet.fast.get().is_none();
-        if narrow != self.narrow {
-            self.narrow = narrow;
-            if outlet.credit.is_none() {
-                let window = outlet.options.window.0;
-                outlet.main.limit_buffer(ByteLen(if narrow { window / 4 } else { window }));
-            }
-        }
-        if narrow { SMALL_PIECE } else { PIECE }
+        self.outlet.fast.get().is_none() && self.requested.is_some_and(|at| at.elapsed() < HURRY)
     }
 
     /// Everything that is not zero was sent.

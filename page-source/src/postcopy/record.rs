@@ -25,8 +25,16 @@ const PAGE_BYTES: usize = 4096;
 /// If the name is longer than 255 bytes, or the content is not 4096 bytes long.
 pub fn push_page(to: &mut Vec<u8>, block: &str, page: PageIndex, same: bool, content: &[u8]) {
     assert_eq!(content.len(), PAGE_BYTES, "a partial page");
-    push_header(to, block, page, PAGE, same);
+    push_page_header(to, block, page, same);
     to.extend_from_slice(content);
+}
+
+/// Appends the record of a page, but for its content: 4096 bytes that have to follow. `same` as in [`push_page`].
+///
+/// # Panics
+/// If the name is longer than 255 bytes.
+pub fn push_page_header(to: &mut Vec<u8>, block: &str, page: PageIndex, same: bool) {
+    push_header(to, block, page, PAGE, same);
 }
 
 /// Appends the record of a zero page; `same` as in [`push_page`].

@@ -16,7 +16,7 @@ impl Session<'_> {
         let blocks = || layout.iter().filter(|(_, block)| block.length().0 > 0);
         let ask: Vec<Command> =
             blocks().map(|(_, block)| Command::RecvBitmap { block: block.name().to_owned() }).collect();
-        self.outlet.main.send(&commands(&ask)?);
+        self.outlet.main.send_bytes(commands(&ask)?);
         for (id, block) in blocks() {
             let name = block.name();
             let answer = |message: &Message| matches!(message, Message::Received { block, .. } if block == name);
@@ -27,7 +27,7 @@ impl Session<'_> {
         if self.outlet.options.preempt {
             self.open_fast()?;
         }
-        self.outlet.main.send(&commands(&[Command::PostcopyResume])?);
+        self.outlet.main.send_bytes(commands(&[Command::PostcopyResume])?);
         let answer = self.wait_for("POSTCOPY_RESUME", |message| matches!(message, Message::ResumeAck(_)))?;
         if answer != Message::ResumeAck(1) {
             return Err(self.protocol(ReturnPathError::Unexpected("a RESUME_ACK that refuses")));

@@ -53,14 +53,14 @@ impl<'a> Session<'a> {
     /// A conversation from the beginning. Returns when the devices were loaded.
     pub(super) fn open(&mut self, opening: &Opening) -> Result<(), ServeError> {
         let (head, package) = (opening.head(self.layout)?, opening.package()?);
-        self.outlet.main.send(&head);
+        self.outlet.main.send_bytes(head);
         if self.outlet.options.preempt {
             // The destination tells the connections apart by their order.
             self.wait_for("the first PING", |message| *message == Message::Pong(PING_OPEN))?;
             self.open_fast()?;
         }
         self.outlet.shared.counters.enter(Phase::Loading);
-        self.outlet.main.send(&package);
+        self.outlet.main.send_bytes(package);
         self.outlet.shared.pusher.ring();
         Ok(())
     }
@@ -86,7 +86,7 @@ impl<'a> Session<'a> {
                     self.outlet.let_flow();
                 }
                 Message::Pong(number) => {
-                    if self.outlet.credit.as_ref().is_some_and(|credit| credit.pong(number)) {
+                    if self.outlet.window.pong(number) {
                         self.outlet.shared.pusher.ring();
                     }
                 }

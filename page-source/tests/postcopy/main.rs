@@ -7,10 +7,14 @@ mod stub;
 mod trace;
 
 use std::collections::HashMap;
+use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::thread;
 
 use door::Door;
+use nix::sys::socket::{MsgFlags, recv};
 use page_source::postcopy::return_path::Message;
 use page_source::postcopy::{Address, Opening, Options, Phase, Report, ServeError, Server};
 use page_source::{BlockId, ByteLen, Layout, PageIndex, PageSize, PageSource, RamBlock};
@@ -212,6 +216,37 @@ fn the_background_follows_requests() {
     server.control.stop();
     assert!(matches!(server.finish(), Err(ServeError::Stopped { started: true })));
     stub.finish();
+}
+
+#[test]
+fn on_a_unix_socket_no_more_than_the_window_is_under_way() {
+    let mut content = Oracle::zero(small(&[("ram", 2000)]));
+    content.block_mut(BlockId(0)).fill(1);
+    let oracle = Arc::new(content);
+    for window in [Options::default().window, ByteLen(64 << 10)] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("in");
+        let door = UnixListener::bind(&path).unwrap();
+        let source = Arc::new(MemorySource::new(Arc::clone(&oracle)));
+        let server = Running::start(source, options(|options| options.window = window), Address::Unix(path));
+        let (mut main, _) = door.accept().unwrap();
+        let mut loaded = Vec::new();
+        Message::Pong(3).push(&mut loaded);
+        main.write_all(&loaded).unwrap();
+        // A destination that is slow: whatever it takes is replaced at once.
+        let (mut taken, mut most) = (0, 0);
+        let (mut page, mut all) = ([0; 4096], vec![0; 1 << 20]);
+        while taken < 6 << 20 {
+            taken += main.read(&mut page).unwrap();
+            let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+            let there = recv(main.as_raw_fd(), &mut all, flags).unwrap_or(0);
+            assert!(there <= window.get(), "{there} bytes under way");
+            most = most.max(there);
+        }
+        assert!(most > window.get() / 2, "never more than {most} bytes under way");
+        server.control.stop();
+        assert!(matches!(server.finish(), Err(ServeError::Stopped { started: true })));
+    }
 }
 
 #[test]
