@@ -18,8 +18,8 @@ pub struct Options {
     /// Answer requests on a connection of their own. The destination must have been told so (capability
     /// `postcopy-preempt`).
     pub preempt: bool,
-    /// Without [`preempt`](Options::preempt): how much of the background may lie between us and the destination, where
-    /// a request has to wait behind it (default: 256 KiB). After a request it is a quarter of that for 10 ms, since who
+    /// How much of the background may lie between us and the destination, where, without
+    /// [`preempt`](Options::preempt), a request has to wait behind it (default: 256 KiB). After a request it is a quarter of that for 10 ms, since who
     /// has asked asks again.
     pub window: ByteLen,
     /// How long the destination may be silent where it has nothing to do but answer (default: 60 s).

@@ -119,14 +119,15 @@ impl<'a> Pusher<'a> {
         Step::Wait
     }
 
-    /// Whether a request came lately, and the next will have to wait behind what is under way.
+    /// Whether a request came lately: the next would have to wait behind what is under way, or, with a connection of its
+    /// own, for the processor.
     fn is_hurried(&mut self) -> bool {
         let requests = self.outlet.requests.load(Ordering::Relaxed);
         if requests != self.requests {
             self.requests = requests;
             self.requested = Some(Instant::now());
         }
-        self.outlet.fast.get().is_none() && self.requested.is_some_and(|at| at.elapsed() < HURRY)
+        self.requested.is_some_and(|at| at.elapsed() < HURRY)
     }
 
     /// Everything that is not zero was sent.
