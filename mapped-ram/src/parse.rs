@@ -54,7 +54,7 @@ impl<'a> Parser<'a> {
         size: FileOffset,
         damaged: bool,
     ) -> Result<Parser<'a>, OpenErrorKind> {
-        let mut cursor = Cursor::new(file, base.0, size.0);
+        let cursor = Cursor::new(file, base.0..size.0)?;
         let mut parts = Parts {
             configuration: Configuration::default(),
             blocks: Vec::new(),
@@ -66,7 +66,7 @@ impl<'a> Parser<'a> {
             ram_ended: false,
             warnings: Vec::new(),
         };
-        let text = find_vmdesc(&mut cursor, base..size)?;
+        let text = find_vmdesc(&mut cursor.clone(), base..size)?;
         if let Some(text) = &text {
             match VmDesc::parse(&text.value) {
                 Ok(vmdesc) => parts.vmdesc = Some(vmdesc),
@@ -76,8 +76,7 @@ impl<'a> Parser<'a> {
             parts.end = text.range.end;
         }
         let described_at = text.map(|text| text.range.start);
-        let cursor = Cursor::new(file, base.0, size.0);
-        let reader = StreamReader::new(BufReader::with_capacity(16 << 10, cursor), base);
+        let reader = StreamReader::new(BufReader::with_capacity(4 << 10, cursor), base);
         Ok(Parser { reader, size, damaged, has_ram: false, described_at, devices_start: None, eof: None, parts })
     }
 

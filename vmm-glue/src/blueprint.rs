@@ -29,7 +29,8 @@ pub(crate) fn load(snapshot: &Snapshot) -> Result<Vec<RamSpec>, StateError> {
     let device = snapshot.device(NAME, 0).map_err(|error| invalid(error.to_string()))?;
     let device = device.ok_or_else(|| {
         let machine = &snapshot.configuration().machine;
-        StateError::Unsupported(format!("a snapshot with a section \"{NAME}\" (this one is of a \"{machine}\")"))
+        let what = format!("a snapshot with KVM state (sections \"{NAME}\" and \"kvm-vm\")");
+        StateError::Unsupported(format!("{what}; this is of a \"{machine}\""))
     })?;
     let value = device.decode()?;
     if let Some(version) = value.version().filter(|version| *version > VERSION) {

@@ -5,6 +5,7 @@
 //! - [`MachineState`]: everything but memory, taken, checked against a [`Host`], encoded as device sections, put back.
 //! - [`save()`] and [`SavedVm`]: into a snapshot file, and out of it, [eagerly](SavedVm::restore_eager) or
 //!   [on demand](SavedVm::restore_on_demand): then the guest runs while its memory is still in the file.
+//!   [`resume_on_demand`] does both steps at once, which is the fastest way to a running guest.
 //! - [`snapshot_live`]: into a snapshot file while the guest runs; it stands still only for its device state and for
 //!   the write-protection of its memory.
 //!
@@ -33,7 +34,7 @@ pub use machine::{Machine, MachineConfig, MachineError};
 pub use memory::{GuestRam, Memory, MemoryError, Piece, RamSpec};
 pub use ram_source::RamSource;
 pub use report::{Mode, RestoreReport, Step};
-pub use restore::{Observer, RestoreError, RestoreOptions, SavedVm};
+pub use restore::{Observer, RestoreError, RestoreOptions, SavedVm, resume_on_demand};
 pub use save::{SaveError, SaveOptions, Saved, save};
 pub use state::{Host, MachineState, StateError, VcpuState, VmState};
 pub use uffd_engine::{Backing, FreezeOptions, FreezeStats, Handlers};

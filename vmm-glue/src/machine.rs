@@ -79,8 +79,18 @@ impl Machine {
     /// # Errors
     /// If KVM refuses.
     pub fn new(kvm: &Kvm, ram: Arc<GuestRam>, config: MachineConfig) -> Result<Machine, MachineError> {
-        let vm = kvm.create_vm().map_err(failed("KVM_CREATE_VM"))?;
+        let vm = Machine::empty(kvm)?;
         ram.set_slots(&vm)?;
+        Machine::furnish(vm, ram, config)
+    }
+
+    /// A VM with nothing in it.
+    pub(crate) fn empty(kvm: &Kvm) -> Result<VmFd, MachineError> {
+        kvm.create_vm().map_err(failed("KVM_CREATE_VM"))
+    }
+
+    /// Puts chips and vCPUs into a VM that has its memory.
+    pub(crate) fn furnish(vm: VmFd, ram: Arc<GuestRam>, config: MachineConfig) -> Result<Machine, MachineError> {
         if config.irqchip {
             vm.create_irq_chip().map_err(failed("KVM_CREATE_IRQCHIP"))?;
         }

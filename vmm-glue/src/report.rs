@@ -32,7 +32,8 @@ pub struct RestoreReport {
     pub backing: Backing,
     /// From the call until the vCPUs were let go (or were ready to be).
     pub took: Duration,
-    /// The steps in order, each with the time it took.
+    /// The steps, each with the time it took. The machine is made on a thread of its own meanwhile, so together they
+    /// take longer than all.
     pub steps: Vec<(Step, Duration)>,
     pub(crate) source: Layout,
 }
@@ -53,7 +54,7 @@ pub enum Step {
     Machine,
     /// Putting the state into them.
     Load,
-    /// Starting the vCPUs' threads.
+    /// The vCPUs' threads: until the first begins to make the machine, and from when its vCPU is ready.
     Threads,
 }
 

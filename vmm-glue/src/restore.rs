@@ -15,13 +15,14 @@ use crate::memory::{GuestRam, MemoryError, RamSpec};
 use crate::ram_sink::RamSink;
 use crate::report::{Mode, RestoreReport, Step};
 use crate::state::{Host, MachineState, StateError};
-use crate::{Bus, Machine, MachineConfig, MachineError, StopHandle, VcpuOptions, Vcpus, Vm, blueprint};
+use crate::vcpu::Launch;
+use crate::{Bus, MachineError, StopHandle, VcpuOptions, Vm, blueprint};
 
 /// A snapshot that this host can continue: opened, read but for its memory, and checked. Nothing has been started.
 #[derive(Debug)]
 pub struct SavedVm {
     source: Arc<dyn PageSource>,
-    state: MachineState,
+    state: Arc<MachineState>,
     memory: Vec<RamSpec>,
     steps: Vec<(Step, std::time::Duration)>,
 }
@@ -53,7 +54,7 @@ pub enum RestoreError {
     Machine(#[from] MachineError),
     /// A vCPU's thread can't be started.
     #[error("a vCPU's thread can't be started: {0}")]
-    Threads(#[source] io::Error),
+    Threads(#[from] io::Error),
 }
 
 /// What to make of a snapshot.
@@ -119,15 +120,13 @@ impl RestoreOptions {
 
 /// Notes what each step takes.
 struct Clock {
-    begun: Instant,
     last: Instant,
     steps: Vec<(Step, std::time::Duration)>,
 }
 
 impl Clock {
-    fn start(steps: &[(Step, std::time::Duration)]) -> Clock {
-        let now = Instant::now();
-        Clock { begun: now, last: now, steps: steps.to_vec() }
+    fn going_on(steps: &[(Step, std::time::Duration)]) -> Clock {
+        Clock { last: Instant::now(), steps: steps.to_vec() }
     }
 
     fn done(&mut self, step: Step) {
@@ -143,15 +142,29 @@ impl SavedVm {
     /// # Errors
     /// If the file is damaged, was not written by [`save`](crate::save()), or needs what this host lacks.
     pub fn open(path: impl AsRef<Path>, kvm: &Kvm, host: &Host) -> Result<SavedVm, RestoreError> {
-        let mut clock = Clock::start(&[]);
+        SavedVm::read(path.as_ref(), kvm, host, |_| Ok(())).map(|(saved, ())| saved)
+    }
+
+    /// As soon as it is known what memory the guest has, `with_memory` is called.
+    fn read<T>(
+        path: &Path,
+        kvm: &Kvm,
+        host: &Host,
+        with_memory: impl FnOnce(&[RamSpec]) -> Result<T, RestoreError>,
+    ) -> Result<(SavedVm, T), RestoreError> {
+        let mut clock = Clock::going_on(&[]);
         let snapshot = Arc::new(Snapshot::open(path)?);
-        let source = Arc::new(MappedRam::new(Arc::clone(&snapshot))?);
         clock.done(Step::Open);
-        let state = MachineState::load(&snapshot)?;
         let memory = blueprint::load(&snapshot)?;
+        clock.done(Step::State);
+        let made = with_memory(&memory)?;
+        clock.done(Step::Memory);
+        let state = Arc::new(MachineState::load(&snapshot)?);
         host.check(kvm, &state)?;
         clock.done(Step::State);
-        Ok(SavedVm { source, state, memory, steps: clock.steps })
+        let source = Arc::new(MappedRam::new(snapshot)?);
+        clock.done(Step::Open);
+        Ok((SavedVm { source, state, memory, steps: clock.steps }, made))
     }
 
     /// Takes the pages from another source instead: the same content from elsewhere, or the same source wrapped.
@@ -184,15 +197,19 @@ impl SavedVm {
         bus: Arc<dyn Bus>,
         options: &RestoreOptions,
     ) -> Result<Vm, RestoreError> {
-        let mut clock = Clock::start(&self.steps);
+        let launch = Launch::begin(kvm, host, bus, options.vcpus.clone())?;
+        let mut clock = Clock::going_on(&self.steps);
         let ram = Arc::new(GuestRam::allocate(&self.memory, options.backing)?);
-        clock.done(Step::Memory);
+        launch.memory(Arc::clone(&ram));
+        launch.machine(Arc::clone(&self.state))?;
         let sink = Arc::new(RamSink::new(Arc::clone(&ram), self.source.layout())?);
-        let pumping = PumpOptions { threads: options.eager_threads, ..PumpOptions::default() };
-        let done = pump(&*self.source, sink, &pumping)?;
-        clock.done(Step::Pages);
-        let mode = Mode::Eager { stored: done.stored, zero: done.zero };
-        self.start(kvm, host, bus, options, ram, None, mode, clock)
+        clock.done(Step::Memory);
+        let pages = || {
+            let pumping = PumpOptions { threads: options.eager_threads, ..PumpOptions::default() };
+            let done = pump(&*self.source, sink, &pumping)?;
+            Ok((Mode::Eager { stored: done.stored, zero: done.zero }, None))
+        };
+        self.start(launch, options, ram, pages, clock)
     }
 
     /// Starts an engine that brings memory when it is touched, and lets the guest run at once. `configure` sets up the
@@ -211,8 +228,23 @@ impl SavedVm {
         options: &RestoreOptions,
         configure: impl FnOnce(Builder) -> Builder,
     ) -> Result<Vm, RestoreError> {
-        let mut clock = Clock::start(&self.steps);
+        let launch = Launch::begin(kvm, host, bus, options.vcpus.clone())?;
+        let mut clock = Clock::going_on(&self.steps);
         let ram = Arc::new(GuestRam::allocate(&self.memory, options.backing)?);
+        launch.memory(Arc::clone(&ram));
+        clock.done(Step::Memory);
+        self.on_demand(launch, ram, options, configure, clock)
+    }
+
+    fn on_demand(
+        &self,
+        launch: Launch,
+        ram: Arc<GuestRam>,
+        options: &RestoreOptions,
+        configure: impl FnOnce(Builder) -> Builder,
+        mut clock: Clock,
+    ) -> Result<Vm, RestoreError> {
+        launch.machine(Arc::clone(&self.state))?;
         let regions = ram.regions(self.source.layout())?;
         clock.done(Step::Memory);
         let builder = Engine::builder().regions(regions).source(Arc::clone(&self.source));
@@ -226,9 +258,8 @@ impl SavedVm {
                 observer(event);
             }
         });
-        let engine = builder.start()?;
-        clock.done(Step::Pages);
-        let vm = self.start(kvm, host, bus, options, ram, Some(engine), Mode::OnDemand, clock)?;
+        let pages = || Ok((Mode::OnDemand, Some(builder.start()?)));
+        let vm = self.start(launch, options, ram, pages, clock)?;
         let handle = stop.get_or_init(|| vm.vcpus().stop_handle());
         if matches!(vm.engine().and_then(Engine::outcome), Some(Err(_))) {
             // It failed before it knew whom to stop.
@@ -237,31 +268,54 @@ impl SavedVm {
         Ok(vm)
     }
 
-    #[expect(clippy::too_many_arguments, reason = "the common end of two functions")]
+    /// Lets `pages` see to the memory, while the machine is being made.
     fn start(
         &self,
-        kvm: &Kvm,
-        host: &Host,
-        bus: Arc<dyn Bus>,
+        launch: Launch,
         options: &RestoreOptions,
         ram: Arc<GuestRam>,
-        engine: Option<Engine>,
-        mode: Mode,
+        pages: impl FnOnce() -> Result<(Mode, Option<Engine>), RestoreError>,
         mut clock: Clock,
     ) -> Result<Vm, RestoreError> {
-        // Should anything fail, the engine ends before its memory is unmapped.
-        let _mapped = Arc::clone(&ram);
-        let engine = engine;
-        let machine = Machine::new(kvm, ram, MachineConfig::of(&self.state))?;
-        clock.done(Step::Machine);
-        let vcpus: Vec<_> = machine.vcpus().iter().collect();
-        self.state.restore(machine.vm(), &vcpus, host)?;
-        clock.done(Step::Load);
-        let vcpus = Vcpus::start(machine, bus, options.vcpus.clone()).map_err(RestoreError::Threads)?;
-        clock.done(Step::Threads);
+        // Should anything fail, the thread that makes the machine ends first, then the engine, and only then their
+        // memory is unmapped.
+        let _mapped = ram;
+        let engine;
+        let launch = launch;
+        let (mode, started) = pages()?;
+        engine = started;
+        clock.done(Step::Pages);
+        let begun = launch.begun();
+        let (vcpus, times) = launch.finish()?;
+        let mut steps = clock.steps;
+        steps.extend([(Step::Machine, times.machine), (Step::Load, times.load), (Step::Threads, times.threads)]);
         let source = self.source.layout().clone();
-        let report =
-            RestoreReport { mode, backing: options.backing, took: clock.begun.elapsed(), steps: clock.steps, source };
+        let report = RestoreReport { mode, backing: options.backing, took: begun.elapsed(), steps, source };
         Ok(Vm::new(vcpus, engine, report))
     }
+}
+
+/// Opens a snapshot and lets its guest run at once, its memory coming on demand: [`SavedVm::open`] and
+/// [`SavedVm::restore_on_demand`] in one, and faster, since the VM is being made while the file is read.
+///
+/// With the first vCPU bound to a core ([`VcpuOptions::cores`]), the calling thread leaves that core to it.
+///
+/// # Errors
+/// If anything fails: nothing runs then.
+pub fn resume_on_demand(
+    path: impl AsRef<Path>,
+    kvm: &Kvm,
+    host: &Host,
+    bus: Arc<dyn Bus>,
+    options: &RestoreOptions,
+    configure: impl FnOnce(Builder) -> Builder,
+) -> Result<Vm, RestoreError> {
+    let launch = Launch::begin(kvm, host, bus, options.vcpus.clone())?;
+    let (saved, ram) = SavedVm::read(path.as_ref(), kvm, host, |memory| {
+        let ram = Arc::new(GuestRam::allocate(memory, options.backing)?);
+        launch.memory(Arc::clone(&ram));
+        Ok(ram)
+    })?;
+    let clock = Clock::going_on(&saved.steps);
+    saved.on_demand(launch, ram, options, configure, clock)
 }

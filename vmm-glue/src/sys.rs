@@ -5,13 +5,17 @@
 
 use std::io;
 use std::mem::{MaybeUninit, size_of};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd};
+use std::os::unix::thread::JoinHandleExt;
+use std::thread::JoinHandle;
 
 use kvm_bindings::{
     KVM_API_VERSION, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, kvm_device_attr, kvm_irqchip, kvm_sregs2,
     kvm_userspace_memory_region,
 };
-use kvm_ioctls::{VcpuFd, VmFd};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use nix::sched::{sched_getaffinity, sched_setaffinity};
+use nix::unistd::Pid;
 use page_source::{ByteLen, GuestAddr, HostAddr};
 
 const KVMIO: u8 = 0xae;
@@ -37,6 +41,14 @@ nix::ioctl_write_ptr!(kvm_get_device_attr, KVMIO, 0xe2, kvm_device_attr);
 nix::ioctl_write_ptr!(kvm_set_device_attr, KVMIO, 0xe1, kvm_device_attr);
 // The size that the number holds is that of the structure without its set.
 nix::ioctl_write_ptr_bad!(kvm_set_signal_mask, nix::request_code_write!(KVMIO, 0x8b, 4), SignalMask);
+
+/// The same KVM, for another thread.
+pub(crate) fn same_kvm(kvm: &Kvm) -> io::Result<Kvm> {
+    // SAFETY: `kvm` has it open.
+    let fd = unsafe { BorrowedFd::borrow_raw(kvm.as_raw_fd()) }.try_clone_to_owned()?;
+    // SAFETY: a descriptor of KVM, which is nobody else's.
+    Ok(unsafe { Kvm::from_raw_fd(fd.into_raw_fd()) })
+}
 
 /// Makes `len` bytes at `host` the guest's memory at `guest`. The caller keeps them mapped while the VM lives.
 pub(crate) fn set_slot(vm: &VmFd, slot: u32, guest: GuestAddr, host: HostAddr, len: ByteLen) -> io::Result<()> {
@@ -169,6 +181,41 @@ pub(crate) fn set_signal_mask(vcpu: &VcpuFd, blocked: &Signals, let_in: &[i32]) 
     // SAFETY: the kernel reads the header and `len` bytes behind it.
     unsafe { kvm_set_signal_mask(vcpu.as_raw_fd(), &raw const mask) }?;
     Ok(())
+}
+
+fn only(core: usize) -> Option<libc::cpu_set_t> {
+    // SAFETY: a set of bits, of which none is set.
+    let mut set: libc::cpu_set_t = unsafe { MaybeUninit::zeroed().assume_init() };
+    if core >= 8 * size_of_val(&set) {
+        return None;
+    }
+    // SAFETY: the set has such a bit.
+    unsafe { libc::CPU_SET(core, &mut set) };
+    Some(set)
+}
+
+/// Moves another thread to a core. One that has not run yet begins there, instead of waiting for its maker's core
+/// first, which costs a new thread more than all else.
+pub(crate) fn move_to(thread: &JoinHandle<()>, core: usize) {
+    let Some(set) = only(core) else { return };
+    // SAFETY: the thread was not joined yet; the kernel reads the set.
+    let error = unsafe { libc::pthread_setaffinity_np(thread.as_pthread_t(), size_of_val(&set), &raw const set) };
+    if error != 0 {
+        // The thread tries for itself, and says what is wrong.
+        log::debug!("moving a thread to core {core}: {}", io::Error::from_raw_os_error(error));
+    }
+}
+
+/// Moves `thread`, which waits for the core of the calling one, to another core where it may run. It is not bound to
+/// anything by that, and nothing depends on whether it succeeds.
+pub(crate) fn push_off(thread: Pid, core: usize) {
+    let Ok(allowed) = sched_getaffinity(thread) else { return };
+    let mut others = allowed;
+    // With nowhere else to go the kernel refuses.
+    if others.unset(core).is_ok() && sched_setaffinity(thread, &others).is_ok() {
+        let back = sched_setaffinity(thread, &allowed);
+        log::trace!("thread {thread} was moved off core {core}: {back:?}");
+    }
 }
 
 /// Sends `signal` to the thread of this process, which exists and has it blocked.

@@ -8,11 +8,13 @@
 mod bus;
 mod exit;
 mod group;
+mod launch;
 mod run;
 mod table;
 
 pub use bus::{Bus, Next};
 pub use exit::{FailedPage, VcpuError};
 pub use group::{StopError, VcpuOptions, Vcpus};
+pub(crate) use launch::Launch;
 pub(crate) use table::Hold;
 pub use table::StopHandle;

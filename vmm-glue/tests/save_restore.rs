@@ -11,7 +11,10 @@ use kvm_ioctls::Kvm;
 use testkit::guest::{GuestConfig, GuestImage, Oracle, Privilege, Walker};
 use testkit::require;
 use uffd_engine::{Background, Builder, Handlers};
-use vmm_glue::{Backing, Host, MachineConfig, Mode, RestoreOptions, SaveError, SaveOptions, SavedVm, Vm};
+use vmm_glue::{
+    Backing, Host, MachineConfig, Mode, RestoreError, RestoreOptions, SaveError, SaveOptions, SavedVm, VcpuOptions, Vm,
+    resume_on_demand,
+};
 
 /// The other side of a restore.
 struct Restored {
@@ -28,6 +31,8 @@ enum How {
     OnDemand,
     /// Nothing comes but what is touched, until the guest is done.
     OnDemandAlone,
+    /// In one call, with the vCPUs bound to cores, and running when it returns.
+    AtOnce,
 }
 
 fn restore(rig: &Rig, path: &Path, backing: Backing, how: How) -> Restored {
@@ -39,11 +44,19 @@ fn restore(rig: &Rig, path: &Path, backing: Backing, how: How) -> Restored {
     let background = if how == How::OnDemandAlone { Background::default().paused() } else { Background::default() };
     let vm = match how {
         How::Eager => saved.restore_eager(&kvm, &host, Arc::clone(&bus) as _, &options),
+        How::AtOnce => {
+            let options = RestoreOptions::default().with_backing(backing);
+            let cores = std::thread::available_parallelism().unwrap().get();
+            let options = options.with_vcpus(VcpuOptions { cores: vec![0, cores - 1], ..VcpuOptions::default() });
+            resume_on_demand(path, &kvm, &host, Arc::clone(&bus) as _, &options, |engine| engine)
+        }
         _ => saved.restore_on_demand(&kvm, &host, Arc::clone(&bus) as _, &options, |engine: Builder| {
             engine.background(background).handlers(Handlers::threads(2))
         }),
     }
     .unwrap();
+    // So that all are at the same step.
+    vm.vcpus().wait_stopped(PATIENCE).unwrap();
     let image = GuestImage::found(vm.vcpus().ram().memory(), rig.image.config());
     Restored { vm, image, bus, oracle: rig.oracle.clone(), walkers: rig.walkers.clone() }
 }
@@ -101,7 +114,7 @@ fn a_saved_guest_goes_on_eagerly_and_on_demand() {
             rig.step();
             let saved = save(&rig, &path);
             assert!(saved.stored.0 > 500 && saved.zero.0 > 500, "{saved:?}");
-            for how in [How::Eager, How::OnDemand, How::OnDemandAlone] {
+            for how in [How::Eager, How::OnDemand, How::OnDemandAlone, How::AtOnce] {
                 for backing in [Backing::Anonymous, Backing::Memfd] {
                     let mut restored = restore(&rig, &path, backing, how);
                     if how == How::Eager {
@@ -119,6 +132,37 @@ fn a_saved_guest_goes_on_eagerly_and_on_demand() {
     }
 }
 
+/// The thread that makes the machine waits for what does not come; it ends with the call.
+#[test]
+fn a_resume_that_fails_leaves_nothing_behind() {
+    require!(Kvm, Userfaultfd);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("guest.mr");
+    let rig = Rig::boot(Privilege::User, MachineConfig::full(1), Backing::Anonymous, 250);
+    rig.step();
+    save(&rig, &path);
+    let kvm = Kvm::new().unwrap();
+    let host = Host::probe(&kvm).unwrap();
+    let bus = Arc::new(Signals::default());
+    let resume = |path: &Path, options: &RestoreOptions| {
+        resume_on_demand(path, &kvm, &host, Arc::clone(&bus) as _, options, |engine| engine).map(drop)
+    };
+    let options = RestoreOptions::default();
+    let missing = resume(&dir.path().join("missing"), &options);
+    assert!(matches!(missing, Err(RestoreError::Open(_))), "{missing:?}");
+    let unbound = VcpuOptions { cores: vec![1000], ..VcpuOptions::default() };
+    let nowhere = resume(&path, &options.clone().with_vcpus(unbound));
+    assert!(matches!(nowhere, Err(RestoreError::Threads(_))), "{nowhere:?}");
+    let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+    file.set_len(file.metadata().unwrap().len() - 1).unwrap();
+    let cut = resume(&path, &options);
+    assert!(matches!(cut, Err(RestoreError::Open(_))), "{cut:?}");
+    save(&rig, &path);
+    resume(&path, &options).unwrap();
+    // Whoever still held the devices would be a thread that is left.
+    assert_eq!(Arc::strong_count(&bus), 1);
+}
+
 #[test]
 fn huge_pages_too() {
     require!(Kvm, Userfaultfd, Hugepages);
@@ -128,7 +172,7 @@ fn huge_pages_too() {
     let mut rig = Rig::boot(Privilege::User, MachineConfig::bare(2), Backing::Hugetlb, 250);
     rig.step();
     save(&rig, &path);
-    for how in [How::Eager, How::OnDemand, How::OnDemandAlone] {
+    for how in [How::Eager, How::OnDemand, How::OnDemandAlone, How::AtOnce] {
         restore(&rig, &path, Backing::Hugetlb, how).finish(how);
     }
     rig.finish();

@@ -1,9 +1,8 @@
 //! The description of the devices' state that follows a stream: what fields its sections consist of.
 
-use page_units::ByteLen;
-use std::borrow::Cow;
+mod parse;
 
-use crate::json::{self, Json};
+use page_units::ByteLen;
 
 /// The description of all devices' state (QEMU `docs/devel/migration/main.rst`, "vmdesc").
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -71,21 +70,12 @@ pub enum Nested {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum DescError {
-    /// It is not JSON (or too deep, or too large).
-    #[error("the description of the device state is not usable JSON: {0}")]
+    /// It is not JSON, not what QEMU writes, too deep, or too large.
+    #[error("the description of the device state is not usable: {0}")]
     Json(#[from] serde_json::Error),
-    /// It is not what QEMU writes.
-    #[error("the description of the device state: {place}: {what}")]
-    Invalid {
-        /// In which device or field.
-        place: String,
-        /// What is wrong.
-        what: String,
-    },
-}
-
-fn invalid(place: &str, what: impl Into<String>) -> DescError {
-    DescError::Invalid { place: place.to_owned(), what: what.into() }
+    /// It is not text.
+    #[error("the description of the device state is not text: {0}")]
+    Text(#[from] std::str::Utf8Error),
 }
 
 impl VmDesc {
@@ -94,27 +84,7 @@ impl VmDesc {
     /// # Errors
     /// If it is not JSON, has no devices, or a size is missing or does not fit.
     pub fn parse(text: &[u8]) -> Result<VmDesc, DescError> {
-        let Json::Object(members) = json::parse(text)? else {
-            return Err(invalid("top level", "not an object"));
-        };
-        let mut desc = VmDesc { page_size: None, devices: Vec::new() };
-        let mut found = false;
-        for (key, value) in members {
-            match (&*key, value) {
-                ("page_size", value) => desc.page_size = Some(number("top level", &key, &value)?),
-                ("devices", Json::Array(devices)) => {
-                    found = true;
-                    for device in devices {
-                        desc.devices.push(DeviceDesc::from_json(device)?);
-                    }
-                }
-                _ => {}
-            }
-        }
-        if !found {
-            return Err(invalid("top level", "no list of devices"));
-        }
-        Ok(desc)
+        parse::parse(text)
     }
 
     /// The description of a section.
@@ -125,30 +95,6 @@ impl VmDesc {
 }
 
 impl DeviceDesc {
-    fn from_json(value: Json<'_>) -> Result<DeviceDesc, DescError> {
-        let Json::Object(members) = value else {
-            return Err(invalid("devices", "a device is not an object"));
-        };
-        let (mut name, mut instance) = (None, None);
-        let mut rest = Vec::new();
-        for (key, value) in members {
-            match (&*key, value) {
-                ("name", Json::Text(text)) => name = Some(text.into_owned()),
-                ("instance_id", value) => instance = Some(number("device", &key, &value)?),
-                (_, value) => rest.push((key, value)),
-            }
-        }
-        let name = name.ok_or_else(|| invalid("devices", "a device without a name"))?;
-        let instance = u32::try_from(instance.unwrap_or(0)).map_err(|_| invalid(&name, "instance does not fit"))?;
-        let mut parts = structs(&name, &mut rest)?;
-        let state = match (parts.pop(), parts.is_empty()) {
-            (Some(state), true) => state,
-            (None, _) => StructDesc::default(),
-            (Some(_), false) => return Err(invalid(&name, "more than one description")),
-        };
-        Ok(DeviceDesc { name, instance, state })
-    }
-
     /// How many bytes the section's body has; `None` if the sizes don't add up to a number.
     #[must_use]
     pub fn body_len(&self) -> Option<ByteLen> {
@@ -169,17 +115,6 @@ impl StructDesc {
     pub(crate) fn header_len(&self) -> u64 {
         1 + 1 + self.name.len() as u64 + 4
     }
-
-    fn from_json(place: &str, value: Json<'_>) -> Result<StructDesc, DescError> {
-        let Json::Object(mut members) = value else {
-            return Err(invalid(place, "a description is not an object"));
-        };
-        let mut parts = structs(place, &mut members)?;
-        match (parts.pop(), parts.is_empty()) {
-            (Some(only), true) => Ok(only),
-            _ => Err(invalid(place, "not exactly one description")),
-        }
-    }
 }
 
 impl FieldDesc {
@@ -191,88 +126,5 @@ impl FieldDesc {
 
     pub(crate) fn wire_len(&self) -> Option<u64> {
         self.size.checked_mul(self.count())
-    }
-
-    fn from_json(place: &str, value: Json<'_>) -> Result<FieldDesc, DescError> {
-        let Json::Object(members) = value else {
-            return Err(invalid(place, "a field is not an object"));
-        };
-        let mut field = FieldDesc {
-            name: String::new(),
-            kind: String::new(),
-            size: 0,
-            array_len: None,
-            index: None,
-            nested: Nested::Nothing,
-        };
-        let mut size = None;
-        let mut rest = Vec::new();
-        for (key, value) in members {
-            match (&*key, value) {
-                ("name", Json::Text(text)) => field.name = text.into_owned(),
-                ("type", Json::Text(text)) => field.kind = text.into_owned(),
-                ("size", value) => size = Some(number(place, &key, &value)?),
-                ("array_len", value) => field.array_len = Some(number(place, &key, &value)?),
-                ("index", value) => field.index = Some(number(place, &key, &value)?),
-                ("struct", value) => field.nested = Nested::Struct(StructDesc::from_json(place, value)?),
-                (_, value) => rest.push((key, value)),
-            }
-        }
-        field.size = size.ok_or_else(|| invalid(place, format!("field \"{}\" has no size", field.name)))?;
-        let inline = structs(place, &mut rest)?;
-        if !inline.is_empty() && field.nested == Nested::Nothing {
-            field.nested = Nested::Inline(inline);
-        }
-        Ok(field)
-    }
-}
-
-/// The descriptions among the members of an object: a new one begins with each `vmsd_name` (or with the first other
-/// member, where a device has no name).
-fn structs(place: &str, members: &mut Vec<(Cow<'_, str>, Json<'_>)>) -> Result<Vec<StructDesc>, DescError> {
-    let mut all: Vec<StructDesc> = Vec::new();
-    for (key, value) in members.drain(..) {
-        match (&*key, value) {
-            ("vmsd_name", Json::Text(name)) => {
-                all.push(StructDesc { name: name.into_owned(), ..StructDesc::default() })
-            }
-            ("version", value) => {
-                let version = number(place, "version", &value)?;
-                let version = u32::try_from(version).map_err(|_| invalid(place, "version does not fit"))?;
-                current(&mut all).version = version;
-            }
-            ("fields", Json::Array(fields)) => {
-                let into = current(&mut all);
-                for field in fields {
-                    into.fields.push(FieldDesc::from_json(place, field)?);
-                }
-            }
-            ("subsections", Json::Array(subsections)) => {
-                let into = current(&mut all);
-                for subsection in subsections {
-                    into.subsections.push(StructDesc::from_json(place, subsection)?);
-                }
-            }
-            _ => {}
-        }
-    }
-    Ok(all)
-}
-
-fn current(all: &mut Vec<StructDesc>) -> &mut StructDesc {
-    if all.is_empty() {
-        all.push(StructDesc::default());
-    }
-    let last = all.len() - 1;
-    &mut all[last]
-}
-
-fn number(place: &str, key: &str, value: &Json<'_>) -> Result<u64, DescError> {
-    match value {
-        // QEMU writes signed numbers; a version of -1 has been seen nowhere but costs nothing to refuse by name.
-        Json::Number(value) => {
-            u64::try_from(*value).map_err(|_| invalid(place, format!("\"{key}\" is {value}, which does not fit")))
-        }
-        _ => Err(invalid(place, format!("\"{key}\" is not a whole number"))),
     }
 }

@@ -17,7 +17,6 @@ mod device_writer;
 mod error;
 mod event;
 mod globalstate;
-mod json;
 mod locate;
 pub mod ram;
 mod read;

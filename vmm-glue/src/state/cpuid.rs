@@ -72,6 +72,9 @@ pub(super) fn missing(wanted: &[kvm_cpuid_entry2], host: &[kvm_cpuid_entry2]) ->
             entries.iter().filter(matches).fold(0, |all, entry| all | (features.of)(entry))
         };
         let lacking = bits(wanted) & !bits(host);
+        if lacking == 0 {
+            continue;
+        }
         let names: Vec<&str> = features.names.split_whitespace().collect();
         for bit in (0..32).filter(|bit| lacking >> bit & 1 == 1) {
             match names.get(bit) {

@@ -14,6 +14,9 @@ use super::error::Call;
 pub(super) const TSC: u32 = 0x10;
 /// `IA32_TSC_DEADLINE`: written last, when the local APIC and the counter are right.
 pub(super) const TSC_DEADLINE: u32 = 0x6e0;
+/// `MSR_KVM_SYSTEM_TIME` and `MSR_KVM_SYSTEM_TIME_NEW`: where the guest's clock page is, and in bit 0 whether.
+pub(super) const KVM_SYSTEM_TIME: u32 = 0x12;
+pub(super) const KVM_SYSTEM_TIME_NEW: u32 = 0x4b56_4d01;
 
 fn list(entries: &[kvm_msr_entry]) -> Result<Msrs, StateError> {
     Msrs::from_entries(entries).map_err(|error| StateError::Invalid(format!("{} MSRs: {error:?}", entries.len())))

@@ -100,7 +100,8 @@ impl VcpuState {
         vcpu.set_cpuid2(&cpuid).call("KVM_SET_CPUID2", id)?;
         self.restore_tsc_khz(vcpu, host)?;
         match &self.sregs2 {
-            Some(sregs) if host.sregs2 => {
+            // Without valid pointers it says nothing that the older one does not.
+            Some(sregs) if host.sregs2 && sregs.flags != 0 => {
                 // The pending interrupt is not part of the newer structure.
                 vcpu.set_sregs(&self.sregs).call("KVM_SET_SREGS", id)?;
                 sys::set_sregs2(vcpu, sregs).call("KVM_SET_SREGS2", id)?;
@@ -120,10 +121,17 @@ impl VcpuState {
         vcpu.set_vcpu_events(&self.events).call("KVM_SET_VCPU_EVENTS", id)?;
         vcpu.set_mp_state(self.mp_state).call("KVM_SET_MP_STATE", id)?;
         // Tells a guest that uses kvmclock that it was stopped, so that it raises no lockup alarm; others have none.
-        if let Err(error) = vcpu.kvmclock_ctrl() {
-            log::debug!("vCPU {id} has no kvmclock: {error}");
+        if self.has_kvmclock()
+            && let Err(error) = vcpu.kvmclock_ctrl()
+        {
+            log::debug!("the kvmclock of vCPU {id} can't be told that it was stopped: {error}");
         }
         Ok(())
+    }
+
+    /// Whether the guest has switched on the clock page (Linux Documentation/virt/kvm/x86/msr.rst).
+    fn has_kvmclock(&self) -> bool {
+        [msrs::KVM_SYSTEM_TIME, msrs::KVM_SYSTEM_TIME_NEW].iter().any(|&index| self.msr(index).unwrap_or(0) & 1 == 1)
     }
 
     /// The guest must find its clock running at the speed it has measured: within 250 ppm, what an NTP client corrects.
@@ -152,7 +160,7 @@ impl VcpuState {
 
 /// Brings the time stamp counters of several vCPUs, which were set one after the other, back into step.
 pub(super) fn align_tsc(states: &[VcpuState], vcpus: &[&VcpuFd]) -> Result<(), StateError> {
-    let (Some(first), Some(vcpu)) = (states.first(), vcpus.first()) else { return Ok(()) };
+    let (Some(first), Some(vcpu), 2..) = (states.first(), vcpus.first(), vcpus.len()) else { return Ok(()) };
     let (Some(saved), Ok(now)) = (first.tsc_offset, sys::get_tsc_offset(vcpu)) else { return Ok(()) };
     for (state, vcpu) in states.iter().zip(vcpus).skip(1) {
         if let Some(offset) = state.tsc_offset {

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use kvm_ioctls::{VcpuFd, VmFd};
 use parking_lot::{Mutex, MutexGuard};
 
-use super::run::{self, ThreadContext};
+use super::run::{self, Place, Seat, Started};
 use super::table::{Group, Hold, StopHandle, Wanted, failure, stopped};
 use super::{Bus, VcpuError};
 use crate::{GuestRam, Host, Machine, MachineConfig, MachineState, StateError};
@@ -63,6 +63,35 @@ pub struct Vcpus {
     ram: Arc<GuestRam>,
 }
 
+/// What the threads of a machine's vCPUs begin with.
+pub(super) struct Seats {
+    pub(super) group: Arc<Group>,
+    bus: Arc<dyn Bus>,
+    options: VcpuOptions,
+}
+
+impl Seats {
+    /// For so many vCPUs.
+    pub(super) fn new(vcpus: usize, wanted: Wanted, bus: Arc<dyn Bus>, options: VcpuOptions) -> Seats {
+        Seats { group: Arc::new(Group::new(vcpus, wanted, options.kick_signal)), bus, options }
+    }
+
+    pub(super) fn seat(&self, vcpu: u32) -> Seat {
+        Seat {
+            vcpu,
+            group: Arc::clone(&self.group),
+            bus: Arc::clone(&self.bus),
+            kick_signal: self.options.kick_signal,
+            core: self.options.cores.get(usize::try_from(vcpu).unwrap_or(usize::MAX)).copied(),
+        }
+    }
+
+    /// Whether the vCPUs wait for [`Vcpus::resume`].
+    pub(super) fn paused(&self) -> bool {
+        self.options.paused
+    }
+}
+
 impl fmt::Debug for Vcpus {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Vcpus").field("config", &self.config).field("options", &self.options).finish_non_exhaustive()
@@ -77,26 +106,45 @@ impl Vcpus {
     pub fn start(machine: Machine, bus: Arc<dyn Bus>, options: VcpuOptions) -> io::Result<Vcpus> {
         let Machine { vcpus, vm, ram, config } = machine;
         let wanted = if options.paused { Wanted::Pause } else { Wanted::Run };
-        let group = Arc::new(Group::new(vcpus.len(), wanted, options.kick_signal));
+        let seats = Seats::new(vcpus.len(), wanted, bus, options);
         let fds = vcpus.into_iter().map(|fd| Arc::new(Mutex::new(fd))).collect();
-        let mut all = Vcpus { fds, threads: Vec::new(), group, options, config, vm, ram };
-        let mut ready = Vec::new();
-        for (fd, vcpu) in all.fds.iter().zip(0..) {
-            let context = ThreadContext {
-                vcpu,
-                fd: Arc::clone(fd),
-                group: Arc::clone(&all.group),
-                ram: Arc::clone(&all.ram),
-                bus: Arc::clone(&bus),
-                kick_signal: all.options.kick_signal,
-                core: all.options.cores.get(usize::try_from(vcpu).unwrap_or(usize::MAX)).copied(),
-            };
-            let started = run::spawn(context)?;
-            all.threads.push(started.thread);
-            ready.push(started.ready);
-        }
-        ready.iter().try_for_each(run::is_ready)?;
+        let mut all = Vcpus::of(&seats, fds, config, vm, ram);
+        all.spawn(&seats)?;
         Ok(all)
+    }
+
+    /// Without threads.
+    pub(super) fn of(
+        seats: &Seats,
+        fds: Vec<Arc<Mutex<VcpuFd>>>,
+        config: MachineConfig,
+        vm: VmFd,
+        ram: Arc<GuestRam>,
+    ) -> Vcpus {
+        let (group, options) = (Arc::clone(&seats.group), seats.options.clone());
+        Vcpus { fds, threads: Vec::new(), group, options, config, vm, ram }
+    }
+
+    /// The first vCPU has its thread: starts those of the others. If there are any, the first has waited for them.
+    pub(super) fn start_others(&mut self, seats: &Seats, first: Option<JoinHandle<()>>) -> io::Result<()> {
+        self.threads.extend(first);
+        if self.spawn(seats)? && !seats.paused() {
+            self.resume();
+        }
+        Ok(())
+    }
+
+    /// Starts the threads that are missing, and says whether there were any.
+    fn spawn(&mut self, seats: &Seats) -> io::Result<bool> {
+        let mut started = Vec::new();
+        for (fd, vcpu) in self.fds.iter().zip(0..).skip(self.threads.len()) {
+            let place = Place { fd: Arc::clone(fd), ram: Arc::clone(&self.ram) };
+            let Started { thread, ready } = run::spawn(seats.seat(vcpu), move || Ok::<_, io::Error>((place, ())))?;
+            self.threads.push(thread);
+            started.push(ready);
+        }
+        started.iter().try_for_each(run::wait)?;
+        Ok(!started.is_empty())
     }
 
     /// The VM.

@@ -1,6 +1,7 @@
 //! The thread of one vCPU.
 
 use std::io;
+use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc;
@@ -17,46 +18,72 @@ use super::{Bus, FailedPage, VcpuError};
 use crate::GuestRam;
 use crate::sys::{self, Signals};
 
-pub(super) struct ThreadContext {
+/// What the thread of a vCPU has before there is a vCPU.
+pub(super) struct Seat {
     pub(super) vcpu: u32,
-    pub(super) fd: Arc<Mutex<VcpuFd>>,
     pub(super) group: Arc<Group>,
-    pub(super) ram: Arc<GuestRam>,
     pub(super) bus: Arc<dyn Bus>,
     pub(super) kick_signal: i32,
     pub(super) core: Option<usize>,
 }
 
-/// The word of a thread that has its signals under control: it may be kicked from then on.
-pub(super) type Ready = mpsc::Receiver<io::Result<()>>;
-
-pub(super) struct Started {
-    pub(super) thread: JoinHandle<()>,
-    pub(super) ready: Ready,
+/// What it has then.
+pub(super) struct Place {
+    pub(super) fd: Arc<Mutex<VcpuFd>>,
+    pub(super) ram: Arc<GuestRam>,
 }
 
-/// Waits for it.
-pub(super) fn is_ready(ready: &Ready) -> io::Result<()> {
+/// A thread, and its word that it has its signals under control: it may be kicked from then on. With it comes what
+/// else it has made.
+pub(super) struct Started<T, E> {
+    pub(super) thread: JoinHandle<()>,
+    pub(super) ready: mpsc::Receiver<Result<T, E>>,
+}
+
+/// Waits for that word.
+pub(super) fn wait<T, E: From<io::Error>>(ready: &mpsc::Receiver<Result<T, E>>) -> Result<T, E> {
     ready.recv().map_err(|_| io::Error::other("the thread of a vCPU ended before it began"))?
 }
 
-/// Starts the thread.
-pub(super) fn spawn(context: ThreadContext) -> io::Result<Started> {
+/// Starts the thread. First of all, and on its core, it gets its vCPU from `make`, with something for who waits until
+/// it is ready; if that fails, the thread ends.
+pub(super) fn spawn<T, E>(
+    seat: Seat,
+    make: impl FnOnce() -> Result<(Place, T), E> + Send + 'static,
+) -> io::Result<Started<T, E>>
+where
+    T: Send + 'static,
+    E: From<io::Error> + Send + 'static,
+{
     let (tell, ready) = mpsc::channel();
-    let thread = Builder::new().name(format!("vcpu{}", context.vcpu)).spawn(move || {
-        let _known = Known(&context);
-        let set_up = context.set_up();
-        let go = set_up.is_ok();
-        let told = tell.send(set_up);
-        if go && told.is_ok() {
-            context.serve();
+    let core = seat.core;
+    let thread = Builder::new().name(format!("vcpu{}", seat.vcpu)).spawn(move || {
+        let _known = Known(&seat);
+        let begun = || {
+            // If it could not be moved there from outside, this says why.
+            seat.bind()?;
+            let (place, made) = make()?;
+            let runner = Runner { seat: &seat, place };
+            runner.take_control()?;
+            Ok((runner, made))
+        };
+        match begun() {
+            Ok((runner, made)) => {
+                if tell.send(Ok(made)).is_ok() {
+                    runner.serve();
+                }
+            }
+            Err(error) => drop(tell.send(Err(error))),
         }
     })?;
+    if let Some(core) = core {
+        sys::move_to(&thread, core);
+    }
     Ok(Started { thread, ready })
 }
 
 /// Takes the thread out of the table before it ends, however it does: nobody signals another one by mistake.
-struct Known<'a>(&'a ThreadContext);
+struct Known<'a>(&'a Seat);
 
 impl Drop for Known<'_> {
     fn drop(&mut self) {
@@ -70,19 +97,41 @@ impl Drop for Known<'_> {
     }
 }
 
-impl ThreadContext {
+impl Seat {
+    fn bind(&self) -> io::Result<()> {
+        let Some(core) = self.core else { return Ok(()) };
+        let mut set = CpuSet::new();
+        set.set(core)?;
+        Ok(sched_setaffinity(Pid::from_raw(0), &set)?)
+    }
+
+    fn index(&self) -> usize {
+        usize::try_from(self.vcpu).unwrap_or(usize::MAX)
+    }
+}
+
+/// A vCPU in its seat.
+struct Runner<'a> {
+    seat: &'a Seat,
+    place: Place,
+}
+
+impl Deref for Runner<'_> {
+    type Target = Seat;
+
+    fn deref(&self) -> &Seat {
+        self.seat
+    }
+}
+
+impl Runner<'_> {
     fn signals(&self) -> [i32; 2] {
         [self.kick_signal, libc::SIGBUS]
     }
 
-    fn set_up(&self) -> io::Result<()> {
-        if let Some(core) = self.core {
-            let mut set = CpuSet::new();
-            set.set(core)?;
-            sched_setaffinity(Pid::from_raw(0), &set)?;
-        }
+    fn take_control(&self) -> io::Result<()> {
         let before = Signals::of(&self.signals()).block()?;
-        sys::set_signal_mask(&self.fd.lock(), &before, &self.signals())?;
+        sys::set_signal_mask(&self.place.fd.lock(), &before, &self.signals())?;
         self.group.table.lock()[self.index()].thread = Some(nix::unistd::gettid().as_raw());
         Ok(())
     }
@@ -114,10 +163,6 @@ impl ThreadContext {
         }
     }
 
-    fn index(&self) -> usize {
-        usize::try_from(self.vcpu).unwrap_or(usize::MAX)
-    }
-
     /// Waits until this vCPU is to run, and says so in the table; `false` at the end.
     fn wait_for_work(&self) -> bool {
         let mut table = self.group.table.lock();
@@ -141,10 +186,10 @@ impl ThreadContext {
     /// Runs the vCPU until it is to stop; says whether a device has stopped it. What its last exit asked for is
     /// completed then.
     fn run(&self) -> Result<bool, VcpuError> {
-        let mut fd = self.fd.lock();
+        let mut fd = self.place.fd.lock();
         let mut by_device = false;
         while !self.to_stop() {
-            match run_once(&mut fd, self.vcpu, &self.ram, &*self.bus) {
+            match run_once(&mut fd, self.vcpu, &self.place.ram, &*self.bus) {
                 Outcome::Run => {}
                 Outcome::Interrupted => self.take_signals()?,
                 Outcome::Stop | Outcome::Halted => {
@@ -164,7 +209,7 @@ impl ThreadContext {
         fd.set_kvm_immediate_exit(1);
         let mut by_device = false;
         let result = loop {
-            match run_once(fd, self.vcpu, &self.ram, &*self.bus) {
+            match run_once(fd, self.vcpu, &self.place.ram, &*self.bus) {
                 Outcome::Interrupted => break self.take_signals().map(|()| by_device),
                 Outcome::Halted => break Ok(true),
                 Outcome::Run => {}
@@ -181,7 +226,8 @@ impl ThreadContext {
         let mut result = Ok(());
         while let Some((signal, address)) = pending.take() {
             if signal == libc::SIGBUS
-                && let Outcome::Failed(error) = failed_page(self.vcpu, self.ram.to_guest(address), FailedPage::BusError)
+                && let Outcome::Failed(error) =
+                    failed_page(self.vcpu, self.place.ram.to_guest(address), FailedPage::BusError)
             {
                 result = Err(error);
             }

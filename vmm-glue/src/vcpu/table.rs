@@ -48,16 +48,29 @@ pub(super) struct Entry {
     pub(super) thread: Option<i32>,
 }
 
+impl Entry {
+    fn new(wanted: Wanted) -> Entry {
+        Entry { wanted, phase: Phase::Paused, by_device: false, thread: None }
+    }
+}
+
 impl Group {
     pub(super) fn new(vcpus: usize, wanted: Wanted, kick_signal: i32) -> Group {
-        let entry = || Entry { wanted, phase: Phase::Paused, by_device: false, thread: None };
         Group {
-            table: Mutex::new(std::iter::repeat_with(entry).take(vcpus).collect()),
+            table: Mutex::new(std::iter::repeat_with(|| Entry::new(wanted)).take(vcpus).collect()),
             changed: Condvar::new(),
             attention: AtomicBool::new(wanted != Wanted::Run),
             asked: AtomicU64::new(0),
             kick_signal,
         }
+    }
+
+    /// There are so many vCPUs, of which no other than the first has a thread yet. All are to do this.
+    pub(super) fn prepare(&self, vcpus: usize, wanted: Wanted) {
+        let mut table = self.table.lock();
+        table.resize_with(vcpus, || Entry::new(wanted));
+        table.iter_mut().for_each(|entry| entry.wanted = wanted);
+        self.attention.store(wanted != Wanted::Run, Ordering::SeqCst);
     }
 
     /// Changes what all vCPUs are to do, and interrupts those that are in `KVM_RUN`.

@@ -11,7 +11,7 @@ use page_source::{BlockId, ByteLen};
 use testkit::guest::layout;
 use uffd_engine::{Background, Discards, Handlers};
 use vm_memory::{Bytes, GuestAddress};
-use vmm_glue::{Bus, Host, RestoreOptions, SavedVm, Step, VcpuOptions};
+use vmm_glue::{Bus, Host, RestoreOptions, Step, VcpuOptions, resume_on_demand};
 
 use super::{Bench, Measured};
 use crate::figure::{Figure, Goal, median};
@@ -73,8 +73,7 @@ fn on_demand(bench: &Bench, kvm: &Kvm, host: &Host, path: &Path) -> Measured<Res
     let options =
         RestoreOptions::default().with_vcpus(VcpuOptions { cores: vec![bench.near], ..VcpuOptions::default() });
     let called = Instant::now();
-    let saved = SavedVm::open(path, kvm, host)?;
-    let vm = saved.restore_on_demand(kvm, host, bus, &options, |builder| {
+    let vm = resume_on_demand(path, kvm, host, bus, &options, |builder| {
         builder
             .handlers(Handlers::on_cores([bench.near]))
             .background(Background::default().on_cores([bench.far]))

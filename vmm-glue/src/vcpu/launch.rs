@@ -1,0 +1,177 @@
+//! Making a machine on the thread that will run its first vCPU, while the caller sees to its memory.
+//!
+//! KVM's calls take most of the time of a restore. They need little of the snapshot, so they need not wait until all of
+//! it is read; and they cost more when the vCPU moves to another core in between.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::{Duration, Instant};
+
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use nix::unistd::{Pid, gettid};
+use parking_lot::Mutex;
+
+use super::group::Seats;
+use super::run::{self, Place, Started};
+use super::table::Wanted;
+use crate::{
+    Bus, GuestRam, Host, Machine, MachineConfig, MachineError, MachineState, RestoreError, StateError, VcpuOptions,
+    Vcpus, sys,
+};
+
+/// A machine in the making. Dropping it ends that, and joins the thread.
+pub(crate) struct Launch {
+    /// Dropped before the thread is joined, which then gives up.
+    orders: Option<Orders>,
+    first: Option<Started<Made, RestoreError>>,
+    seats: Seats,
+    begun: Instant,
+}
+
+/// What the thread waits for.
+struct Orders {
+    memory: Sender<Arc<GuestRam>>,
+    machine: Sender<Arc<MachineState>>,
+    load: Sender<()>,
+}
+
+/// What the first vCPU's thread does before it runs the vCPU.
+struct Work {
+    kvm: Kvm,
+    host: Host,
+    /// Who is to have another core than the vCPU, so that both get on.
+    caller: Option<(Pid, usize)>,
+    memory: Receiver<Arc<GuestRam>>,
+    machine: Receiver<Arc<MachineState>>,
+    load: Receiver<()>,
+}
+
+/// What it has made, and when.
+struct Made {
+    vm: VmFd,
+    fds: Vec<Arc<Mutex<VcpuFd>>>,
+    config: MachineConfig,
+    ram: Arc<GuestRam>,
+    begun: Instant,
+    machine: Duration,
+    load: Duration,
+    loaded: Instant,
+}
+
+/// How long the parts took.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Times {
+    /// Creating VM, slots, chips and vCPUs.
+    pub(crate) machine: Duration,
+    /// Putting the state into them.
+    pub(crate) load: Duration,
+    /// What the threads cost: until the first begins, and from when it is about to run its vCPU.
+    pub(crate) threads: Duration,
+}
+
+impl Launch {
+    /// Begins with what needs nothing: a thread on its core, and a VM.
+    pub(crate) fn begin(
+        kvm: &Kvm,
+        host: &Host,
+        bus: Arc<dyn Bus>,
+        options: VcpuOptions,
+    ) -> Result<Launch, RestoreError> {
+        let begun = Instant::now();
+        let ((memory, with_memory), (machine, of), (load, may_load)) = (channel(), channel(), channel());
+        let core = options.cores.first().copied();
+        let caller = core.map(|core| (gettid(), core));
+        let (kvm, host) = (sys::same_kvm(kvm)?, host.clone());
+        let work = Work { kvm, host, caller, memory: with_memory, machine: of, load: may_load };
+        let seats = Seats::new(1, Wanted::Pause, bus, options);
+        let first = run::spawn(seats.seat(0), move || work.run())?;
+        Ok(Launch { orders: Some(Orders { memory, machine, load }), first: Some(first), seats, begun })
+    }
+
+    /// When it began.
+    pub(crate) fn begun(&self) -> Instant {
+        self.begun
+    }
+
+    /// The memory is mapped: gives it to the VM.
+    pub(crate) fn memory(&self, ram: Arc<GuestRam>) {
+        if let Some(orders) = &self.orders {
+            // If nobody listens any more, there is an error to be had in the end.
+            let _ = orders.memory.send(ram);
+        }
+    }
+
+    /// The state is known: makes the chips and vCPUs that it needs.
+    pub(crate) fn machine(&self, state: Arc<MachineState>) -> Result<(), RestoreError> {
+        if state.vcpus.is_empty() {
+            return Err(StateError::Invalid("the state of a machine without vCPUs".into()).into());
+        }
+        // Several begin together, when all are there.
+        let alone = state.vcpus.len() == 1;
+        let wanted = if alone && !self.seats.paused() { Wanted::Run } else { Wanted::Pause };
+        self.seats.group.prepare(state.vcpus.len(), wanted);
+        if let Some(orders) = &self.orders {
+            let _ = orders.machine.send(state);
+        }
+        Ok(())
+    }
+
+    /// The memory is being served, or all there: loads the state, and lets the vCPUs run.
+    pub(crate) fn finish(mut self) -> Result<(Vcpus, Times), RestoreError> {
+        if let Some(orders) = self.orders.take() {
+            let _ = orders.load.send(());
+        }
+        let Some(first) = &self.first else { return Err(given_up()) };
+        let Made { vm, fds, config, ram, begun, machine, load, loaded } = run::wait(&first.ready)?;
+        let mut vcpus = Vcpus::of(&self.seats, fds, config, vm, ram);
+        vcpus.start_others(&self.seats, self.first.take().map(|first| first.thread))?;
+        let threads = begun.duration_since(self.begun) + loaded.elapsed();
+        Ok((vcpus, Times { machine, load, threads }))
+    }
+}
+
+impl Drop for Launch {
+    fn drop(&mut self) {
+        self.orders = None;
+        if let Some(first) = self.first.take()
+            && first.thread.join().is_err()
+        {
+            log::error!("the thread that made a machine has panicked");
+        }
+    }
+}
+
+impl Work {
+    fn run(self) -> Result<(Place, Made), RestoreError> {
+        let begun = Instant::now();
+        if let Some((caller, core)) = self.caller {
+            sys::push_off(caller, core);
+        }
+        let vm = Machine::empty(&self.kvm)?;
+        let created = begun.elapsed();
+        let ram = self.memory.recv().map_err(|_| given_up())?;
+        // Dropped before the memory that it knows by address.
+        let vm = vm;
+        let mapping = Instant::now();
+        ram.set_slots(&vm).map_err(MachineError::from)?;
+        let mapped = mapping.elapsed();
+        let state = self.machine.recv().map_err(|_| given_up())?;
+        let furnishing = Instant::now();
+        let Machine { vcpus, vm, ram, config } = Machine::furnish(vm, ram, MachineConfig::of(&state))?;
+        let machine = created + mapped + furnishing.elapsed();
+        self.load.recv().map_err(|_| given_up())?;
+        let loading = Instant::now();
+        state.restore(&vm, &vcpus.iter().collect::<Vec<_>>(), &self.host)?;
+        let load = loading.elapsed();
+        let fds: Vec<_> = vcpus.into_iter().map(|fd| Arc::new(Mutex::new(fd))).collect();
+        let fd = Arc::clone(fds.first().ok_or_else(given_up)?);
+        let place = Place { fd, ram: Arc::clone(&ram) };
+        Ok((place, Made { vm, fds, config, ram, begun, machine, load, loaded: Instant::now() }))
+    }
+}
+
+/// Nobody is told this: whoever would be has gone.
+fn given_up() -> RestoreError {
+    RestoreError::Threads(io::Error::other("the restore was given up"))
+}
