@@ -68,7 +68,6 @@ impl Load {
         options.background = !self.no_background;
         options.preempt = waiting.preempt;
         let server = image.server(&blocks, options)?;
-        let control = server.control();
         let recover =
             format!("fastload load {} --qmp {} --recover", serving::quoted(&self.snapshot), serving::quoted(&self.qmp));
         let connecting = Instant::now();
@@ -94,13 +93,9 @@ impl Load {
             // All was over before we looked.
             running = waiting.qmp.wait_event(&["RESUME"], Duration::ZERO)?.map(|event| event.seen);
         }
-        // A QEMU that did not get as far knows why; one whose guest runs has nothing to add.
-        let said = waiting.finish(served.is_ok(), control.progress().phase < Phase::Started);
-        let report = served.map_err(|failure| match &said {
-            Ok(Some(why)) => format!("{failure}. QEMU says: {why}").into(),
-            _ => failure,
-        })?;
-        said?;
+        let restored = waiting.finish(served.is_ok());
+        let report = served.map_err(|failure| serving::explain(failure, &recover, || waiting.fate()))?;
+        restored?;
         let state = waiting.qmp.run_state()?;
         let paused = state != "running";
         if paused && !waiting.paused && !self.json {

@@ -7,7 +7,7 @@ use page_source::postcopy::{Address, Options, Phase};
 use page_units::PageSize;
 use serde_json::json;
 
-use super::serving::{self, Image};
+use super::serving::{self, Fate, Image};
 use crate::commands::Failure;
 use crate::{output, parse};
 
@@ -70,7 +70,8 @@ impl Serve {
                 serving::note("the devices are loaded; the guest runs, unless QEMU was started with -S");
             }
             Ok(!told)
-        })?;
+        });
+        let report = report.map_err(|failure| serving::explain(failure, &recover, || Fate::Unknown))?;
         if self.json {
             let mut figures = serving::figures(&report);
             figures["started_us"] = json!(report.to_started.map(serving::micros));

@@ -61,7 +61,7 @@ impl Image {
 }
 
 /// Runs a server to its end, with a progress bar. Meanwhile `look` is called until it has seen enough; it waits for a
-/// moment itself.
+/// moment itself. The server's own error is a [`ServeError`], for [`explain`].
 pub(crate) fn attend(
     image: &Image,
     server: Server,
@@ -98,7 +98,7 @@ pub(crate) fn attend(
             bar.finish_and_clear();
         }
         let served = serving.join().map_err(|_| Failure::from("the server failed in an unforeseen way"))?;
-        looked.and(served.map_err(|error| explain(&error, recover)))
+        looked.and(served.map_err(Failure::from))
     })
 }
 
@@ -109,14 +109,14 @@ fn new_bar(total: u64) -> ProgressBar {
     bar
 }
 
-/// The first Ctrl-C sends the rest, the second leaves.
+/// The first Ctrl-C sends the rest, if the guest may have been started; the second leaves.
 fn interrupts(control: Control, recover: String) -> Result<(), Failure> {
     let before = AtomicBool::new(false);
     let handler = move || {
-        let again = before.swap(true, Ordering::SeqCst);
-        if again || control.progress().phase < Phase::Started {
+        if before.swap(true, Ordering::SeqCst) {
             control.stop();
-        } else {
+        } else if !control.cancel() {
+            // QEMU has all that it takes to start the guest, and may have done so.
             control.drain();
             note(&format!("sending the rest; Ctrl-C again leaves the guest waiting, until: {recover}"));
         }
@@ -124,12 +124,46 @@ fn interrupts(control: Control, recover: String) -> Result<(), Failure> {
     Ok(ctrlc::set_handler(handler)?)
 }
 
-/// What an error means for the guest.
-pub(crate) fn explain(error: &ServeError, recover: &str) -> Failure {
-    if error.is_recoverable() {
-        return format!("{error}. The guest is not lost: it waits for the pages it misses, until: {recover}").into();
+/// What has become of a QEMU whose connection is gone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Fate {
+    /// Nobody can be asked.
+    Unknown,
+    /// There is no such process any more.
+    Ended,
+    /// It waits for another server.
+    Waits,
+    /// Its guest needs nothing more.
+    Complete,
+    /// The state of its migration is this, and why, if it says so.
+    Other(String),
+}
+
+/// What a failure means for the guest. What became of QEMU is asked only if it is in doubt.
+pub(crate) fn explain(failure: Failure, recover: &str, fate: impl FnOnce() -> Fate) -> Failure {
+    let error = match failure.downcast::<ServeError>() {
+        Ok(error) => error,
+        Err(failure) => return failure,
+    };
+    let not_lost = format!("guest is not lost: it waits for the pages it misses, until: {recover}");
+    let started = error.is_recoverable();
+    if let ServeError::Broken { .. } | ServeError::Refused { .. } | ServeError::Silent { .. } = *error {
+        // It was QEMU that ended it, or the system for it.
+        return match fate() {
+            Fate::Ended => {
+                format!("QEMU has ended, and its guest with it; its standard error may say why ({error})").into()
+            }
+            Fate::Waits => format!("{error}. The {not_lost}").into(),
+            Fate::Unknown if started => format!("{error}. If QEMU has not ended, its {not_lost}").into(),
+            Fate::Unknown => format!("{error}. QEMU ends then, and its standard error says more").into(),
+            Fate::Complete => format!("{error}. QEMU says that its guest has all of its memory").into(),
+            Fate::Other(says) => format!("{error}. QEMU says: {says}").into(),
+        };
     }
-    match error {
+    if started {
+        return format!("{error}. The {not_lost}").into();
+    }
+    match *error {
         // QEMU has not heard from us.
         ServeError::Connect { .. } | ServeError::Encode { .. } => error.to_string().into(),
         _ => format!("{error}. QEMU ends then, and its standard error says more").into(),

@@ -92,6 +92,7 @@ impl Control {
             pusher: Bell { event: event()?, waiting: AtomicBool::new(true) },
             drain: AtomicBool::new(false),
             stop: AtomicBool::new(false),
+            commitment: AtomicU8::new(OPEN),
             counters: Counters::default(),
         };
         Ok(Control { shared: Arc::new(shared) })
@@ -101,6 +102,17 @@ impl Control {
     pub fn drain(&self) {
         self.shared.drain.store(true, Ordering::Release);
         self.shared.pusher.ring();
+    }
+
+    /// Ends, unless the destination has, or is about to have, what starts the guest; whether it ends. For a resumed guest
+    /// only before it is resumed.
+    #[must_use]
+    pub fn cancel(&self) -> bool {
+        let cancelled = self.shared.decide(CANCELLED);
+        if cancelled {
+            self.stop();
+        }
+        cancelled
     }
 
     /// Ends at once. If the guest had been started it waits for its missing pages until another server resumes.
@@ -123,7 +135,28 @@ pub(super) struct Shared {
     pub(super) pusher: Bell,
     pub(super) drain: AtomicBool,
     pub(super) stop: AtomicBool,
+    /// Decided once.
+    commitment: AtomicU8,
     pub(super) counters: Counters,
+}
+
+/// Whether the guest is started: not decided yet, yes, no.
+const OPEN: u8 = 0;
+const COMMITTED: u8 = 1;
+const CANCELLED: u8 = 2;
+
+impl Shared {
+    /// The destination is about to get what starts the guest, unless that was cancelled.
+    pub(super) fn commit(&self) -> bool {
+        self.decide(COMMITTED)
+    }
+
+    fn decide(&self, how: u8) -> bool {
+        match self.commitment.compare_exchange(OPEN, how, Ordering::SeqCst, Ordering::SeqCst) {
+            Ok(_) => true,
+            Err(before) => before == how,
+        }
+    }
 }
 
 /// Wakes a thread out of `poll`, at the cost of a system call only if it waits.

@@ -12,6 +12,9 @@ impl Session<'_> {
     /// A conversation that goes on from where another server left it. There is no header, and the guest runs.
     pub(super) fn resume(&mut self) -> Result<(), ServeError> {
         self.outlet.shared.counters.enter(Phase::Started);
+        if !self.outlet.shared.commit() {
+            return Err(ServeError::Stopped { started: true });
+        }
         let layout = self.layout;
         let blocks = || layout.iter().filter(|(_, block)| block.length().0 > 0);
         let ask: Vec<Command> =

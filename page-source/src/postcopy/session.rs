@@ -59,6 +59,9 @@ impl<'a> Session<'a> {
             self.wait_for("the first PING", |message| *message == Message::Pong(PING_OPEN))?;
             self.open_fast()?;
         }
+        if !self.outlet.shared.commit() {
+            return Err(ServeError::Stopped { started: false });
+        }
         self.outlet.shared.counters.enter(Phase::Loading);
         self.outlet.main.send_bytes(package);
         self.outlet.shared.pusher.ring();

@@ -250,6 +250,35 @@ fn on_a_unix_socket_no_more_than_the_window_is_under_way() {
 }
 
 #[test]
+fn what_may_have_started_the_guest_is_not_cancelled() {
+    let oracle = oracle(13);
+    let start = |address| {
+        let source = Arc::new(MemorySource::new(Arc::clone(&oracle)));
+        let server = Server::new(source, &HashMap::new(), options(|options| options.background = false)).unwrap();
+        (server.control(), move || server.start(&address, &opening()))
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let (door, address) = Door::unix(dir.path());
+    let stub = Stub::open(door, Habits::default());
+    let (control, run) = start(address);
+    let server = thread::spawn(run);
+    stub.wait("the package", |state| state.loaded);
+    // Whether the server has heard of it or not.
+    assert!(!control.cancel());
+    control.drain();
+    server.join().unwrap().unwrap();
+    check(&stub.finish(), &oracle);
+
+    let dir = tempfile::tempdir().unwrap();
+    let (door, address) = Door::unix(dir.path());
+    let (control, run) = start(address);
+    assert!(control.cancel() && control.cancel());
+    let server = thread::spawn(run);
+    assert!(matches!(server.join().unwrap(), Err(ServeError::Stopped { started: false })));
+    drop(door);
+}
+
+#[test]
 fn without_background_only_a_drain_brings_the_rest() {
     let oracle = oracle(9);
     let dir = tempfile::tempdir().unwrap();

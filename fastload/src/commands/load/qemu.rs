@@ -2,12 +2,14 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use fastload_qmp::{Capabilities, Qmp, QmpError};
 use page_source::postcopy::Address;
 use serde_json::json;
 
 use crate::commands::Failure;
+use crate::commands::serving::{Fate, MOMENT};
 
 /// What a postcopy destination must not have, where QEMU knows it.
 const OFF: [&str; 8] = [
@@ -20,6 +22,9 @@ const OFF: [&str; 8] = [
     "postcopy-preempt",
     "validate-uuid",
 ];
+
+/// How long QEMU may take to notice that its connection is gone.
+const NOTICE: Duration = Duration::from_secs(1);
 
 /// A QEMU that listens, and what it was before.
 #[derive(Debug)]
@@ -94,15 +99,40 @@ impl<'a> Waiting<'a> {
         self.qmp.execute("migrate-incoming", json!({"uri": uri})).map(drop)
     }
 
-    /// Puts the settings back if the guest has everything. Otherwise, if `ask`, what QEMU says about it.
-    pub(crate) fn finish(&mut self, complete: bool, ask: bool) -> Result<Option<String>, Failure> {
+    /// Puts the settings back if the guest has everything.
+    pub(crate) fn finish(&mut self, complete: bool) -> Result<(), Failure> {
         // QEMU removes it itself, where it lives on.
         let _ = fs::remove_file(&self.socket);
         if complete {
             self.qmp.set_capabilities(&Capabilities::default(), &self.before)?;
-            return Ok(None);
         }
-        Ok(if ask { self.qmp.migration().ok().and_then(|(_, why)| why) } else { None })
+        Ok(())
+    }
+
+    /// What has become of it, after its connection broke.
+    pub(crate) fn fate(&mut self) -> Fate {
+        let until = Instant::now() + NOTICE;
+        loop {
+            // One that is about to end still answers.
+            match self.qmp.migration() {
+                Ok((state, _)) if state == "postcopy-active" && Instant::now() < until => {}
+                answer => return fate(answer),
+            }
+            if let Err(QmpError::Closed) = self.qmp.wait_event(&["MIGRATION"], MOMENT) {
+                return Fate::Ended;
+            }
+        }
+    }
+}
+
+fn fate(answer: Result<(String, Option<String>), QmpError>) -> Fate {
+    match answer {
+        Err(QmpError::Closed) => Fate::Ended,
+        Err(_) => Fate::Unknown,
+        // One that has not noticed yet will be told by whoever recovers it.
+        Ok((state, _)) if state.starts_with("postcopy-") => Fate::Waits,
+        Ok((state, _)) if state == "completed" => Fate::Complete,
+        Ok((state, why)) => Fate::Other(why.unwrap_or_else(|| format!("the migration is {state}"))),
     }
 }
 

@@ -124,9 +124,10 @@ fn a_destination_that_dies_is_named() {
     started(&mut qemu);
     qemu.kill().unwrap();
     let ended = server.finish().unwrap();
-    // The system says that it was reset if QEMU had not read everything.
-    let named = ["QEMU closed it", "Connection reset", "Broken pipe"].iter().any(|word| ended.error().contains(word));
-    assert!(named && ended.error().contains("the connection to QEMU at unix:"), "{ended:?}");
+    // Whatever the system says about the connection.
+    assert!(ended.error().starts_with("fastload: QEMU has ended, and its guest with it"), "{ended:?}");
+    assert!(ended.error().contains("the connection to QEMU at unix:"), "{ended:?}");
+    assert!(!ended.error().contains("not lost"), "{ended:?}");
 }
 
 #[test]
@@ -136,7 +137,8 @@ fn ctrl_c_drains_and_the_second_one_tells_how_to_recover() {
     let saved = Saved::new(&setup, &Plan::check(60 * MIB), How::default());
     let mut qemu = saved.waiting(&setup);
     let server = Fastload::start(saved.load_arguments(&qemu, &["--no-background"])).unwrap();
-    known_as_started(&mut qemu);
+    // At once: the server may not have heard of it.
+    started(&mut qemu);
     server.signal(Signal::SIGINT).unwrap();
     let figures = server.finish().unwrap().figures();
     assert!(figures["background_pages"].as_u64().unwrap() * 4096 > 40 * MIB, "{figures}");
