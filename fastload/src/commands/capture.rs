@@ -33,7 +33,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
   fastload capture --qmp /run/vm.qmp vm.snap
 
 If it is killed (SIGKILL) the guest goes on as well, but QEMU's capability background-snapshot
-stays on: turn it off through QMP (migrate-set-capabilities).
+stays on until the next capture of it.
 
 With --json there are two lines: {\"event\": \"frozen\", ...} right after the freeze point, with the
 blackout in microseconds (not if the guest was paused), and {\"event\": \"captured\", ...} when the

@@ -32,6 +32,9 @@ const INCOMPATIBLE: [&str; 17] = [
     "x-ignore-shared",
 ];
 
+/// What turns background-snapshot off, through QMP.
+const TURN_OFF: &str = r#"{"execute": "migrate-set-capabilities", "arguments": {"capabilities": [{"capability": "background-snapshot", "state": false}]}}"#;
+
 /// What of a QEMU's state, beside RAM, is room enough for.
 const DEVICE_STATE: ByteLen = ByteLen(16 << 20);
 
@@ -61,7 +64,7 @@ pub(super) fn ready(qmp: &mut Qmp) -> Result<Guest, Failure> {
         let reasons: Vec<&str> = reasons.iter().filter_map(Value::as_str).collect();
         return Err(format!("QEMU can't save this guest: {}", reasons.join("; ")).into());
     }
-    let capabilities = qmp.capabilities()?;
+    let mut capabilities = qmp.capabilities()?;
     if !capabilities.0.contains_key("background-snapshot") {
         return Err("this QEMU has no capability background-snapshot: it takes QEMU 6.0 or later, on Linux".into());
     }
@@ -72,9 +75,17 @@ pub(super) fn ready(qmp: &mut Qmp) -> Result<Guest, Failure> {
         return Err(format!("QEMU's migration capabilities do not allow it: turn off {set}").into());
     }
     if capabilities.0.get("background-snapshot") == Some(&true) {
-        note(
-            "QEMU's capability background-snapshot is on already, as a capture that was killed leaves it; it stays on",
-        );
+        // A capture that is killed hangs up, and its migration fails. Otherwise somebody wants it so.
+        if migration == "failed" {
+            note(
+                "QEMU's capability background-snapshot is on, as a capture that was killed leaves it; it will be turned off",
+            );
+            capabilities.0.insert("background-snapshot".to_owned(), false);
+        } else {
+            note(&format!(
+                "QEMU's capability background-snapshot is on already, and stays on; to turn it off: {TURN_OFF}"
+            ));
+        }
     }
     parameters(qmp)?;
     if machine_property(qmp, "suppress-vmdesc")?.as_bool() == Some(true) {
