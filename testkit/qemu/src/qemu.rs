@@ -16,8 +16,11 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use crate::guest::{STATUS, Status};
+use crate::ram::copy_sparse;
 use crate::{RamDump, Setup};
 
+/// How much of RAM is dumped at a time, in bytes.
+const DUMPED: usize = 256 << 20;
 /// No single step of a test takes as long.
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -288,11 +291,21 @@ impl Qemu {
         wanted.push((0xfffe_0000, 1 << 32));
         let mut ranges = Vec::new();
         for (first, last) in wanted {
-            let path = self.dir.path().join("dump");
-            let name = path.display().to_string();
-            self.execute("pmemsave", json!({"val": first, "size": last - first, "filename": name}))?;
-            let opened = File::open(&path).and_then(|file| fs::remove_file(&path).map(|()| file));
-            ranges.push(((first, last), opened.map_err(|error| io_error(self.dir.path(), "the dump", error))?));
+            let failed = |error| io_error(self.dir.path(), "the dump", error);
+            let whole =
+                tempfile::tempfile_in(self.dir.path()).and_then(|file| file.set_len(last - first).map(|()| file));
+            let whole = whole.map_err(failed)?;
+            // A piece at a time, since zero pages take room in the file that QEMU writes.
+            for at in (first..last).step_by(DUMPED) {
+                let size = (last - at).min(DUMPED as u64);
+                let path = self.dir.path().join("dump");
+                let name = path.display().to_string();
+                self.execute("pmemsave", json!({"val": at, "size": size, "filename": name}))?;
+                let opened = File::open(&path).and_then(|file| fs::remove_file(&path).map(|()| file));
+                let copied = opened.and_then(|file| copy_sparse(&file, &whole, at - first));
+                copied.map_err(|error| io_error(self.dir.path(), "the dump", error))?;
+            }
+            ranges.push(((first, last), whole));
         }
         Ok(RamDump { ranges })
     }

@@ -27,6 +27,21 @@ impl RamDump {
     }
 }
 
+/// Copies a file into another, at `offset`, and leaves holes there where it is zero.
+pub(crate) fn copy_sparse(from: &File, to: &File, offset: u64) -> io::Result<()> {
+    const CHUNK: usize = 64 << 10;
+    let (mut chunk, zeros) = (vec![0; CHUNK], vec![0; CHUNK]);
+    let length = from.metadata()?.len();
+    for at in (0..length).step_by(CHUNK) {
+        let n = usize::try_from(length - at).map_or(CHUNK, |left| left.min(CHUNK));
+        from.read_exact_at(&mut chunk[..n], at)?;
+        if chunk[..n] != zeros[..n] {
+            to.write_all_at(&chunk[..n], offset + at)?;
+        }
+    }
+    Ok(())
+}
+
 /// The first guest-physical address where the dumps differ, outside of the `ignored` ranges.
 ///
 /// # Errors

@@ -97,6 +97,25 @@ fn one_gibibyte() {
 }
 
 #[test]
+fn four_gibibytes() {
+    testkit::require!(Qemu, Userfaultfd);
+    let setup = machine(Machine::Pc, 4096);
+    let high = 1 << 32;
+    // On both sides of the hole below 4 GiB, and at both ends: all is compared, but a third of a GiB is stored.
+    let ranges = vec![
+        (2 * MIB, 130 * MIB),
+        (3000 * MIB, 3064 * MIB),
+        (high, high + 128 * MIB),
+        (high + 960 * MIB, high + 1020 * MIB),
+    ];
+    let plan = Plan { ranges, step: 512, ..Plan::check(96 * MIB) };
+    let saved = Saved::new(&setup, &plan, How::default());
+    let figures = saved.loads_into(&setup, &[]);
+    let sent = figures["sent_bytes"].as_u64().unwrap();
+    assert!((200 * MIB..400 * MIB).contains(&sent), "{figures}");
+}
+
+#[test]
 fn under_kvm() {
     testkit::require!(Qemu, Userfaultfd, Kvm);
     for machine_type in [Machine::Pc, Machine::Microvm] {
