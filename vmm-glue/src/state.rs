@@ -1,6 +1,7 @@
 //! The complete state of a KVM guest on x86-64, but for its memory: taken, checked against a host, and put back.
 
 mod cpuid;
+mod created;
 mod decode;
 mod encode;
 mod error;

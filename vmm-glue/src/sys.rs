@@ -32,6 +32,7 @@ struct SignalMask {
 }
 const _: () = assert!(size_of::<SignalMask>() == 12);
 
+nix::ioctl_none!(kvm_get_tsc_khz, KVMIO, 0xa3);
 nix::ioctl_read!(kvm_get_sregs2, KVMIO, 0xcc, kvm_sregs2);
 nix::ioctl_write_ptr!(kvm_set_sregs2, KVMIO, 0xcd, kvm_sregs2);
 // Their numbers hold the size of the classic structure, 4096 bytes.
@@ -74,6 +75,13 @@ pub(crate) fn set_sregs2(vcpu: &VcpuFd, sregs: &kvm_sregs2) -> io::Result<()> {
     // SAFETY: the kernel reads one such structure.
     unsafe { kvm_set_sregs2(vcpu.as_raw_fd(), sregs) }?;
     Ok(())
+}
+
+/// The frequency of the time stamp counters of vCPUs that will be created. Linux Documentation/virt/kvm/api.rst, 4.56.
+pub(crate) fn get_vm_tsc_khz(vm: &VmFd) -> Option<u32> {
+    // SAFETY: the call takes no argument, and returns the number.
+    let khz = unsafe { kvm_get_tsc_khz(vm.as_raw_fd()) }.ok()?;
+    u32::try_from(khz).ok().filter(|khz| *khz > 0)
 }
 
 /// The extended state (`struct kvm_xsave`). `len` is what `KVM_CAP_XSAVE2` says, 0 where it is not known.

@@ -218,7 +218,7 @@ impl SectionBuilder {
         if let Some(error) = error {
             return Err(BuildError(error));
         }
-        let description = format!("{{\"name\": {}, \"instance_id\": {instance}, {fields}}}", quoted(&name));
+        let description = format!("{{\"name\":{},\"instance_id\":{instance},{fields}}}", quoted(&name));
         Ok(Section { name, instance, version, body, description })
     }
 }
@@ -238,11 +238,10 @@ impl StructBuilder {
     fn field(mut self, name: &str, kind: &str, array: Option<usize>, bytes: &[u8]) -> StructBuilder {
         self.body.extend_from_slice(bytes);
         // QEMU describes no array of one element or none as an array.
-        let many =
-            array.filter(|count| *count > 1).map(|count| format!("\"array_len\": {count}, ")).unwrap_or_default();
+        let many = array.filter(|count| *count > 1).map(|count| format!("\"array_len\":{count},")).unwrap_or_default();
         let size = bytes.len() / array.unwrap_or(1).max(1);
         if array != Some(0) {
-            self.push(format!("{{\"name\": {}, {many}\"type\": \"{kind}\", \"size\": {size}}}", quoted(name)));
+            self.push(format!("{{\"name\":{},{many}\"type\":\"{kind}\",\"size\":{size}}}", quoted(name)));
         }
         self
     }
@@ -279,10 +278,7 @@ impl StructBuilder {
         self.error = self.error.or(error);
         self.body.extend_from_slice(&body);
         let size = body.len();
-        self.push(format!(
-            "{{\"name\": {}, \"type\": \"struct\", \"struct\": {{{inner}}}, \"size\": {size}}}",
-            quoted(name)
-        ));
+        self.push(format!("{{\"name\":{},\"type\":\"struct\",\"struct\":{{{inner}}},\"size\":{size}}}", quoted(name)));
         self
     }
 
@@ -326,14 +322,14 @@ impl StructBuilder {
     fn finish(self) -> (Vec<u8>, String, Option<String>) {
         let mut body = self.body;
         let mut description = format!(
-            "\"vmsd_name\": {}, \"version\": {}, \"fields\": [{}]",
+            "\"vmsd_name\":{},\"version\":{},\"fields\":[{}]",
             quoted(&self.name),
             self.version,
-            self.fields.join(", ")
+            self.fields.join(",")
         );
         if !self.subsections.is_empty() {
             let all: Vec<String> = self.subsections.iter().map(|(text, _)| format!("{{{text}}}")).collect();
-            description.push_str(&format!(", \"subsections\": [{}]", all.join(", ")));
+            description.push_str(&format!(",\"subsections\":[{}]", all.join(",")));
             self.subsections.iter().for_each(|(_, bytes)| body.extend_from_slice(bytes));
         }
         (body, description, self.error)

@@ -2,6 +2,8 @@
 
 mod parse;
 
+use std::borrow::Cow;
+
 use page_units::ByteLen;
 
 /// The description of all devices' state (QEMU `docs/devel/migration/main.rst`, "vmdesc").
@@ -43,7 +45,7 @@ pub struct FieldDesc {
     /// Its name; elements of one array that had to be described one by one share theirs.
     pub name: String,
     /// QEMU's name of the encoding, e.g. `uint32`, `struct`, `buffer`.
-    pub kind: String,
+    pub kind: Cow<'static, str>,
     /// Bytes of one element.
     pub size: u64,
     /// How many elements, where they are described together.
@@ -61,7 +63,7 @@ pub enum Nested {
     #[default]
     Nothing,
     /// A structure.
-    Struct(StructDesc),
+    Struct(Box<StructDesc>),
     /// One or more structures, described in the field itself: `tmp`, `vstruct`, lists.
     Inline(Vec<StructDesc>),
 }

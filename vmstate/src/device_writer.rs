@@ -44,12 +44,13 @@ impl DeviceWriter {
 /// The description as QEMU writes it.
 pub(crate) fn describe<'a>(machine: &str, sections: impl IntoIterator<Item = &'a Section>) -> String {
     let devices: Vec<&str> = sections.into_iter().map(Section::description).collect();
+    // Without the blanks that QEMU puts in: the text is read for each restore.
     format!(
-        "{{\"configuration\": {{\"vmsd_name\": \"configuration\", \"version\": 1, \"fields\": \
-         [{{\"name\": \"len\", \"type\": \"uint32\", \"size\": 4}}, \
-         {{\"name\": \"name\", \"type\": \"buffer\", \"size\": {}}}]}}, \
-         \"page_size\": 4096, \"devices\": [{}]}}",
+        "{{\"configuration\":{{\"vmsd_name\":\"configuration\",\"version\":1,\"fields\":\
+         [{{\"name\":\"len\",\"type\":\"uint32\",\"size\":4}},\
+         {{\"name\":\"name\",\"type\":\"buffer\",\"size\":{}}}]}},\
+         \"page_size\":4096,\"devices\":[{}]}}",
         machine.len(),
-        devices.join(", ")
+        devices.join(",")
     )
 }

@@ -108,7 +108,7 @@ impl<'a> Walker<'a> {
         let start = self.at;
         let length = desc.wire_len().unwrap_or(u64::MAX);
         self.check(length, &desc.name)?;
-        let is_list = matches!(desc.kind.as_str(), "qtailq" | "qlist");
+        let is_list = matches!(&*desc.kind, "qtailq" | "qlist");
         let content = match &desc.nested {
             Nested::Struct(inner) => self.structs(desc, inner)?,
             Nested::Inline(inner) if is_list && desc.array_len.is_none() => self.list(desc, inner)?,

@@ -9,13 +9,25 @@ pub const PAIRS: usize = 7;
 /// # Errors
 /// The first error of either.
 pub fn interleave<T, E>(
+    product: impl FnMut() -> Result<T, E>,
+    floor: impl FnMut() -> Result<T, E>,
+) -> Result<Vec<(T, T)>, E> {
+    interleave_times(PAIRS, product, floor)
+}
+
+/// The same, so many times: what is over in less than a millisecond varies more.
+///
+/// # Errors
+/// The first error of either.
+pub fn interleave_times<T, E>(
+    times: usize,
     mut product: impl FnMut() -> Result<T, E>,
     mut floor: impl FnMut() -> Result<T, E>,
 ) -> Result<Vec<(T, T)>, E> {
     product()?;
     floor()?;
-    let mut pairs = Vec::with_capacity(PAIRS);
-    for round in 0..PAIRS {
+    let mut pairs = Vec::with_capacity(times);
+    for round in 0..times {
         // Who goes first changes, so that neither always finds what the other left in the caches.
         if round % 2 == 0 {
             let first = product()?;

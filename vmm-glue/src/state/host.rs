@@ -1,22 +1,29 @@
 //! What this host's KVM can do, asked once.
 
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
-use kvm_bindings::{CpuId, KVM_CAP_SREGS2, KVM_CAP_XSAVE2, KVM_MAX_CPUID_ENTRIES};
+use kvm_bindings::{CpuId, KVM_CAP_SREGS2, KVM_CAP_VM_TSC_CONTROL, KVM_CAP_XSAVE2, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Cap, Kvm};
 
 use super::error::Call;
 use super::{MachineState, StateError, cpuid};
 
-/// The abilities of a host that matter for a guest's state.
+/// The abilities of a host that matter for a guest's state. Cloning it is cheap.
 #[derive(Clone, Debug)]
 pub struct Host {
+    pub(super) has: Arc<Abilities>,
+}
+
+#[derive(Debug)]
+pub(super) struct Abilities {
     supported: CpuId,
     /// What a vCPU shows that was given just that: some hosts let guests see more.
     shown: OnceLock<CpuId>,
     pub(super) msrs: Vec<u32>,
     pub(super) sregs2: bool,
     pub(super) tsc_control: bool,
+    /// A VM tells how fast the counters of its vCPUs will run.
+    pub(super) vm_tsc: bool,
     /// Bytes of extended state, 0 if only the classic 4096 are there.
     pub(super) xsave_len: usize,
 }
@@ -39,25 +46,27 @@ impl Host {
                 return Err(StateError::Unsupported(name.into()));
             }
         }
-        Ok(Host {
+        let has = Abilities {
             supported: kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).call("KVM_GET_SUPPORTED_CPUID", None)?,
             shown: OnceLock::new(),
             msrs: kvm.get_msr_index_list().call("KVM_GET_MSR_INDEX_LIST", None)?.as_slice().to_vec(),
             sregs2: has(KVM_CAP_SREGS2) > 0,
             tsc_control: kvm.check_extension(Cap::TscControl),
+            vm_tsc: has(KVM_CAP_VM_TSC_CONTROL) > 0,
             xsave_len: usize::try_from(has(KVM_CAP_XSAVE2)).unwrap_or(0),
-        })
+        };
+        Ok(Host { has: Arc::new(has) })
     }
 
     fn shown(&self, kvm: &Kvm) -> Result<&CpuId, StateError> {
-        if let Some(shown) = self.shown.get() {
+        if let Some(shown) = self.has.shown.get() {
             return Ok(shown);
         }
         let vm = kvm.create_vm().call("KVM_CREATE_VM", None)?;
         let vcpu = vm.create_vcpu(0).call("KVM_CREATE_VCPU", None)?;
-        vcpu.set_cpuid2(&self.supported).call("KVM_SET_CPUID2", None)?;
+        vcpu.set_cpuid2(&self.has.supported).call("KVM_SET_CPUID2", None)?;
         let shown = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).call("KVM_GET_CPUID2", None)?;
-        Ok(self.shown.get_or_init(|| shown))
+        Ok(self.has.shown.get_or_init(|| shown))
     }
 
     /// Refuses, by name, what this host can't continue: before anything is started.
@@ -67,15 +76,15 @@ impl Host {
     pub fn check(&self, kvm: &Kvm, state: &MachineState) -> Result<(), StateError> {
         let mut missing = Vec::new();
         for vcpu in &state.vcpus {
-            if !cpuid::missing(&vcpu.cpuid, self.supported.as_slice()).is_empty() {
-                let both = [self.supported.as_slice(), self.shown(kvm)?.as_slice()].concat();
+            if !cpuid::missing(&vcpu.cpuid, self.has.supported.as_slice()).is_empty() {
+                let both = [self.has.supported.as_slice(), self.shown(kvm)?.as_slice()].concat();
                 missing.extend(cpuid::missing(&vcpu.cpuid, &both));
             }
             let words = vcpu.xsave.iter().rposition(|&word| word != 0).map_or(0, |last| last + 1);
-            if words * 4 > self.xsave_len.max(4096) {
+            if words * 4 > self.has.xsave_len.max(4096) {
                 missing.push(format!("extended state (XSAVE) of {} bytes", vcpu.xsave.len() * 4));
             }
-            if vcpu.sregs2.is_some_and(|sregs| sregs.flags != 0) && !self.sregs2 {
+            if vcpu.sregs2.is_some_and(|sregs| sregs.flags != 0) && !self.has.sregs2 {
                 missing.push("KVM_CAP_SREGS2 (page directory pointers of PAE paging)".into());
             }
         }

@@ -6,6 +6,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VcpuFd;
 
+use super::created::{self, Created};
 use super::error::Call;
 use super::{Host, StateError, msrs};
 use crate::sys;
@@ -64,7 +65,7 @@ impl VcpuState {
             return Err(StateError::Unsupported(format!("saving a guest that runs guests itself (vCPU {id})")));
         }
         let lapic = if irqchip { Some(vcpu.get_lapic().call("KVM_GET_LAPIC", id)?) } else { None };
-        let sregs2 = if host.sregs2 { Some(sys::get_sregs2(vcpu).call("KVM_GET_SREGS2", id)?) } else { None };
+        let sregs2 = if host.has.sregs2 { Some(sys::get_sregs2(vcpu).call("KVM_GET_SREGS2", id)?) } else { None };
         Ok(VcpuState {
             id,
             cpuid: cpuid.as_slice().to_vec(),
@@ -74,9 +75,9 @@ impl VcpuState {
             sregs,
             sregs2,
             xcrs: vcpu.get_xcrs().call("KVM_GET_XCRS", id)?,
-            xsave: sys::get_xsave(vcpu, host.xsave_len).call("KVM_GET_XSAVE", id)?,
+            xsave: sys::get_xsave(vcpu, host.has.xsave_len).call("KVM_GET_XSAVE", id)?,
             debug: vcpu.get_debug_regs().call("KVM_GET_DEBUGREGS", id)?,
-            msrs: msrs::get(vcpu, id, &host.msrs)?,
+            msrs: msrs::get(vcpu, id, &host.has.msrs)?,
             lapic,
             events: vcpu.get_vcpu_events().call("KVM_GET_VCPU_EVENTS", id)?,
             mp_state,
@@ -94,32 +95,46 @@ impl VcpuState {
     /// # Errors
     /// If KVM refuses something: the vCPU is then useless.
     pub fn restore(&self, vcpu: &VcpuFd, host: &Host) -> Result<(), StateError> {
+        self.put(vcpu, host, None)
+    }
+
+    /// The same; what a vCPU that was just created has anyway is left out.
+    pub(super) fn put(&self, vcpu: &VcpuFd, host: &Host, created: Option<Created>) -> Result<(), StateError> {
         let id = self.id;
+        let fresh = created.is_some();
         let cpuid = CpuId::from_entries(&self.cpuid)
             .map_err(|error| StateError::Invalid(format!("{} CPUID entries: {error:?}", self.cpuid.len())))?;
         vcpu.set_cpuid2(&cpuid).call("KVM_SET_CPUID2", id)?;
-        self.restore_tsc_khz(vcpu, host)?;
+        self.restore_tsc_khz(vcpu, host, created)?;
         match &self.sregs2 {
             // Without valid pointers it says nothing that the older one does not.
-            Some(sregs) if host.sregs2 && sregs.flags != 0 => {
+            Some(sregs) if host.has.sregs2 && sregs.flags != 0 => {
                 // The pending interrupt is not part of the newer structure.
                 vcpu.set_sregs(&self.sregs).call("KVM_SET_SREGS", id)?;
                 sys::set_sregs2(vcpu, sregs).call("KVM_SET_SREGS2", id)?;
             }
             _ => vcpu.set_sregs(&self.sregs).call("KVM_SET_SREGS", id)?,
         }
-        vcpu.set_xcrs(&self.xcrs).call("KVM_SET_XCRS", id)?;
+        if !(fresh && created::only_x87(&self.xcrs)) {
+            vcpu.set_xcrs(&self.xcrs).call("KVM_SET_XCRS", id)?;
+        }
         let mut xsave = self.xsave.clone();
-        xsave.resize(host.xsave_len.div_ceil(4).max(sys::XSAVE_WORDS).max(xsave.len()), 0);
-        sys::set_xsave(vcpu, host.xsave_len, &xsave).call("KVM_SET_XSAVE", id)?;
-        vcpu.set_debug_regs(&self.debug).call("KVM_SET_DEBUGREGS", id)?;
+        xsave.resize(host.has.xsave_len.div_ceil(4).max(sys::XSAVE_WORDS).max(xsave.len()), 0);
+        sys::set_xsave(vcpu, host.has.xsave_len, &xsave).call("KVM_SET_XSAVE", id)?;
+        if !(fresh && self.debug == created::DEBUG) {
+            vcpu.set_debug_regs(&self.debug).call("KVM_SET_DEBUGREGS", id)?;
+        }
         if let Some(lapic) = &self.lapic {
             vcpu.set_lapic(lapic).call("KVM_SET_LAPIC", id)?;
         }
         msrs::set(vcpu, id, &self.msrs)?;
         vcpu.set_regs(&self.regs).call("KVM_SET_REGS", id)?;
-        vcpu.set_vcpu_events(&self.events).call("KVM_SET_VCPU_EVENTS", id)?;
-        vcpu.set_mp_state(self.mp_state).call("KVM_SET_MP_STATE", id)?;
+        if !(fresh && created::no_events(&self.events)) {
+            vcpu.set_vcpu_events(&self.events).call("KVM_SET_VCPU_EVENTS", id)?;
+        }
+        if !(fresh && id == 0 && self.mp_state == created::FIRST_RUNS) {
+            vcpu.set_mp_state(self.mp_state).call("KVM_SET_MP_STATE", id)?;
+        }
         // Tells a guest that uses kvmclock that it was stopped, so that it raises no lockup alarm; others have none.
         if self.has_kvmclock()
             && let Err(error) = vcpu.kvmclock_ctrl()
@@ -135,12 +150,14 @@ impl VcpuState {
     }
 
     /// The guest must find its clock running at the speed it has measured: within 250 ppm, what an NTP client corrects.
-    fn restore_tsc_khz(&self, vcpu: &VcpuFd, host: &Host) -> Result<(), StateError> {
-        let (Some(wanted), Ok(has)) = (self.tsc_khz, vcpu.get_tsc_khz()) else { return Ok(()) };
+    fn restore_tsc_khz(&self, vcpu: &VcpuFd, host: &Host, created: Option<Created>) -> Result<(), StateError> {
+        let has = || created.and_then(|created| created.tsc_khz).or_else(|| vcpu.get_tsc_khz().ok());
+        let Some(wanted) = self.tsc_khz else { return Ok(()) };
+        let Some(has) = has() else { return Ok(()) };
         if u64::from(wanted.abs_diff(has)) * 1_000_000 <= u64::from(wanted) * 250 {
             return Ok(());
         }
-        if host.tsc_control && vcpu.set_tsc_khz(wanted).is_ok() {
+        if host.has.tsc_control && vcpu.set_tsc_khz(wanted).is_ok() {
             return Ok(());
         }
         // A refused call may have changed the value all the same.

@@ -5,6 +5,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, VcpuFd, VmFd};
 
+use super::created::Created;
 use super::error::Call;
 use super::vcpu::align_tsc;
 use super::{Host, MachineState, StateError, VcpuState};
@@ -110,12 +111,21 @@ impl MachineState {
     /// # Errors
     /// If the machine is another one, or KVM refuses something: the machine is then useless.
     pub fn restore(&self, vm: &VmFd, vcpus: &[&VcpuFd], host: &Host) -> Result<(), StateError> {
+        self.put(vm, vcpus, host, None)
+    }
+
+    /// The same, for a machine that was just created and never touched.
+    pub(crate) fn restore_created(&self, vm: &VmFd, vcpus: &[&VcpuFd], host: &Host) -> Result<(), StateError> {
+        self.put(vm, vcpus, host, Some(Created::of(vm, host)))
+    }
+
+    fn put(&self, vm: &VmFd, vcpus: &[&VcpuFd], host: &Host, created: Option<Created>) -> Result<(), StateError> {
         if vcpus.len() != self.vcpus.len() {
             let (here, there) = (vcpus.len(), self.vcpus.len());
             return Err(StateError::Mismatch(format!("it has {here} vCPUs, and {there} were saved")));
         }
         for (state, vcpu) in self.vcpus.iter().zip(vcpus) {
-            state.restore(vcpu, host)?;
+            state.put(vcpu, host, created)?;
         }
         align_tsc(&self.vcpus, vcpus)?;
         self.vm.restore(vm)

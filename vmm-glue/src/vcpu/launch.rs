@@ -5,7 +5,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
@@ -20,6 +20,9 @@ use crate::{
     Vcpus, sys,
 };
 
+/// How long the threads wait for each other without sleeping.
+const SOON: Duration = Duration::from_micros(500);
+
 /// A machine in the making. Dropping it ends that, and joins the thread.
 pub(crate) struct Launch {
     /// Dropped before the thread is joined, which then gives up.
@@ -31,9 +34,9 @@ pub(crate) struct Launch {
 
 /// What the thread waits for.
 struct Orders {
-    memory: Sender<Arc<GuestRam>>,
-    machine: Sender<Arc<MachineState>>,
-    load: Sender<()>,
+    memory: SyncSender<Arc<GuestRam>>,
+    machine: SyncSender<Arc<MachineState>>,
+    load: SyncSender<()>,
 }
 
 /// What the first vCPU's thread does before it runs the vCPU.
@@ -79,7 +82,8 @@ impl Launch {
         options: VcpuOptions,
     ) -> Result<Launch, RestoreError> {
         let begun = Instant::now();
-        let ((memory, with_memory), (machine, of), (load, may_load)) = (channel(), channel(), channel());
+        let ((memory, with_memory), (machine, of), (load, may_load)) =
+            (sync_channel(1), sync_channel(1), sync_channel(1));
         let core = options.cores.first().copied();
         let caller = core.map(|core| (gettid(), core));
         let (kvm, host) = (sys::same_kvm(kvm)?, host.clone());
@@ -123,7 +127,7 @@ impl Launch {
             let _ = orders.load.send(());
         }
         let Some(first) = &self.first else { return Err(given_up()) };
-        let Made { vm, fds, config, ram, begun, machine, load, loaded } = run::wait(&first.ready)?;
+        let Made { vm, fds, config, ram, begun, machine, load, loaded } = receive(&first.ready).ok_or_else(ended)??;
         let mut vcpus = Vcpus::of(&self.seats, fds, config, vm, ram);
         vcpus.start_others(&self.seats, self.first.take().map(|first| first.thread))?;
         let threads = begun.duration_since(self.begun) + loaded.elapsed();
@@ -150,19 +154,19 @@ impl Work {
         }
         let vm = Machine::empty(&self.kvm)?;
         let created = begun.elapsed();
-        let ram = self.memory.recv().map_err(|_| given_up())?;
+        let ram = receive(&self.memory).ok_or_else(given_up)?;
         // Dropped before the memory that it knows by address.
         let vm = vm;
         let mapping = Instant::now();
         ram.set_slots(&vm).map_err(MachineError::from)?;
         let mapped = mapping.elapsed();
-        let state = self.machine.recv().map_err(|_| given_up())?;
+        let state = receive(&self.machine).ok_or_else(given_up)?;
         let furnishing = Instant::now();
         let Machine { vcpus, vm, ram, config } = Machine::furnish(vm, ram, MachineConfig::of(&state))?;
         let machine = created + mapped + furnishing.elapsed();
-        self.load.recv().map_err(|_| given_up())?;
+        receive(&self.load).ok_or_else(given_up)?;
         let loading = Instant::now();
-        state.restore(&vm, &vcpus.iter().collect::<Vec<_>>(), &self.host)?;
+        state.restore_created(&vm, &vcpus.iter().collect::<Vec<_>>(), &self.host)?;
         let load = loading.elapsed();
         let fds: Vec<_> = vcpus.into_iter().map(|fd| Arc::new(Mutex::new(fd))).collect();
         let fd = Arc::clone(fds.first().ok_or_else(given_up)?);
@@ -171,7 +175,26 @@ impl Work {
     }
 }
 
+/// What the other of the two threads is about to send; `None` if it has ended. Waking a core that has gone to sleep
+/// takes about as long as they wait for each other, and it is who sends that pays: so they do not sleep at once. Whoever
+/// else wants the core gets it.
+fn receive<T>(from: &Receiver<T>) -> Option<T> {
+    let begun = Instant::now();
+    while begun.elapsed() < SOON {
+        match from.try_recv() {
+            Ok(sent) => return Some(sent),
+            Err(TryRecvError::Empty) => std::thread::yield_now(),
+            Err(TryRecvError::Disconnected) => return None,
+        }
+    }
+    from.recv().ok()
+}
+
 /// Nobody is told this: whoever would be has gone.
 fn given_up() -> RestoreError {
     RestoreError::Threads(io::Error::other("the restore was given up"))
+}
+
+fn ended() -> RestoreError {
+    RestoreError::Threads(io::Error::other("the thread that makes the machine has panicked"))
 }

@@ -55,7 +55,7 @@ where
     T: Send + 'static,
     E: From<io::Error> + Send + 'static,
 {
-    let (tell, ready) = mpsc::channel();
+    let (tell, ready) = mpsc::sync_channel(1);
     let core = seat.core;
     let thread = Builder::new().name(format!("vcpu{}", seat.vcpu)).spawn(move || {
         let _known = Known(&seat);

@@ -54,12 +54,12 @@ impl<'de> Visitor<'de> for Whole<'_> {
 #[derive(Default)]
 struct Object {
     name: Option<String>,
-    kind: String,
+    kind: Cow<'static, str>,
     instance: u32,
     size: Option<u64>,
     array_len: Option<u64>,
     index: Option<u64>,
-    structure: Option<StructDesc>,
+    structure: Option<Box<StructDesc>>,
     /// A new one begins with each `vmsd_name` (or with the first other member, where a device has no name).
     described: Vec<StructDesc>,
 }
@@ -101,13 +101,13 @@ fn field(object: Object) -> Result<FieldDesc, String> {
     Ok(FieldDesc { name, kind, size, array_len, index, nested })
 }
 
-/// One object.
-struct One<'b>(&'b Cell<u32>);
+/// One object, filled in its place.
+struct One<'b, 'o>(&'b Cell<u32>, &'o mut Object);
 
-impl<'de> DeserializeSeed<'de> for One<'_> {
-    type Value = Object;
+impl<'de> DeserializeSeed<'de> for One<'_, '_> {
+    type Value = ();
 
-    fn deserialize<D: Deserializer<'de>>(self, from: D) -> Result<Object, D::Error> {
+    fn deserialize<D: Deserializer<'de>>(self, from: D) -> Result<(), D::Error> {
         let Some(rest) = self.0.get().checked_sub(1) else {
             return Err(de::Error::custom(format_args!("more than {MAX_OBJECTS} objects")));
         };
@@ -116,26 +116,27 @@ impl<'de> DeserializeSeed<'de> for One<'_> {
     }
 }
 
-impl<'de> Visitor<'de> for One<'_> {
-    type Value = Object;
+impl<'de> Visitor<'de> for One<'_, '_> {
+    type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("an object")
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Object, A::Error> {
-        let mut object = Object::default();
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        let One(budget, object) = self;
         while let Some(Text(key)) = map.next_key()? {
             match &*key {
                 "name" => object.name = Some(map.next_value::<Text<'_>>()?.shown()?),
-                "type" => object.kind = map.next_value::<Text<'_>>()?.shown()?,
+                "type" => object.kind = map.next_value::<Text<'_>>()?.kind()?,
                 "size" => object.size = Some(map.next_value()?),
                 "array_len" => object.array_len = Some(map.next_value()?),
                 "index" => object.index = Some(map.next_value()?),
                 "instance_id" => object.instance = map.next_value()?,
                 "struct" => {
-                    let inner = structure(map.next_value_seed(One(self.0))?);
-                    object.structure = Some(inner.map_err(de::Error::custom)?);
+                    let mut inner = Object::default();
+                    map.next_value_seed(One(budget, &mut inner))?;
+                    object.structure = Some(structure(inner).map_err(de::Error::custom)?.into());
                 }
                 "vmsd_name" => {
                     let name = map.next_value::<Text<'_>>()?.shown()?;
@@ -144,16 +145,16 @@ impl<'de> Visitor<'de> for One<'_> {
                 "version" => object.current().version = map.next_value()?,
                 "fields" => {
                     let into = &mut object.current().fields;
-                    map.next_value_seed(Each { budget: self.0, into, make: field })?;
+                    map.next_value_seed(Each { budget, into, make: field })?;
                 }
                 "subsections" => {
                     let into = &mut object.current().subsections;
-                    map.next_value_seed(Each { budget: self.0, into, make: structure })?;
+                    map.next_value_seed(Each { budget, into, make: structure })?;
                 }
                 _ => drop(map.next_value::<IgnoredAny>()?),
             }
         }
-        Ok(object)
+        Ok(())
     }
 }
 
@@ -180,8 +181,9 @@ impl<'de, T> Visitor<'de> for Each<'_, T> {
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<(), A::Error> {
-        while let Some(object) = seq.next_element_seed(One(self.budget))? {
-            self.into.push((self.make)(object).map_err(de::Error::custom)?);
+        let mut object = Object::default();
+        while seq.next_element_seed(One(self.budget, &mut object))?.is_some() {
+            self.into.push((self.make)(std::mem::take(&mut object)).map_err(de::Error::custom)?);
         }
         Ok(())
     }
@@ -190,7 +192,17 @@ impl<'de, T> Visitor<'de> for Each<'_, T> {
 /// A text, borrowed where it can be.
 struct Text<'a>(Cow<'a, str>);
 
+/// The encodings that nearly all fields have.
+const KINDS: [&str; 8] = ["uint8", "uint16", "uint32", "uint64", "int32", "bool", "buffer", "struct"];
+
 impl Text<'_> {
+    fn kind<E: de::Error>(self) -> Result<Cow<'static, str>, E> {
+        match KINDS.iter().find(|kind| **kind == self.0) {
+            Some(&kind) => Ok(kind.into()),
+            None => Ok(self.shown()?.into()),
+        }
+    }
+
     /// Names are shown to people.
     fn shown<E: de::Error>(self) -> Result<String, E> {
         let plain = self.0.bytes().all(|byte| (b' '..=b'~').contains(&byte));

@@ -16,12 +16,15 @@ use vmm_glue::{Bus, Host, RestoreOptions, Step, VcpuOptions, resume_on_demand};
 use super::{Bench, Measured};
 use crate::figure::{Figure, Goal, median};
 use crate::floor::{eager, kvm as bare};
-use crate::pairs::interleave;
+use crate::pairs::{interleave, interleave_times};
 use crate::product::guest::{Port, Prepared, prepare, save, stopped};
 use crate::sys::{Map, pin, unpin};
 
 /// Steps the guest would do, of which it does one before it is saved and one when it is resumed.
 const STEPS: u64 = 1000;
+
+/// Pairs of a resume and its floor.
+const SPARSE_PAIRS: usize = 25;
 
 /// A stopped guest twice: in memory with its bare state, and as a snapshot file.
 struct Subject {
@@ -94,7 +97,8 @@ pub(super) fn sparse(bench: &Bench) -> Measured {
     let mut library = Vec::new();
     for (size, name) in [(256 << 20, "256MiB"), (1 << 30, "1GiB"), (4 << 30, "4GiB"), (16 << 30, "16GiB")] {
         let subject = Subject::make(&kvm, &host, ByteLen(size), 0, &path)?;
-        let pairs = interleave(
+        let pairs = interleave_times(
+            SPARSE_PAIRS,
             || on_demand(bench, &kvm, &host, &path),
             || {
                 pin(bench.near)?;
