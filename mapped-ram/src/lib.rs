@@ -11,6 +11,7 @@
 //! The format is QEMU's (`docs/devel/migration/mapped-ram.rst`): a migration stream whose list of RAM blocks has, for
 //! each block, a header with the place of a bitmap and of the block's pages.
 
+mod behind;
 mod bitmap;
 mod blocks;
 mod cursor;
@@ -22,6 +23,7 @@ mod open;
 mod parse;
 mod publish;
 mod snapshot;
+mod sys;
 mod warning;
 mod writer;
 

@@ -11,6 +11,7 @@ use parking_lot::Mutex;
 use vmstate::ram::{self, RecordWriter};
 use vmstate::{Configuration, ConfigurationSubsection, Event, MAPPED_RAM, SectionHeader, StreamWriter, WriteError};
 
+use crate::behind::Behind;
 use crate::header::{BlockHeader, bitmap_len};
 use crate::publish::Unpublished;
 use crate::{BlockFile, CreateError, OpenError, Snapshot};
@@ -33,6 +34,7 @@ pub struct Writer {
     bitmaps: Vec<Box<[AtomicU64]>>,
     /// Where the stream goes on behind the last block's pages.
     ram_end: FileOffset,
+    behind: Behind,
     unpublished: Mutex<Option<Unpublished>>,
 }
 
@@ -89,7 +91,7 @@ impl Writer {
         pieces.iter().try_for_each(|(at, bytes)| file.write_all_at(bytes, at.0)).map_err(write)?;
         let machine = configuration.machine;
         let unpublished = Mutex::new(Some(unpublished));
-        Ok(Writer { path, file, machine, layout, blocks, bitmaps, ram_end, unpublished })
+        Ok(Writer { path, file, machine, layout, blocks, bitmaps, ram_end, behind: Behind::default(), unpublished })
     }
 
     /// The name it will have.
@@ -125,9 +127,12 @@ impl Writer {
         self.blocks.get(run.block.0 as usize)?.pages_offset.checked_add(run.first.byte_offset())
     }
 
-    /// Says that the content of a run was written. Pages that do not exist are ignored.
+    /// Says that the content of a run was written: it starts on its way to the disk. Pages that do not exist are ignored.
     pub fn mark_stored(&self, run: PageRun) {
         self.mark(run, |word, bits| word.fetch_or(bits, Ordering::Release));
+        if let Some(offset) = self.data_offset(run) {
+            self.behind.written(&self.file, offset, run.len());
+        }
     }
 
     /// Says that the pages of a run are zero, whatever was written before. Pages that do not exist are ignored.

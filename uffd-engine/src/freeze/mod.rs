@@ -13,6 +13,7 @@
 mod armed;
 mod fetch;
 mod frozen;
+mod order;
 mod owner;
 mod pages;
 mod pool;

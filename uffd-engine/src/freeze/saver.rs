@@ -1,21 +1,21 @@
 //! Bringing frozen pages to the sink: those that were written first, then the rest.
 
+use std::iter::Peekable;
 use std::ops::Range;
 use std::sync::atomic::Ordering;
+use std::vec::IntoIter;
 
 use nix::errno::Errno;
 use page_source::{ByteLen, Flow, HostAddr, PAGE_SIZE, PageBytes, PageCount, PageRun, PageSink, is_zero};
 
 use super::fetch::Fetch;
 use super::frozen::{FrozenError, Shared, Zone};
+use super::order::{Order, PIECE};
 use super::owner::Owner;
 use super::pool::Copied;
 use super::whereabouts::{Whereabouts, fetched_at_a_time};
 use crate::sys::memory::{Scratch, read_granule};
 use crate::sys::ops;
-
-/// So many bytes are copied, and released, at a time.
-const PIECE: ByteLen = ByteLen(2 << 20);
 
 type Outcome = Result<(), FrozenError>;
 
@@ -23,21 +23,15 @@ type Outcome = Result<(), FrozenError>;
 pub(crate) fn run(shared: &Shared, sink: &dyn PageSink) -> Outcome {
     let buffer = Scratch::new(PIECE).map_err(|error| kernel("a buffer", HostAddr(0), errno_of(&error)))?;
     let mut saver = Saver { shared, sink, buffer, fetch: None };
-    for (number, zone) in shared.zones.iter().enumerate() {
-        let step = ByteLen(PIECE.0 / zone.granule.bytes().0).get();
-        let mut at = 0;
-        while at < zone.saved.len() {
-            saver.written_first()?;
-            let end = (at + step).min(zone.saved.len());
-            saver.sweep(number, at..end)?;
-            at = end;
-        }
+    let mut order = Order::new(&shared.zones);
+    while let Some((number, piece)) = saver.written_first(&mut order)?.or_else(|| order.next()) {
+        saver.sweep(number, piece)?;
     }
     // What the handlers have claimed is on its way into the pool; what an engine installs just now will be there.
     for (number, zone) in shared.zones.iter().enumerate() {
         for granule in 0..zone.saved.len() {
             while !zone.saved.saved(granule) {
-                saver.written_first()?;
+                saver.written()?;
                 if zone.saved.claimed(granule) {
                     std::thread::yield_now();
                 } else if !saver.sweep(number, granule..granule + 1)? {
@@ -46,7 +40,7 @@ pub(crate) fn run(shared: &Shared, sink: &dyn PageSink) -> Outcome {
             }
         }
     }
-    saver.written_first()?;
+    saver.written()?;
     match &shared.owner {
         Owner::Freeze { .. } => Ok(()),
         // What was loaded since the freeze point was not vouched for yet, nor what was taken here.
@@ -74,18 +68,46 @@ struct Saver<'a> {
 }
 
 impl Saver<'_> {
+    /// The piece in which the page lies that has waited longest for its delivery: a file gets it together with its
+    /// neighbours, in one write. Pages are delivered alone if they come faster than pieces, or after their piece.
+    fn written_first(&mut self, order: &mut Order) -> Result<Option<(usize, Range<usize>)>, FrozenError> {
+        let shared = self.shared;
+        if shared.pool.runs_low() {
+            self.written()?;
+        } else {
+            self.parked()?;
+        }
+        while let Some((number, granule)) = shared.pool.oldest() {
+            let piece = order.around(number, granule);
+            if piece.is_some() {
+                return Ok(piece);
+            }
+            self.copies(shared.pool.take_within(number, &(granule..granule + 1)))?;
+        }
+        Ok(None)
+    }
+
     /// The pages that were copied for their writers, and those whose writers wait.
-    fn written_first(&mut self) -> Outcome {
+    fn written(&mut self) -> Outcome {
+        self.copies(self.shared.pool.drain())?;
+        self.parked()
+    }
+
+    fn copies(&mut self, copies: Vec<Copied>) -> Outcome {
+        let shared = self.shared;
+        for Copied { area, granule, buffer } in copies {
+            let run = shared.zones[area].pages(granule, 1);
+            let flow = deliver(shared, self.sink, run, buffer.bytes());
+            shared.pool.give_back(buffer);
+            taken(flow)?;
+        }
+        Ok(())
+    }
+
+    fn parked(&mut self) -> Outcome {
         let shared = self.shared;
         if shared.has_ended() {
             return Err(FrozenError::Cancelled);
-        }
-        for Copied { area, granule, buffer } in shared.pool.drain() {
-            let zone = &shared.zones[area];
-            let run = zone.pages(granule, 1);
-            let flow = deliver(shared, self.sink, run, &buffer.bytes()[..run.len().get()]);
-            shared.pool.give_back(buffer);
-            taken(flow)?;
         }
         let parked = std::mem::take(&mut *shared.parked.lock());
         for (number, granule) in parked {
@@ -102,16 +124,26 @@ impl Saver<'_> {
         Ok(())
     }
 
-    /// Saves what of some granules is not saved: copies, releases, and then delivers, so that no writer waits for the
-    /// sink. `false` if the content of some is not to be had yet.
+    /// Saves what of some granules is not saved, and what of them is in the pool: copies, releases, and then delivers, so
+    /// that no writer waits for the sink. `false` if the content of some is not to be had yet.
     fn sweep(&mut self, number: usize, granules: Range<usize>) -> Result<bool, FrozenError> {
         let shared = self.shared;
         let zone = &shared.zones[number];
+        let mut copies = shared.pool.take_within(number, &granules).into_iter().peekable();
         let whereabouts = shared.whereabouts(number, granules.clone())?;
         let mut all = true;
         let mut at = granules.start;
         while at < granules.end {
             let place = whereabouts[at - granules.start];
+            if place == Whereabouts::Memory || copies.peek().is_some_and(|copy| copy.granule == at) {
+                let end = self.gather(number, at..granules.end, &mut copies, |at| {
+                    whereabouts[at - granules.start] == Whereabouts::Memory
+                })?;
+                if end > at {
+                    at = end;
+                    continue;
+                }
+            }
             if place == Whereabouts::Soon {
                 all = false;
                 at += 1;
@@ -132,15 +164,53 @@ impl Saver<'_> {
         Ok(all)
     }
 
-    /// Saves claimed granules.
+    /// Saves what lies side by side, be it still in memory or in the pool. Returns where that ends.
+    fn gather(
+        &mut self,
+        number: usize,
+        granules: Range<usize>,
+        copies: &mut Peekable<IntoIter<Copied>>,
+        in_memory: impl Fn(usize) -> bool,
+    ) -> Result<usize, FrozenError> {
+        let shared = self.shared;
+        let zone = &shared.zones[number];
+        let len = zone.granule.bytes().get();
+        let first = granules.start;
+        let mut claimed = Vec::new();
+        let mut end = first;
+        while end < granules.end {
+            if let Some(Copied { buffer, .. }) = copies.next_if(|copy| copy.granule == end) {
+                self.buffer.bytes_mut((end - first) * len, len).copy_from_slice(buffer.bytes());
+                shared.pool.give_back(buffer);
+                end += 1;
+                continue;
+            }
+            let run = (end..granules.end).take_while(|&at| in_memory(at) && zone.saved.claim(at)).count();
+            if run == 0 {
+                break;
+            }
+            read_granule(zone.addr(end), self.buffer.bytes_mut((end - first) * len, run * len));
+            claimed.push(end..end + run);
+            end += run;
+        }
+        if end > first {
+            shared.settle();
+            claimed.into_iter().flatten().for_each(|granule| zone.saved.done(granule));
+            // What came from the pool is released already, which does no harm.
+            release(shared, zone, first, end - first)?;
+            let run = zone.pages(first, end - first);
+            taken(deliver(shared, self.sink, run, &self.buffer.bytes()[..run.len().get()]))?;
+        }
+        Ok(end)
+    }
+
+    /// Saves claimed granules that are not in memory.
     fn save(&mut self, number: usize, first: usize, granules: usize, place: Whereabouts) -> Outcome {
         let shared = self.shared;
         let zone = &shared.zones[number];
         let run = zone.pages(first, granules);
-        match place {
-            Whereabouts::Memory => read_granule(zone.addr(first), self.buffer.bytes_mut(0, run.len().get())),
-            Whereabouts::Source => self.fetch(number, first, granules)?,
-            Whereabouts::Zero | Whereabouts::Soon => {}
+        if place == Whereabouts::Source {
+            self.fetch(number, first, granules)?;
         }
         shared.settle();
         (first..first + granules).for_each(|granule| zone.saved.done(granule));

@@ -161,7 +161,7 @@ fn write(shared: &Shared, number: usize, granule: usize) -> bool {
         shared.wake_saver();
         return true;
     };
-    read_granule(addr, buffer.bytes_mut(0, zone.granule.bytes().get()));
+    read_granule(addr, buffer.bytes_mut());
     if matches!(shared.owner, Owner::Freeze { .. }) {
         // An engine's handler holds its gate.
         shared.settle();

@@ -4,6 +4,7 @@ use std::io;
 use std::num::NonZeroUsize;
 use std::ops::Deref;
 use std::ptr::NonNull;
+use std::sync::Arc;
 use std::sync::atomic::AtomicU8;
 
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munmap};
@@ -93,6 +94,49 @@ impl Scratch {
         let from = self.start.as_ptr().cast::<u8>().wrapping_add(at);
         // SAFETY: inside the mapping (just checked), which `self` owns and lends mutably.
         unsafe { std::slice::from_raw_parts_mut(from, len) }
+    }
+}
+
+impl Scratch {
+    /// Asks for huge pages, which are had faster; whether there are any does not matter.
+    pub(crate) fn prefer_huge(&mut self) {
+        // SAFETY: the mapping is ours; this changes by what pages it is backed, and not what it holds.
+        if let Err(error) = unsafe { madvise(self.start, self.len.get(), MmapAdvise::MADV_HUGEPAGE) } {
+            log::debug!("no huge pages for scratch memory: {error}");
+        }
+    }
+
+    /// As many pieces of so many bytes as there are in it.
+    ///
+    /// # Panics
+    /// If a piece is to have no bytes.
+    pub(crate) fn split(self, len: usize) -> Vec<Piece> {
+        let count = self.len.get() / len;
+        let whole = Arc::new(self);
+        (0..count).map(|number| Piece { whole: Arc::clone(&whole), at: number * len, len }).collect()
+    }
+}
+
+/// A part of scratch memory that nobody else has.
+#[derive(Debug)]
+pub(crate) struct Piece {
+    whole: Arc<Scratch>,
+    at: usize,
+    len: usize,
+}
+
+impl Piece {
+    pub(crate) fn bytes(&self) -> &[u8] {
+        let from = self.whole.as_ptr().wrapping_add(self.at);
+        // SAFETY: inside the mapping (`split` made it so), which `whole` keeps; it is written to through this piece
+        // alone, and only with `&mut self`.
+        unsafe { std::slice::from_raw_parts(from, self.len) }
+    }
+
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
+        let from = self.whole.start.as_ptr().cast::<u8>().wrapping_add(self.at);
+        // SAFETY: as above; `split` gave up the scratch memory itself, and pieces do not overlap.
+        unsafe { std::slice::from_raw_parts_mut(from, self.len) }
     }
 }
 
