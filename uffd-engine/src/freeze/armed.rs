@@ -26,6 +26,9 @@ use crate::{Engine, Handlers, OpenError, StartError};
 /// as soon as one page exists, and KVM then walks its own tables for pages that do not (0.6 ms for 16 GiB).
 const STRIDE: ByteLen = ByteLen(1 << 30);
 
+/// The same where the kernel says what exists: little enough that KVM does not walk far for what does not.
+const FOUND: ByteLen = ByteLen(128 << 20);
+
 /// How memory is frozen.
 #[derive(Clone, Debug)]
 pub struct FreezeOptions {
@@ -284,18 +287,36 @@ fn arm(shared: &Shared, number: usize, populated: &[PageRun]) -> Result<(), Free
         refused(region.start, region.len(), errno)
     })?;
     zone.registered.store(true, Ordering::Release);
+    let once = |at: u64, end: u64| {
+        ops::write_protect(shared.owner.descriptor().fd(), at, end - at, true)
+            .map_err(|errno| refused(HostAddr(at), ByteLen(end - at), errno))
+    };
     let protect = |start: HostAddr, len: ByteLen| {
         let end = start.0 + len.0;
         let mut at = start.0;
         while at < end {
             let next = (at + 1).next_multiple_of(STRIDE.0).min(end);
-            ops::write_protect(shared.owner.descriptor().fd(), at, next - at, true)
-                .map_err(|errno| refused(HostAddr(at), ByteLen(next - at), errno))?;
+            once(at, next)?;
             at = next;
         }
         Ok(())
     };
-    if region.backing == Backing::Anonymous || !region.shared {
+    if region.backing == Backing::Anonymous {
+        let (mut at, end) = (region.start, region.range().end);
+        while at < end {
+            match shared.page_table.first(at, end) {
+                Ok(None) => return Ok(()),
+                Ok(Some(first)) => {
+                    let next = (first.0 + 1).next_multiple_of(FOUND.0).min(end.0);
+                    once(first.0, next)?;
+                    at = HostAddr(next);
+                }
+                Err(_) => return protect(at, end - at),
+            }
+        }
+        return Ok(());
+    }
+    if !region.shared {
         return protect(region.start, region.len());
     }
     if let Owner::Engine { core, .. } = &shared.owner {

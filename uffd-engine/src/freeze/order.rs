@@ -33,12 +33,18 @@ impl Pieces {
 
 impl Order {
     pub(crate) fn new(zones: &[Zone]) -> Order {
-        let pieces = |zone: &Zone| {
-            let granules_in_one = ByteLen(PIECE.0 / zone.granule.bytes().0).get().max(1);
-            let granules = zone.saved.len();
-            Pieces { granules, granules_in_one, swept: vec![false; granules.div_ceil(granules_in_one)] }
+        let of = |zone: &Zone| (zone.saved.len(), ByteLen(PIECE.0 / zone.granule.bytes().0).get().max(1));
+        Order::of(zones.iter().map(of))
+    }
+
+    /// From how many granules a zone has, and how many of them a piece.
+    fn of(zones: impl Iterator<Item = (usize, usize)>) -> Order {
+        let pieces = |(granules, granules_in_one): (usize, usize)| Pieces {
+            granules,
+            granules_in_one,
+            swept: vec![false; granules.div_ceil(granules_in_one)],
         };
-        Order { zones: zones.iter().map(pieces).collect(), at: (0, 0) }
+        Order { zones: zones.map(pieces).collect(), at: (0, 0) }
     }
 
     /// The piece in which a granule lies, by zone and granules: `None` if it was swept before.
@@ -63,5 +69,22 @@ impl Order {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_piece_once_and_the_wanted_first() {
+        let mut order = Order::of([(0, 4), (10, 4), (3, 1)].into_iter());
+        let mut all = vec![order.next(), order.around(1, 9), order.around(2, 1), order.around(2, 1)];
+        all.extend(std::iter::from_fn(|| Some(order.next())).take_while(Option::is_some));
+        let expected = [Some((1, 0..4)), Some((1, 8..10)), Some((2, 1..2)), None];
+        assert_eq!(all[..4], expected);
+        assert_eq!(all[4..], [Some((1, 4..8)), Some((2, 0..1)), Some((2, 2..3))]);
+        assert_eq!(order.around(1, 0), None);
+        assert_eq!(order.next(), None);
     }
 }

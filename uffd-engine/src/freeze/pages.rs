@@ -8,6 +8,7 @@ use std::sync::atomic::Ordering;
 use page_source::{HostAddr, PAGE_SHIFT};
 
 use crate::sys::memory::Table;
+use crate::sys::scan::first_present;
 
 const UNSAVED: u8 = 0;
 const CLAIMED: u8 = 1;
@@ -80,6 +81,11 @@ pub(crate) struct PageTable(File);
 impl PageTable {
     pub(crate) fn open() -> io::Result<PageTable> {
         Ok(PageTable(File::open("/proc/self/pagemap")?))
+    }
+
+    /// The first page between two addresses that exists. `ENOTTY` from a kernel before Linux 6.7, which can't tell.
+    pub(crate) fn first(&self, start: HostAddr, end: HostAddr) -> nix::Result<Option<HostAddr>> {
+        first_present(&self.0, start, end)
     }
 
     /// For each of so many pages from `start` on: whether there is one.

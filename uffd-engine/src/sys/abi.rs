@@ -119,11 +119,11 @@ pub(crate) const UFFDIO_CONTINUE_MODE_WP: u64 = 1 << 1;
 pub(crate) const UFFD_PAGEFAULT_FLAG_WP: u64 = 1 << 1;
 pub(crate) const UFFD_PAGEFAULT_FLAG_MINOR: u64 = 1 << 2;
 
-const WRITE: u64 = 1;
-const READ: u64 = 2;
+pub(crate) const WRITE: u64 = 1;
+pub(crate) const READ: u64 = 2;
 
 /// `_IOC` of `include/uapi/asm-generic/ioctl.h`.
-const fn ioc(direction: u64, group: u64, number: u64, size: usize) -> u64 {
+pub(crate) const fn ioc(direction: u64, group: u64, number: u64, size: usize) -> u64 {
     direction << 30 | (size as u64) << 16 | group << 8 | number
 }
 

@@ -4,13 +4,15 @@
 //! - [`abi`]: ioctl numbers, structures and bits, asserted at compile time;
 //! - [`ops`]: one function per ioctl, with what it did as a value;
 //! - [`open`]: a new descriptor, or the exact reason why there is none;
-//! - [`memory`]: zeroed tables, scratch mappings, discards.
+//! - [`memory`]: zeroed tables, scratch mappings, discards;
+//! - [`scan`]: where in a page table there is something.
 #![expect(unsafe_code, reason = "system calls on raw addresses")]
 
 pub(crate) mod abi;
 pub(crate) mod memory;
 pub(crate) mod open;
 pub(crate) mod ops;
+pub(crate) mod scan;
 
 /// The descriptor as the `userfaultfd` crate's type, which closes it.
 pub(crate) fn own_uffd(fd: std::os::fd::RawFd) -> userfaultfd::Uffd {
