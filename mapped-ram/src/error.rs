@@ -207,6 +207,19 @@ pub enum CreateError {
         #[source]
         error: io::Error,
     },
+    /// Writing failed.
+    #[error("{}: {what} at offset {at} failed: {error}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// What was being written.
+        what: &'static str,
+        /// Where.
+        at: FileOffset,
+        /// What the system said.
+        #[source]
+        error: io::Error,
+    },
     /// The stream has no room for a name.
     #[error("{}: {error}", path.display())]
     Encode {

@@ -102,6 +102,17 @@ pub enum SinkError {
         #[source]
         error: Arc<io::Error>,
     },
+    /// All was written, but the file could not be made durable, or could not be given its name.
+    #[error("{target}: {what} failed: {error}")]
+    Publish {
+        /// The file.
+        target: String,
+        /// What was being done.
+        what: &'static str,
+        /// What the system said.
+        #[source]
+        error: Arc<io::Error>,
+    },
     /// The pages could not be read from the source's memory while they were being taken.
     #[error("taking pages failed: {error}")]
     Source {
