@@ -54,6 +54,7 @@ impl MappedRamSink {
             CreateError::Io { what, error, .. } => {
                 self.write_error(FileOffset(0), io::Error::new(error.kind(), format!("{what}: {error}")))
             }
+            CreateError::File(error) => SinkError::File(Arc::new(error)),
             error => SinkError::Stopped { reason: error.to_string() },
         })
     }
