@@ -10,10 +10,10 @@ use page_units::{BlockId, ByteLen, FileOffset, Layout, PageCount, PageIndex, Pag
 use parking_lot::Mutex;
 use vmstate::ram::{self, RecordWriter};
 use vmstate::{Configuration, ConfigurationSubsection, Event, MAPPED_RAM, SectionHeader, StreamWriter, WriteError};
+use whole_file::WholeFile;
 
 use crate::behind::Behind;
 use crate::header::{BlockHeader, bitmap_len};
-use crate::publish::Unpublished;
 use crate::{BlockFile, CreateError, OpenError, Snapshot};
 
 /// The number of the RAM section. Not 0, which QEMU gives to what has none yet.
@@ -35,7 +35,7 @@ pub struct Writer {
     /// Where the stream goes on behind the last block's pages.
     ram_end: FileOffset,
     behind: Behind,
-    unpublished: Mutex<Option<Unpublished>>,
+    unpublished: Mutex<Option<WholeFile>>,
 }
 
 impl Writer {
@@ -86,7 +86,9 @@ impl Writer {
             layout.blocks().iter().map(|ram| (0..ram.pages().0.div_ceil(64)).map(|_| AtomicU64::new(0)).collect());
         let bitmaps = bitmaps.collect();
 
-        let (unpublished, file) = Unpublished::create(&path)?;
+        let unpublished = WholeFile::create(&path)?;
+        let opening = |error| CreateError::Io { path: path.clone(), what: "opening it again", error };
+        let file = unpublished.file().try_clone().map_err(opening)?;
         for (at, bytes) in &pieces {
             let write = |error| CreateError::Write { path: path.clone(), what: "writing the headers", at: *at, error };
             file.write_all_at(bytes, at.0).map_err(write)?;
@@ -210,9 +212,9 @@ impl Writer {
             write(&bytes, block.bitmap_offset.0, "writing a bitmap")?;
         }
         // What our own reader refuses, nobody should be given.
-        Snapshot::open(unpublished.path())
+        Snapshot::open(unpublished.temporary_path())
             .map_err(|error| CreateError::Unreadable(OpenError { path: self.path.clone(), ..error }))?;
-        unpublished.publish(&self.path)
+        Ok(unpublished.publish()?)
     }
 }
 

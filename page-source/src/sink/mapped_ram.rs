@@ -52,9 +52,7 @@ impl MappedRamSink {
         };
         self.writer.finish(&device_state).map_err(|error| match error {
             CreateError::Write { at, error, .. } => self.write_error(at, error),
-            CreateError::Io { what, error, path } => {
-                SinkError::Publish { target: path.display().to_string(), what, error: Arc::new(error) }
-            }
+            CreateError::File(error) => SinkError::File(Arc::new(error)),
             error => SinkError::Stopped { reason: error.to_string() },
         })
     }
