@@ -274,7 +274,7 @@ fn a_limit_on_the_length_of_files() {
 /// Beyond the headers, but not beyond all pages; or beyond all pages, but not beyond the device state.
 fn limited(path: &Path, at_the_end: bool) {
     let (vcpus, image, bus) = running(&KIND);
-    drop(snapshot_live(&vcpus, &host(), path, &LiveOptions::default()).unwrap().wait().unwrap());
+    snapshot_live(&vcpus, &host(), path, &LiveOptions::default()).unwrap().wait().unwrap();
     let state = mapped_ram::Snapshot::open(path).unwrap().device_state().start.0;
     std::fs::remove_file(path).unwrap();
     let limit = if at_the_end { state + 100 } else { state - (2 << 20) };
