@@ -6,8 +6,9 @@ use std::sync::Arc;
 use std::thread::ThreadId;
 
 use page_source::{BlockId, ByteLen, HostAddr, PageCount, PageIndex, PageRun};
-use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
+use crate::deferred::Deferred;
 use crate::descriptor::Descriptor;
 use crate::freeze::Shared;
 use crate::hints::Hints;
@@ -63,9 +64,7 @@ pub(crate) struct Core {
     /// The threads that read events: an install that must be tried again after an event was read can't wait there.
     readers: RwLock<Vec<ThreadId>>,
     /// Faults that such a thread has to serve again.
-    pub(crate) deferred: Mutex<Vec<Place>>,
-    /// Write faults of that kind.
-    pub(crate) deferred_writes: Mutex<Vec<Place>>,
+    pub(crate) deferred: Deferred,
     /// When the faults were read that wait for a late source.
     pub(crate) waiting: Waiting,
 }
@@ -101,8 +100,7 @@ impl Core {
             gate: RwLock::default(),
             gated,
             readers: RwLock::default(),
-            deferred: Mutex::default(),
-            deferred_writes: Mutex::default(),
+            deferred: Deferred::default(),
             waiting: Waiting::default(),
         })
     }

@@ -96,26 +96,20 @@ impl Core {
             }
         };
         if !done {
-            self.deferred_writes.lock().push(place);
+            self.deferred.write(place);
         }
     }
 
     /// Serves the faults again that could not be served before an event was read. Answers whether some are left.
     pub(crate) fn serve_deferred(&self, origin: &Origin) -> bool {
-        let places = std::mem::take(&mut *self.deferred.lock());
-        for &place in &places {
+        let (faults, writes) = self.deferred.take();
+        for place in faults {
             self.serve(origin, place, false, true);
         }
-        let writes = std::mem::take(&mut *self.deferred_writes.lock());
-        for &place in &writes {
+        for place in writes {
             self.serve_write(place);
         }
-        self.some_deferred()
-    }
-
-    /// Whether faults have to be served again.
-    pub(crate) fn some_deferred(&self) -> bool {
-        !self.deferred.lock().is_empty() || !self.deferred_writes.lock().is_empty()
+        self.deferred.some()
     }
 
     /// Brings what a fault needs. `true` if whoever waited goes on already.
@@ -237,7 +231,7 @@ impl Core {
         match self.zero(&self.installing(), place, 1) {
             Done::All => bump(&self.counters.zero_installed, area.granule.0),
             Done::Failed(Errno::EAGAIN) | Done::Part(_) => {
-                self.deferred.lock().push(place);
+                self.deferred.faults([place]);
                 return false;
             }
             // It is there, or the region is being unregistered: nobody has to wait.
@@ -269,7 +263,7 @@ impl Core {
                 let protect = frozen(&gate).is_some_and(|shared| shared.protects(place, 1));
                 let done = ops::map_cached(self.descriptor.fd(), addr.0, len.0, protect);
                 if matches!(done, Done::Failed(Errno::EAGAIN)) {
-                    self.deferred.lock().push(place);
+                    self.deferred.faults([place]);
                     return false;
                 }
                 if done != Done::All {

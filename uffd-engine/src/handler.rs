@@ -22,6 +22,10 @@ use crate::sys::ops;
 /// So many messages are read at a time at most.
 const BATCH: usize = 64;
 
+/// After so many reads that brought one message there is another that takes all: a read that has room looks for more
+/// before it returns, and whoever has faulted waits for that.
+const READS_OF_ONE: usize = 8;
+
 /// How handlers wait, and how they are stopped.
 #[derive(Debug)]
 pub(crate) enum Waiter {
@@ -140,13 +144,16 @@ pub(crate) fn run(core: &Arc<Core>, waiter: &Arc<Waiter>, origin: &Origin, cpu: 
     bind(cpu);
     let mut messages = [Message::default(); BATCH];
     let mut again = false;
+    let mut singles = 0;
     loop {
-        let count = match waiter.next(core, &mut messages, again) {
+        let room = if singles % READS_OF_ONE == 0 { BATCH } else { 1 };
+        let count = match waiter.next(core, &mut messages[..room], again) {
             Ok(Woken::Messages(count)) => count,
             Ok(Woken::Stop) => return,
             Err(errno) => return core.status.fail(EngineError::Events(errno)),
         };
         let since = Instant::now();
+        singles = if count > 1 { 0 } else { singles + 1 };
         let mut stop = false;
         for message in messages[..count].iter().filter(|message| message.event == UFFD_EVENT_PAGEFAULT) {
             let addr = HostAddr(message.word1);
@@ -161,7 +168,7 @@ pub(crate) fn run(core: &Arc<Core>, waiter: &Arc<Waiter>, origin: &Origin, cpu: 
         if stop {
             return;
         }
-        if again || core.some_deferred() {
+        if again || core.deferred.some() {
             again = core.serve_deferred(origin);
             if again {
                 // Whoever discards has to run before the kernel lets us install anything.

@@ -91,7 +91,7 @@ impl Core {
                         // It can't be read here: we are what reads. The fault is served again after the next read.
                         let Place { area, granule } = claim.place;
                         let again = (granule..granule + claim.left).map(|granule| Place { area, granule });
-                        self.deferred.lock().extend(again);
+                        self.deferred.faults(again);
                         return Ok(claimed);
                     }
                     if !self.status.running() {
@@ -262,7 +262,7 @@ impl Core {
             match ops::poison(self.descriptor.fd(), addr.0, len.0) {
                 Done::All => bump(&self.counters.poisoned, part.granule.0),
                 Done::Failed(Errno::EAGAIN) | Done::Part(_) if self.on_reader_thread() => {
-                    self.deferred.lock().push(Place { area, granule });
+                    self.deferred.faults([Place { area, granule }]);
                     return false;
                 }
                 Done::Failed(Errno::EAGAIN) | Done::Part(_) => {

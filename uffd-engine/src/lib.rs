@@ -9,6 +9,7 @@
 
 mod builder;
 mod core;
+mod deferred;
 mod descriptor;
 mod doorbell;
 mod engine;

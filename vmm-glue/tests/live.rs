@@ -23,11 +23,6 @@ fn directory() -> tempfile::TempDir {
     tempfile::tempdir_in(if shm.is_dir() { shm } else { std::env::temp_dir() }).unwrap()
 }
 
-/// How many snapshots: all that are asked for with `FASTLOAD_FULL=1`, otherwise what does not take long.
-fn count(full: usize, otherwise: usize) -> usize {
-    if std::env::var_os("FASTLOAD_FULL").is_some_and(|value| value == "1") { full } else { otherwise }
-}
-
 #[test]
 fn a_hundred_snapshots_under_load_are_their_freeze_points_exactly() {
     require!(Kvm, Userfaultfd);
@@ -41,7 +36,7 @@ fn a_hundred_snapshots_under_load_are_their_freeze_points_exactly() {
             kinds.push(Kind { privilege, vcpus, pattern, backing, mib: 64, filled: 25 });
         }
     }
-    let each = count(100, 48).div_ceil(kinds.len());
+    let each = 100_usize.div_ceil(kinds.len());
     let mut faults = 0;
     for kind in kinds {
         let (vcpus, image, bus) = live::boot(&kind, MachineConfig::bare(kind.vcpus));

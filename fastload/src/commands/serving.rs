@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 use vmstate::{IGNORE_SHARED, SectionKind};
 
 use super::Failure;
+use crate::contents;
 
 /// How often the progress bar moves.
 const TICK: Duration = Duration::from_millis(50);
@@ -41,9 +42,9 @@ impl Image {
         let mut early = Vec::new();
         let before_ram = snapshot.sections().iter().take_while(|section| section.name != "ram");
         for section in before_ram.filter(|section| section.kind == SectionKind::Full) {
-            early.extend(snapshot.read(section.range.clone())?);
+            early.extend(contents::read(&snapshot, section.range.clone())?);
         }
-        let devices = snapshot.read(snapshot.device_state())?;
+        let devices = contents::read(&snapshot, snapshot.device_state())?;
         let source = Arc::new(MappedRam::new(Arc::clone(&snapshot))?);
         Ok(Image { snapshot, source, opening: Opening { configuration, early, devices } })
     }

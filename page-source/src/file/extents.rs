@@ -30,11 +30,13 @@ impl Extents {
         look_up(&*self.spans.try_read()?, page)
     }
 
-    /// How many pages from `page` on, of which nothing is known, are like it. At least one.
-    pub(crate) fn unknown_from(&self, page: PageIndex) -> PageCount {
+    /// What is known of `page` and those behind it; where that is nothing, of how many (at least one).
+    pub(crate) fn known_or_unknown(&self, page: PageIndex) -> Span {
         let spans = self.spans.read();
-        let next = spans.range(page.0..).next().map_or(u64::MAX, |(first, _)| *first);
-        PageCount((next - page.0).max(1))
+        look_up(&spans, page).unwrap_or_else(|| {
+            let next = spans.range(page.0..).next().map_or(u64::MAX, |(first, _)| *first);
+            Span { content: Content::Unknown, pages: PageCount((next - page.0).max(1)) }
+        })
     }
 
     /// Remembers that the pages from `first` up to `end` are `content`, so far as nothing is known of them.

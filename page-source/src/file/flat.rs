@@ -127,11 +127,8 @@ impl PageSource for FlatFile {
             return Span { content: Content::Unknown, pages: PageCount(0) };
         }
         let left = PageCount(pages.0 - first.0);
-        let extents = &self.inner.extents[block.0 as usize];
-        match extents.at(first) {
-            Some(span) => Span { content: span.content, pages: span.pages.min(left) },
-            None => Span { content: Content::Unknown, pages: extents.unknown_from(first).min(left) },
-        }
+        let span = self.inner.extents[block.0 as usize].known_or_unknown(first);
+        Span { pages: span.pages.min(left), ..span }
     }
 
     fn start(&self, sink: Arc<dyn PageSink>) -> Result<Box<dyn Feed>, SourceError> {

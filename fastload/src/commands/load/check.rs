@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use vmstate::SectionKind;
 
 use crate::commands::{Failure, serving};
+use crate::contents;
 
 /// Compares machine type, RAM, processors and PCI devices. The page sizes of the QEMU's RAM blocks.
 pub(super) fn fits(qmp: &mut Qmp, snapshot: &Snapshot, path: &Path) -> Result<HashMap<String, PageSize>, Failure> {
@@ -37,7 +38,7 @@ pub(super) fn ran(snapshot: &Snapshot) -> Result<bool, Failure> {
     let state = snapshot.sections().iter().find(|s| s.kind == SectionKind::Full && s.name == "globalstate");
     let Some(state) = state else { return Ok(true) };
     // QEMU migration/global_state.c: length (4 bytes), then the name of the run state.
-    let body = snapshot.read(state.body.clone())?;
+    let body = contents::read(snapshot, state.body.clone())?;
     let text: Vec<u8> = body.iter().skip(4).copied().take_while(|byte| *byte != 0).collect();
     Ok(text == b"running")
 }
