@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -222,10 +222,13 @@ fn one_that_runs_may_be_silent_for_as_long_as_it_likes() {
     let memory = Arc::new(MemorySource::new(Arc::clone(&oracle)));
     let server = Running::start(memory, impatient(|options| options.background = false), address);
     stub.wait("the package", |state| state.loaded);
-    // This is about time that passes.
-    thread::sleep(3 * SOON);
-    server.control.drain();
-    server.finish().unwrap();
+    let (control, (to, ended)) = (server.control.clone(), mpsc::channel());
+    let waiting = thread::spawn(move || to.send(server.finish()).unwrap());
+    let early = ended.recv_timeout(3 * SOON);
+    assert!(early.is_err(), "{early:?}");
+    control.drain();
+    ended.recv_timeout(LIMIT).unwrap().unwrap();
+    waiting.join().unwrap();
     check(&stub.finish(), &oracle);
 }
 
