@@ -220,8 +220,12 @@ fn one_that_runs_may_be_silent_for_as_long_as_it_likes() {
     let memory = Arc::new(MemorySource::new(Arc::clone(&oracle)));
     let server = Running::start(memory, impatient(|options| options.background = false), address);
     stub.wait("the package", |state| state.loaded);
-    // This is about time that passes.
-    thread::sleep(5 * SOON);
+    // This is about time that passes: the server lives through it.
+    let begun = Instant::now();
+    while begun.elapsed() < 5 * SOON {
+        assert!(!server.thread.is_finished());
+        thread::yield_now();
+    }
     server.control.drain();
     server.finish().unwrap();
     check(&stub.finish(), &oracle);
