@@ -1,6 +1,8 @@
 //! `fastload load`: everything that is to be done to a QEMU that was started with `-incoming defer`.
 
 mod check;
+mod devices;
+mod pci;
 mod qemu;
 
 use std::path::PathBuf;
@@ -58,7 +60,7 @@ impl Load {
         let begun = Instant::now();
         let image = Image::open(&self.snapshot)?;
         let mut qmp = Qmp::connect(&self.qmp, PATIENCE)?;
-        let blocks = check::fits(&mut qmp, &image.snapshot, &self.snapshot)?;
+        let blocks = check::fits(&mut qmp, &image.snapshot, &self.snapshot, self.recover)?;
         let paused = self.paused || !check::ran(&image.snapshot)?;
         // A guest to be recovered has what it was started with.
         let preempt = if self.recover { qemu::has_preempt(&qmp.capabilities()?) } else { self.preempt };
