@@ -208,6 +208,19 @@ pub enum CreateError {
         #[source]
         error: io::Error,
     },
+    /// Writing failed.
+    #[error("{}: {what} at offset {at} failed: {error}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// What was being written.
+        what: &'static str,
+        /// Where.
+        at: FileOffset,
+        /// What the system said.
+        #[source]
+        error: io::Error,
+    },
     /// The file can't be made, or not be given its name.
     #[error(transparent)]
     File(#[from] WholeFileError),

@@ -89,8 +89,10 @@ impl Writer {
         let unpublished = WholeFile::create(&path)?;
         let opening = |error| CreateError::Io { path: path.clone(), what: "opening it again", error };
         let file = unpublished.file().try_clone().map_err(opening)?;
-        let write = |error| CreateError::Io { path: path.clone(), what: "writing the headers", error };
-        pieces.iter().try_for_each(|(at, bytes)| file.write_all_at(bytes, at.0)).map_err(write)?;
+        for (at, bytes) in &pieces {
+            let write = |error| CreateError::Write { path: path.clone(), what: "writing the headers", at: *at, error };
+            file.write_all_at(bytes, at.0).map_err(write)?;
+        }
         let machine = configuration.machine;
         let unpublished = Mutex::new(Some(unpublished));
         Ok(Writer { path, file, machine, layout, blocks, bitmaps, ram_end, behind: Behind::default(), unpublished })
@@ -197,14 +199,17 @@ impl Writer {
         let Some(unpublished) = self.unpublished.lock().take() else {
             return Err(CreateError::Finished { path: self.path.clone() });
         };
-        let failed = |what| move |error| CreateError::Io { path: self.path.clone(), what, error };
+        let write = |bytes: &[u8], at: u64, what| {
+            let failed = |error| CreateError::Write { path: self.path.clone(), what, at: FileOffset(at), error };
+            self.file.write_all_at(bytes, at).map_err(failed)
+        };
         let end = end_of_ram().map_err(|error| CreateError::Encode { path: self.path.clone(), error })?;
-        self.file.write_all_at(&end, self.ram_end.0).map_err(failed("ending the RAM section"))?;
+        write(&end, self.ram_end.0, "ending the RAM section")?;
         let state_at = self.ram_end.0.saturating_add(end.len() as u64);
-        self.file.write_all_at(device_state, state_at).map_err(failed("writing the device state"))?;
+        write(device_state, state_at, "writing the device state")?;
         for (block, bitmap) in self.blocks.iter().zip(&self.bitmaps) {
             let bytes: Vec<u8> = bitmap.iter().flat_map(|word| word.load(Ordering::Acquire).to_le_bytes()).collect();
-            self.file.write_all_at(&bytes, block.bitmap_offset.0).map_err(failed("writing a bitmap"))?;
+            write(&bytes, block.bitmap_offset.0, "writing a bitmap")?;
         }
         // What our own reader refuses, nobody should be given.
         Snapshot::open(unpublished.temporary_path())

@@ -113,6 +113,14 @@ impl Window {
         main.send(&message)
     }
 
+    /// What was put in so far is no part of the background. It has no PINGs of ours that could confirm it, and a source
+    /// that is held up until it is confirmed might be the one that the destination waits for meanwhile.
+    pub(super) fn begin(&self, main: &Channel) {
+        if let Some(credit) = &self.credit {
+            credit.confirm(main.position());
+        }
+    }
+
     /// Whether this PONG was for one of our own PINGs.
     pub(super) fn pong(&self, number: u32) -> bool {
         self.credit.as_ref().is_some_and(|credit| credit.pong(number))
