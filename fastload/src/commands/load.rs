@@ -101,7 +101,7 @@ impl Load {
         });
         if !self.recover && running.is_none() && served.is_ok() {
             // All was over before we looked.
-            running = waiting.qmp.wait_event(&["RESUME"], Duration::ZERO)?.map(|event| event.seen);
+            running = waiting.qmp.wait_event(&["RESUME"], Duration::ZERO).ok().flatten().map(|event| event.seen);
         }
         let restored = waiting.finish(served.is_ok());
         let report = served.map_err(|failure| serving::explain(failure, &recover, || waiting.fate()))?;

@@ -15,6 +15,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde_json::json;
 use tempfile::TempDir;
 
+use crate::blocks::Hidden;
 use crate::guest::{STATUS, Status};
 use crate::ram::copy_sparse;
 use crate::{RamDump, Setup};
@@ -281,7 +282,8 @@ impl Qemu {
         }
     }
 
-    /// Stops the guest and takes all its RAM, and the firmware below 4 GiB.
+    /// Stops the guest and takes all its RAM, as the guest sees it and beside that, and the firmware below 4 GiB. (What
+    /// only devices have, as the registers and the palette of a graphics card, is not RAM, and is not taken.)
     ///
     /// # Errors
     /// QEMU's, or the system's.
@@ -307,7 +309,11 @@ impl Qemu {
             }
             ranges.push(((first, last), whole));
         }
-        Ok(RamDump { ranges })
+        let table = self.execute("x-query-ramblock", json!({}))?;
+        let table = table["human-readable-text"].as_str().unwrap_or_default();
+        let hidden = Hidden::read(self.child.id(), table, self.setup.main_memory());
+        let hidden = hidden.map_err(|error| io_error(self.dir.path(), "the memory of QEMU", error))?;
+        Ok(RamDump { ranges, hidden })
     }
 
     /// The guest's status page, as it is now.
