@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -22,7 +22,7 @@ use crate::stub::{Habits, LIMIT, Stub};
 use crate::{Running, check, opening_with, options, oracle, small};
 
 /// Short, for destinations that never answer.
-const SOON: Duration = Duration::from_millis(300);
+const SOON: Duration = Duration::from_secs(1);
 
 fn impatient(change: impl FnOnce(&mut Options)) -> Options {
     options(|options| {
@@ -158,7 +158,9 @@ fn one_that_never_stops_talking_does_not_keep_the_server_from_stopping() {
         main.write_all(&bytes).unwrap();
         let flood = thread::spawn(move || {
             let mut bytes = Vec::new();
-            (0..1000).for_each(|_| Message::Pong(7).push(&mut bytes));
+            // What takes longer to answer than to ask.
+            let all = Message::Request { block: Some("ram".into()), start: 0, length: 1500 << 12 };
+            (0..1000).for_each(|_| all.push(&mut bytes));
             let until = Instant::now() + LIMIT;
             while main.write_all(&bytes).is_ok() && Instant::now() < until {}
             Instant::now() < until
@@ -220,10 +222,13 @@ fn one_that_runs_may_be_silent_for_as_long_as_it_likes() {
     let memory = Arc::new(MemorySource::new(Arc::clone(&oracle)));
     let server = Running::start(memory, impatient(|options| options.background = false), address);
     stub.wait("the package", |state| state.loaded);
-    // This is about time that passes.
-    thread::sleep(5 * SOON);
-    server.control.drain();
-    server.finish().unwrap();
+    let (control, (to, ended)) = (server.control.clone(), mpsc::channel());
+    let waiting = thread::spawn(move || to.send(server.finish()).unwrap());
+    let early = ended.recv_timeout(3 * SOON);
+    assert!(early.is_err(), "{early:?}");
+    control.drain();
+    ended.recv_timeout(LIMIT).unwrap().unwrap();
+    waiting.join().unwrap();
     check(&stub.finish(), &oracle);
 }
 

@@ -80,9 +80,10 @@ fn the_same_ones_fit() {
     for (machine, arguments) in [(Machine::Pc, pc), (Machine::Q35, q35), (Machine::Microvm, microvm)] {
         let setup = with(&Setup::new(machine, 64), arguments);
         let saved = Saved::new(&setup, &Plan::check(16 * MIB), How::default());
+        // A USB controller writes into memory while the machine runs.
         let mut qemu = saved.waiting(&setup);
-        // A USB controller that the firmware has started writes into memory as soon as time goes on.
-        assert_eq!(saved.load(&qemu, &["--paused"]).figures()["state"], "paused");
+        let figures = saved.load(&qemu, &["--paused"]).figures();
+        assert_eq!(figures["state"], "paused", "{figures}");
         saved.is_whole(&mut qemu);
     }
 }
