@@ -289,6 +289,9 @@ impl Qemu {
     /// QEMU's, or the system's.
     pub fn dump(&mut self) -> Result<RamDump, QemuError> {
         self.execute("stop", json!({}))?;
+        // Each piece is there for a moment: not on a disk, unless QEMU is somebody who may not write elsewhere.
+        let pieces = tempfile::Builder::new().prefix("fastload-dump-").tempdir_in("/dev/shm").ok();
+        let pieces = pieces.filter(|_| self.setup.user.is_none());
         let mut wanted = self.setup.machine.ram_ranges(self.setup.ram());
         wanted.push((0xfffe_0000, 1 << 32));
         let mut ranges = Vec::new();
@@ -300,7 +303,7 @@ impl Qemu {
             // A piece at a time, since zero pages take room in the file that QEMU writes.
             for at in (first..last).step_by(DUMPED) {
                 let size = (last - at).min(DUMPED as u64);
-                let path = self.dir.path().join("dump");
+                let path = pieces.as_ref().unwrap_or(&self.dir).path().join("dump");
                 let name = path.display().to_string();
                 self.execute("pmemsave", json!({"val": at, "size": size, "filename": name}))?;
                 let opened = File::open(&path).and_then(|file| fs::remove_file(&path).map(|()| file));

@@ -18,7 +18,7 @@ use crate::commands::Failure;
 const CONTAINERS: [&str; 3] = ["/machine/peripheral", "/machine/peripheral-anon", "/machine/unattached"];
 
 /// Sections of devices on the ISA bus of an x86 machine, and the types of these devices (QEMU 10.0: each device saved
-/// once). Types without a section (isa-debugcon, pvpanic, ...) can't be compared.
+/// once). Types without a section (isa-debugcon, isa-debug-exit, ...) can't be compared.
 const ISA: [(&str, &[&str]); 15] = [
     ("serial", &["isa-serial"]),
     ("parallel_isa", &["isa-parallel"]),

@@ -11,8 +11,8 @@ use crate::commands::{Failure, serving};
 /// What the addresses on the machine's own root bus begin with. Those of other root buses (pxb) are not compared.
 const ROOT: &str = "0000:00:";
 
-/// Types that have no state (QEMU 10.0: each device saved once).
-const STATELESS: [&str; 11] = [
+/// Types that have no state (QEMU 10.0: each saved once, but pxb-cxl, which is a pxb).
+const STATELESS: [&str; 10] = [
     "AMDVI-PCI",
     "ati-vga",
     "cxl-downstream",
@@ -20,7 +20,6 @@ const STATELESS: [&str; 11] = [
     "cxl-upstream",
     "edu",
     "pci-testdev",
-    "pvpanic-pci",
     "pxb",
     "pxb-cxl",
     "pxb-pcie",

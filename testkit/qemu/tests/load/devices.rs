@@ -73,7 +73,7 @@ fn the_same_ones_fit() {
         -device piix3-usb-uhci,id=u -device usb-hub,bus=u.0,port=1 -device usb-tablet,bus=u.0,port=1.1 \
         -device usb-kbd,bus=u.0,port=2 -device qemu-xhci,id=x -blockdev null-co,node-name=d,read-zeroes=on \
         -device usb-storage,drive=d,bus=x.0 -device pxb,bus_nr=128,id=q -device virtio-rng-pci,bus=q,addr=3";
-    let q35 = "-device pcie-root-port,id=r,chassis=1 -device virtio-rng-pci,bus=r -device virtio-keyboard-pci \
+    let q35 = "-device pcie-root-port,id=r,chassis=1 -device virtio-rng-pci,bus=r -device virtio-keyboard-pci -device pvpanic-pci \
         -device pxb-pcie,bus_nr=128,id=q -device pcie-root-port,bus=q,id=s,chassis=2 -device virtio-rng-pci,bus=s";
     let microvm = "-device virtio-rng-device -device virtio-balloon-device -device virtio-serial-device \
         -device virtio-keyboard-device";
