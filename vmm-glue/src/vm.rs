@@ -167,11 +167,11 @@ impl Vm {
     /// # Errors
     /// If memory is still missing, or anything fails.
     pub fn save(&self, host: &Host, path: &Path, options: &SaveOptions) -> Result<Saved, SaveError> {
-        if self.engine.as_ref().is_some_and(|engine| !matches!(engine.outcome(), Some(Ok(_)))) {
-            return Err(SaveError::Loading);
-        }
         if let Some(pages) = self.poisoned() {
             return Err(SaveError::Poisoned(pages));
+        }
+        if self.engine.as_ref().is_some_and(|engine| !matches!(engine.outcome(), Some(Ok(_)))) {
+            return Err(SaveError::Loading);
         }
         save(self.vcpus(), host, path, options)
     }
