@@ -14,13 +14,13 @@ use super::channel::{Channel, Unreadable};
 use super::message::Message;
 use super::opening::end_of_stream;
 use super::options::{Options, Phase, Shared};
-use super::pages::{BlockPages, Pages};
+use super::pages::{BlockPages, Pages, masks};
 use super::sys;
 use super::window::Window;
 use crate::{End, Flow, PageBytes, PageSink, SinkError, SourceError};
 
 /// The most pages in one message: what a request may have to wait for.
-const PIECE: PageCount = PageCount(32);
+const PIECE: PageCount = PageCount(64);
 
 /// Everything that the threads of a server share.
 #[derive(Debug)]
@@ -155,21 +155,27 @@ impl Outlet {
         }
         let ended = self.ended.read();
         let mut out = Outgoing::default();
-        let (mut demand, mut background) = (0, 0);
-        for (at, page) in (0..).zip(run.iter()) {
-            self.pages.answered(block, page.0);
+        let (mut demand, mut background) = (0_u64, 0_u64);
+        for (at, mask) in masks(run.first.0, run.end().0) {
+            self.pages.answered_some(block, at, mask);
             if content.is_none() {
-                block.zero.set(page.0);
+                block.zero.set_some(at, mask);
             }
-            let wanted = block.wanted.get(page.0);
-            let fast = wanted && self.fast.get().is_some();
+            let wanted = block.wanted.among(at) & mask;
+            let fast = if self.fast.get().is_some() { wanted } else { 0 };
             // Zero pages go only where they are waited for, and nothing follows the end on the main connection.
-            if (content.is_none() && !wanted) || (*ended && !fast) || !block.sent.set(page.0) {
-                continue;
+            let may_go = if *ended { fast } else { mask } & if content.is_none() { wanted } else { mask };
+            let mut go = block.sent.set_some(at, may_go);
+            demand += u64::from((go & wanted).count_ones());
+            background += u64::from((go & !wanted).count_ones());
+            while go != 0 {
+                let bit = go.trailing_zeros();
+                go &= go - 1;
+                let page = at / 64 * 64 + u64::from(bit);
+                let from = PageCount(page - run.first.0).to_bytes();
+                let bytes = content.map(|content| content.slice(from, PageCount(1).to_bytes()));
+                out.record(fast >> bit & 1 == 1, block, page, bytes);
             }
-            let bytes = content.map(|content| content.slice(PageCount(at).to_bytes(), PageCount(1).to_bytes()));
-            out.record(fast, block, page.0, bytes);
-            *(if wanted { &mut demand } else { &mut background }) += 1;
         }
         self.count(content.is_none(), demand, background);
         let posted = self.post(out);
