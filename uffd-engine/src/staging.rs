@@ -265,7 +265,10 @@ mod tests {
     fn what_is_not_needed_leaves_nothing_behind() {
         let staging = Staging::new(1).unwrap();
         for _ in 0..3 {
-            assert!(matches!(staging.add(PLACE, 0, 1, None, None, || Err::<(), _>(Added::NotTaken)).unwrap(), Added::NotTaken));
+            assert!(matches!(
+                staging.add(PLACE, 0, 1, None, None, || Err::<(), _>(Added::NotTaken)).unwrap(),
+                Added::NotTaken
+            ));
             assert!(!staging.gathering(PLACE));
         }
     }

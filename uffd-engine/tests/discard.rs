@@ -68,7 +68,7 @@ proptest! {
             false => Arc::new(MemorySource::new(Arc::clone(&oracle))),
         };
         let background = Background::default().with_piece(PageCount(8)).with_threads(loaders);
-        
+
         let engine = memory
             .engine(source)
             .handlers(Handlers::threads(handlers))
@@ -115,7 +115,7 @@ fn a_discard_of_pages_that_are_being_installed() {
             let memory = Memory::new(kind, oracle.layout());
             let gate = Gate::closed();
             let at_gate = gate.clone();
-            
+
             let engine = memory
                 .engine(Arc::new(MemorySource::new(Arc::clone(&oracle))))
                 .background(Background::default().with_piece(PageCount(64)))
@@ -192,12 +192,8 @@ fn a_fault_that_waits_for_a_page_that_is_given_back_gets_zeros() {
             let memory = Memory::new(kind, oracle.layout());
             let gate = Gate::closed();
             let late = LateSource::new(Arc::clone(&oracle), 1).with_unasked(false).with_gate(gate.clone());
-            let engine = memory
-                .engine(Arc::new(late))
-                .background(Background::off())
-                .discards(way.discards())
-                .start()
-                .unwrap();
+            let engine =
+                memory.engine(Arc::new(late)).background(Background::off()).discards(way.discards()).start().unwrap();
             std::thread::scope(|scope| {
                 let touching = Thread::spawn(scope, || memory.read(BlockId(0), PageIndex(7)));
                 gate.wait_for(1);

@@ -140,7 +140,7 @@ impl Channel {
     fn write(&self, queue: &mut Queue, message: &Message<'_>) -> (usize, Result<(), Unreadable>) {
         let mut done = 0;
         while done < message.len() && queue.error.is_none() {
-            match sys::send(self.socket.as_fd(), message.parts(done).into_iter()) {
+            match sys::send(self.socket.as_fd(), message.parts(done)) {
                 Err(error) if error.raw_os_error() == Some(libc::EFAULT) => return (done, Err(Unreadable)),
                 sent => match self.sent(queue, sent) {
                     Some(n) => done += n,

@@ -7,6 +7,9 @@ use super::pages::BlockPages;
 use super::record;
 use crate::PageBytes;
 
+/// Bytes of our own in most messages.
+const ROOM: usize = 1024;
+
 /// A message on its way.
 #[derive(Debug, Default)]
 pub(super) struct Message<'a> {
@@ -39,6 +42,8 @@ impl<'a> Message<'a> {
     /// Appends a page of the RAM section, which begins with the first of them.
     pub(super) fn page(&mut self, block: &BlockPages, page: u64, content: Option<PageBytes<'a>>) {
         if self.is_empty() {
+            self.own.reserve(ROOM);
+            self.lent.reserve(ROOM / 16);
             begin_part(&mut self.own);
             self.record(block, page, content, false);
         } else {
@@ -69,25 +74,20 @@ impl<'a> Message<'a> {
     }
 
     /// What goes over the wire, from byte `skip` on.
-    pub(super) fn parts<'s>(&'s self, mut skip: usize) -> Vec<PageBytes<'s>> {
+    pub(super) fn parts(&self, mut skip: usize) -> impl Iterator<Item = PageBytes<'_>> {
         let mut from = 0;
-        let mut own = |to: usize| {
-            let bytes = self.own.get(from..to).unwrap_or_default();
+        let ends = self.lent.iter().map(|(at, page)| (*at, Some(*page))).chain([(self.own.len(), None)]);
+        let parts = ends.flat_map(move |(to, page)| {
+            let own = PageBytes::from_slice(self.own.get(from..to).unwrap_or_default());
             from = to;
-            PageBytes::from_slice(bytes)
-        };
-        let mut all = Vec::with_capacity(2 * self.lent.len() + 1);
-        for (at, page) in &self.lent {
-            all.extend([own(*at), *page]);
-        }
-        all.push(own(self.own.len()));
-        let rest = |part: PageBytes<'s>| {
+            [Some(own), page]
+        });
+        parts.flatten().filter_map(move |part| {
             let gone = skip.min(part.len().get());
             skip -= gone;
             let left = part.len().get() - gone;
             (left > 0).then(|| part.slice(ByteLen::of(gone), ByteLen::of(left)))
-        };
-        all.into_iter().filter_map(rest).collect()
+        })
     }
 }
 
@@ -117,12 +117,12 @@ mod tests {
         end_part(&mut expected);
         assert_eq!(message.len(), expected.len());
         for skip in 0..=expected.len() {
-            let rest: Vec<u8> = message.parts(skip).iter().flat_map(|part| part.as_slice().unwrap().to_vec()).collect();
+            let rest: Vec<u8> = message.parts(skip).flat_map(|part| part.as_slice().unwrap().to_vec()).collect();
             assert!(rest == expected[skip..], "{skip}");
         }
         let mut bare = Message::default();
         bare.bare_page(block, 3, Some(PageBytes::from_slice(&ones)));
         assert_eq!(bare.len(), 8 + 4 + 4096);
-        assert_eq!(Message::plain(vec![7]).parts(0).len(), 1);
+        assert_eq!(Message::plain(vec![7]).parts(0).count(), 1);
     }
 }

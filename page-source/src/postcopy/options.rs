@@ -188,9 +188,10 @@ impl Bell {
 
     /// The owner has waited.
     pub(super) fn hush(&self) {
-        self.waiting.store(false, Ordering::SeqCst);
-        // Nothing to read is all right.
-        let _ = self.event.read();
+        if !self.waiting.swap(false, Ordering::SeqCst) {
+            // It was rung. Nothing to read is all right.
+            let _ = self.event.read();
+        }
     }
 
     pub(super) fn fd(&self) -> BorrowedFd<'_> {

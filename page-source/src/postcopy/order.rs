@@ -71,7 +71,7 @@ fn open_run(
             continue;
         }
         let longest = stored.min(most.div_ceil(block.per_granule)).min(to - first).max(1);
-        let end = (first + 1..first + longest).find(|granule| !block.is_open(*granule)).unwrap_or(first + longest);
+        let end = block.next_closed(first + 1, first + longest).unwrap_or(first + longest);
         return Some((first, end));
     }
     None

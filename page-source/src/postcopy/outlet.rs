@@ -13,14 +13,14 @@ use super::channel::{Channel, Unreadable};
 use super::message::Message;
 use super::opening::end_of_stream;
 use super::options::{Options, Phase, Shared};
-use super::pages::{BlockPages, Pages};
+use super::pages::{BlockPages, Pages, masks};
 use super::sys;
 use super::window::Window;
 use super::{ServeError, Started};
 use crate::{End, Flow, PageBytes, PageSink, SinkError, SourceError};
 
 /// The most pages in one message: what a request may have to wait for.
-const PIECE: PageCount = PageCount(32);
+const PIECE: PageCount = PageCount(64);
 
 /// Everything that the threads of a server share.
 #[derive(Debug)]
@@ -167,27 +167,34 @@ impl Outlet {
         let ended = self.ended.read();
         let mut out = Outgoing::default();
         let (mut on_main, mut on_fast) = (Vec::new(), Vec::new());
-        let (mut demand, mut background) = (0, 0);
-        for (at, page) in (0..).zip(run.iter()) {
-            self.pages.answered(block, page.0);
+        let (mut demand, mut background) = (0_u64, 0_u64);
+        for (at, mask) in masks(run.first.0, run.end().0) {
+            self.pages.answered_some(block, at, mask);
             if content.is_none() {
-                block.zero.set(page.0);
+                block.zero.set_some(at, mask);
             }
-            let wanted = block.wanted.get(page.0);
-            let fast = wanted && self.fast.get().is_some();
+            let wanted = block.wanted.among(at) & mask;
+            let fast = if self.fast.get().is_some() { wanted } else { 0 };
             // Zero pages go only where they are waited for, and nothing follows the end on the main connection.
-            if (content.is_none() && !wanted) || (*ended && !fast) || !block.sent.set(page.0) {
-                continue;
+            let may_go = if *ended { fast } else { mask } & if content.is_none() { wanted } else { mask };
+            let mut go = block.sent.set_some(at, may_go);
+            demand += u64::from((go & wanted).count_ones());
+            background += u64::from((go & !wanted).count_ones());
+            on_fast.push((at, go & fast));
+            on_main.push((at, go & !fast));
+            while go != 0 {
+                let bit = go.trailing_zeros();
+                go &= go - 1;
+                let page = at / 64 * 64 + u64::from(bit);
+                let from = PageCount(page - run.first.0).to_bytes();
+                let bytes = content.map(|content| content.slice(from, PageCount(1).to_bytes()));
+                out.record(fast >> bit & 1 == 1, block, page, bytes);
             }
-            let bytes = content.map(|content| content.slice(PageCount(at).to_bytes(), PageCount(1).to_bytes()));
-            out.record(fast, block, page.0, bytes);
-            (if fast { &mut on_fast } else { &mut on_main }).push(page.0);
-            *(if wanted { &mut demand } else { &mut background }) += 1;
         }
         self.count(content.is_none(), demand, background);
         // What did not go counts as needed when the source says that it does not have it. All else is none of our
         // business: another thread has sent it, and nothing goes twice.
-        let not_sent = |pages: &[u64]| pages.iter().for_each(|page| _ = block.sent.clear(*page));
+        let not_sent = |parts: &[(u64, u64)]| parts.iter().for_each(|&(at, mask)| _ = block.sent.clear_some(at, mask));
         let posted = self.post_fast(&out.fast).inspect_err(|_| not_sent(&on_fast));
         let posted = posted.and_then(|()| self.post_main(out.main)).inspect_err(|_| not_sent(&on_main));
         self.shared.pusher.ring();

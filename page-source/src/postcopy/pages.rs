@@ -23,14 +23,22 @@ impl Bits {
 
     /// Sets a bit; whether it was clear.
     pub(super) fn set(&self, at: u64) -> bool {
-        let mask = 1 << (at % 64);
-        self.word(at).is_some_and(|word| word.fetch_or(mask, Ordering::SeqCst) & mask == 0)
+        self.set_some(at, 1 << (at % 64)) != 0
     }
 
-    /// Clears a bit; whether it was set.
-    pub(super) fn clear(&self, at: u64) -> bool {
-        let mask = 1 << (at % 64);
-        self.word(at).is_some_and(|word| word.fetch_and(!mask, Ordering::SeqCst) & mask != 0)
+    /// The 64 bits among which is `at`.
+    pub(super) fn among(&self, at: u64) -> u64 {
+        self.word(at).map_or(0, |word| word.load(Ordering::SeqCst))
+    }
+
+    /// Sets the bits of the mask, of the 64 among which is `at`; those that were clear.
+    pub(super) fn set_some(&self, at: u64, mask: u64) -> u64 {
+        self.word(at).map_or(0, |word| mask & !word.fetch_or(mask, Ordering::SeqCst))
+    }
+
+    /// Clears the bits of the mask, of the 64 among which is `at`; those that were set.
+    pub(super) fn clear_some(&self, at: u64, mask: u64) -> u64 {
+        self.word(at).map_or(0, |word| mask & word.fetch_and(!mask, Ordering::SeqCst))
     }
 }
 
@@ -54,11 +62,19 @@ pub(super) struct BlockPages {
 impl BlockPages {
     /// The first granule from `from` on, and before `to`, that is neither sent nor zero nor asked for.
     pub(super) fn next_open(&self, from: u64, to: u64) -> Option<u64> {
+        self.first(from, to, |closed| !closed)
+    }
+
+    /// The first granule from `from` on, and before `to`, that is one of these.
+    pub(super) fn next_closed(&self, from: u64, to: u64) -> Option<u64> {
+        self.first(from, to, |closed| closed)
+    }
+
+    fn first(&self, from: u64, to: u64, which: impl Fn(u64) -> u64) -> Option<u64> {
         let mut at = from;
         while at < to {
-            let word = |bits: &Bits| bits.word(at).map_or(u64::MAX, |word| word.load(Ordering::SeqCst));
-            let closed = word(&self.sent) | word(&self.zero) | word(&self.asked);
-            let ahead = !closed >> (at % 64);
+            let closed = self.sent.among(at) | self.zero.among(at) | self.asked.among(at);
+            let ahead = which(closed) >> (at % 64);
             if ahead != 0 {
                 let found = at + u64::from(ahead.trailing_zeros());
                 return (found < to).then_some(found);
@@ -66,10 +82,6 @@ impl BlockPages {
             at = (at / 64 + 1) * 64;
         }
         None
-    }
-
-    pub(super) fn is_open(&self, at: u64) -> bool {
-        at < self.granules && !self.sent.get(at) && !self.zero.get(at) && !self.asked.get(at)
     }
 
     fn has_unanswered(&self) -> bool {
@@ -118,14 +130,20 @@ impl Pages {
     pub(super) fn ask(&self, run: PageRun) {
         let Some(block) = self.block(run.block) else { return };
         let (first, end) = granules_of(block, run);
-        let new = (first..end).filter(|at| block.asked.set(*at)).count();
-        self.asked.fetch_add(new as u64 * block.per_granule, Ordering::SeqCst);
+        let new: u32 = masks(first, end).map(|(at, mask)| block.asked.set_some(at, mask).count_ones()).sum();
+        self.asked.fetch_add(u64::from(new) * block.per_granule, Ordering::SeqCst);
     }
 
     /// Notes that the source has answered for a granule.
     pub(super) fn answered(&self, block: &BlockPages, granule: u64) {
-        if block.asked.clear(granule) {
-            self.asked.fetch_sub(block.per_granule, Ordering::SeqCst);
+        self.answered_some(block, granule, 1 << (granule % 64));
+    }
+
+    /// Notes that the source has answered for the granules of the mask, of the 64 among which is `at`.
+    pub(super) fn answered_some(&self, block: &BlockPages, at: u64, mask: u64) {
+        let answered = block.asked.clear_some(at, mask).count_ones();
+        if answered > 0 {
+            self.asked.fetch_sub(u64::from(answered) * block.per_granule, Ordering::SeqCst);
         }
     }
 
@@ -133,6 +151,15 @@ impl Pages {
     pub(super) fn has_unanswered(&self) -> bool {
         self.blocks.iter().any(BlockPages::has_unanswered)
     }
+}
+
+/// From `first` to `end`, in parts of at most 64 that lie together in [`Bits`]: where each begins, and its bits.
+pub(super) fn masks(first: u64, end: u64) -> impl Iterator<Item = (u64, u64)> {
+    let words = if first < end { first / 64..end.div_ceil(64) } else { 0..0 };
+    words.map(move |word| {
+        let (from, to) = ((word * 64).max(first), (word * 64 + 64).min(end));
+        (from, (u64::MAX >> (64 - (to - from))) << (from % 64))
+    })
 }
 
 /// The granules that a run touches.
@@ -144,4 +171,25 @@ pub(super) fn granules_of(block: &BlockPages, run: PageRun) -> (u64, u64) {
 pub(super) fn run_of(id: BlockId, block: &BlockPages, first: u64, end: u64) -> PageRun {
     let pages = page_units::PageCount((end - first) * block.per_granule);
     PageRun::new(id, PageIndex(first * block.per_granule), pages)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn masks_are_what_is_between() {
+        for (first, end) in [(0, 0), (5, 5), (64, 64), (0, 64), (3, 4), (63, 65), (60, 200), (64, 128), (127, 128)] {
+            let bits = Bits::new(256);
+            for (at, mask) in masks(first, end) {
+                assert!((first..end).contains(&at), "{first} {end}");
+                assert_eq!(bits.set_some(at, mask), mask);
+                assert_eq!(bits.set_some(at, mask), 0);
+            }
+            assert!((0..256).all(|at| bits.get(at) == (first..end).contains(&at)), "{first} {end}");
+            for (at, mask) in masks(first, end) {
+                assert_eq!(bits.clear_some(at, u64::MAX), mask);
+            }
+        }
+    }
 }

@@ -10,6 +10,8 @@ use crate::PageBytes;
 
 /// The most parts of one message that the kernel takes (`UIO_MAXIOV`, include/uapi/linux/uio.h).
 const PARTS: usize = 1024;
+/// Parts of most messages.
+const ROOM: usize = 128;
 
 /// Sends the parts, one behind the other, as far as the kernel takes them. How many bytes it took.
 ///
@@ -21,7 +23,8 @@ pub(super) fn send<'a>(socket: BorrowedFd<'_>, parts: impl Iterator<Item = PageB
         iov_base: part.as_kernel_ptr().cast_mut().cast(),
         iov_len: part.len().get(),
     };
-    let mut vectors: Vec<libc::iovec> = parts.take(PARTS).map(vector).collect();
+    let mut vectors = Vec::with_capacity(ROOM);
+    vectors.extend(parts.take(PARTS).map(vector));
     // SAFETY: a plain C struct, of which all zero is a valid value: no name, no data, no control message.
     let mut header: libc::msghdr = unsafe { MaybeUninit::zeroed().assume_init() };
     header.msg_iov = vectors.as_mut_ptr();
@@ -32,16 +35,31 @@ pub(super) fn send<'a>(socket: BorrowedFd<'_>, parts: impl Iterator<Item = PageB
     usize::try_from(sent).map_err(|_| io::Error::last_os_error())
 }
 
-/// Brings pages of a mapped file into memory, so that whoever sends them does not wait for the disk meanwhile.
+/// Brings pages of a mapped file into memory, so that whoever sends them does not wait for the disk meanwhile, and
+/// towards the processor.
 ///
 /// A hint: Linux before 5.14 does not know it, and what is wrong with the file is said by who sends the bytes.
 pub(super) fn bring(bytes: PageBytes<'_>) {
     const ALIGNMENT: usize = 4096;
     let start = bytes.as_kernel_ptr();
     let before = start.addr() % ALIGNMENT;
-    let (start, length) = (start.wrapping_sub(before), bytes.len().get() + before);
+    let (from, length) = (start.wrapping_sub(before), bytes.len().get() + before);
     // SAFETY: the advice changes neither what is mapped nor its content, and the kernel checks the range.
-    let _ = unsafe { libc::madvise(start.cast_mut().cast(), length, libc::MADV_POPULATE_READ) };
+    let _ = unsafe { libc::madvise(from.cast_mut().cast(), length, libc::MADV_POPULATE_READ) };
+    prefetch(start, bytes.len().get());
+}
+
+/// Tells the processor what is copied next. Its own prefetching ends with each page of 4 KiB, and the kernel copies page
+/// by page: without this, every one of them begins with a wait for memory.
+fn prefetch(start: *const u8, length: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for at in (0..length).step_by(64) {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: nothing is read that the program sees, and an address where nothing is does no harm.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(start.wrapping_add(at).cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (start, length);
 }
 
 /// How much memory the kernel holds for what was sent to a unix socket and not received: not less than the bytes.

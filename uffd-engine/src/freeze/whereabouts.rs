@@ -6,9 +6,9 @@ use super::frozen::{FrozenError, Shared, Zone};
 use super::owner::Owner;
 use super::saver::page_table_error;
 use crate::core::{Core, Place};
+use crate::loader;
 use crate::region::Backing;
 use crate::state::State;
-use crate::loader;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Whereabouts {

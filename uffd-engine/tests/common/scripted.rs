@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use page_source::{
-    BlockId, End, Feed, Flow, Layout, PageBytes, PageCount, PageIndex, PageRun, PageSink, PageSource, SourceError, Span,
-    Urgency,
+    BlockId, End, Feed, Flow, Layout, PageBytes, PageCount, PageIndex, PageRun, PageSink, PageSource, SourceError,
+    Span, Urgency,
 };
 use parking_lot::Mutex;
 use testkit::oracle::Oracle;
