@@ -31,7 +31,7 @@ mod vm;
 
 pub use live::{Blackout, LiveError, LiveEvent, LiveOptions, LiveProgress, LiveReport, LiveSnapshot, snapshot_live};
 pub use machine::{Machine, MachineConfig, MachineError};
-pub use memory::{GuestRam, Memory, MemoryError, Piece, RamSpec};
+pub use memory::{Discard, GuestRam, Memory, MemoryError, Piece, RamSpec};
 pub use ram_source::RamSource;
 pub use report::{Mode, RestoreReport, Step};
 pub use restore::{Observer, RestoreError, RestoreOptions, SavedVm, resume_on_demand};

@@ -1,17 +1,19 @@
 //! Guest memory: RAM blocks, where they lie in guest-physical memory, and where in this process.
 
+mod discard;
 mod map;
 mod spec;
 
 use std::fs::File;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use kvm_ioctls::VmFd;
 use page_source::{BlockId, ByteLen, GuestAddr, HostAddr, Layout, LayoutError, PageIndex, PageRun, RamBlock};
 use uffd_engine::{Backing, Region};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
 
+pub use self::discard::Discard;
+pub(crate) use self::discard::FreezeClaim;
+use self::discard::Frozen;
 pub use self::spec::{MemoryError, RamSpec};
 use crate::sys;
 
@@ -49,24 +51,7 @@ pub struct GuestRam {
     /// Second mappings of shared huge pages, by piece.
     aliases: Vec<Option<MmapRegion<()>>>,
     /// A live snapshot has it write-protected.
-    frozen: AtomicBool,
-}
-
-/// The right to freeze some memory, which one snapshot at a time has.
-#[derive(Debug)]
-pub(crate) struct FreezeClaim(Arc<GuestRam>);
-
-impl FreezeClaim {
-    /// `None` if somebody else has it.
-    pub(crate) fn new(ram: &Arc<GuestRam>) -> Option<FreezeClaim> {
-        (!ram.frozen.swap(true, Ordering::AcqRel)).then(|| FreezeClaim(Arc::clone(ram)))
-    }
-}
-
-impl Drop for FreezeClaim {
-    fn drop(&mut self) {
-        self.0.frozen.store(false, Ordering::Release);
-    }
+    frozen: Frozen,
 }
 
 impl GuestRam {
@@ -114,7 +99,7 @@ impl GuestRam {
             aliases.push(alias);
         }
         let memory = Memory::from_regions(mapped).map_err(|error| MemoryError::Collection(error.to_string()))?;
-        Ok(GuestRam { memory, layout, pieces, aliases, frozen: AtomicBool::new(false) })
+        Ok(GuestRam { memory, layout, pieces, aliases, frozen: Frozen::default() })
     }
 
     /// Takes memory that a VMM has already: each region is a RAM block of its own, named by `name`.
@@ -139,7 +124,7 @@ impl GuestRam {
             pieces.push(Piece { guest, host, run, backing, shared });
         }
         let aliases = pieces.iter().map(|_| None).collect();
-        Ok(GuestRam { layout: Layout::new(blocks)?, memory, pieces, aliases, frozen: AtomicBool::new(false) })
+        Ok(GuestRam { layout: Layout::new(blocks)?, memory, pieces, aliases, frozen: Frozen::default() })
     }
 
     /// The memory itself. Reading a page that is still missing waits until the engine has brought it.

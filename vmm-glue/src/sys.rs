@@ -64,6 +64,18 @@ pub(crate) fn set_slot(vm: &VmFd, slot: u32, guest: GuestAddr, host: HostAddr, l
     unsafe { vm.set_user_memory_region(region) }.map_err(io::Error::from)
 }
 
+/// Gives a range back: `MADV_DONTNEED` drops private pages, `MADV_REMOVE` punches the file behind shared ones.
+pub(crate) fn give_back(start: HostAddr, length: ByteLen, shared: bool) -> io::Result<()> {
+    let advice = if shared { libc::MADV_REMOVE } else { libc::MADV_DONTNEED };
+    let at: *mut libc::c_void = std::ptr::with_exposed_provenance_mut(usize::try_from(start.0).unwrap_or(0));
+    // SAFETY: a range of guest memory (the caller has looked), to which there are no Rust references: `vm-memory` hands
+    // out none.
+    match unsafe { libc::madvise(at, length.get(), advice) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 pub(crate) fn get_sregs2(vcpu: &VcpuFd) -> io::Result<kvm_sregs2> {
     let mut sregs = kvm_sregs2::default();
     // SAFETY: the kernel writes one such structure.

@@ -16,7 +16,8 @@ use testkit::guest::{GuestConfig, Pattern, Privilege};
 use testkit::require;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_glue::{
-    Backing, FreezeOptions, Handlers, Host, LiveEvent, LiveOptions, MachineConfig, MachineState, Vm, snapshot_live,
+    Backing, Discard, FreezeOptions, Handlers, Host, LiveEvent, LiveOptions, MachineConfig, MachineState, Vm,
+    snapshot_live,
 };
 
 /// Where files are quick to write, if there is such a place.
@@ -191,6 +192,58 @@ struct EndOnDrop<'a>(&'a AtomicBool);
 impl Drop for EndOnDrop<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Release);
+    }
+}
+
+/// A balloon while a snapshot is taken: the snapshot has what was there, and then the memory is given back.
+#[test]
+fn discards_are_held_off_while_memory_is_frozen() {
+    require!(Kvm, Userfaultfd);
+    let dir = directory();
+    let path = dir.path().join("live.mr");
+    for backing in [Backing::Anonymous, Backing::Memfd] {
+        let kind =
+            Kind { privilege: Privilege::User, vcpus: 1, pattern: Pattern::Random, backing, mib: 16, filled: 50 };
+        let (vcpus, image, bus) = live::boot(&kind, MachineConfig::bare(1));
+        let ram = Arc::clone(vcpus.ram());
+        // A page of no vCPU, with something in it.
+        let page = GuestAddress(image.window_to_physical(image.window_len() - 4096));
+        let at = page_source::GuestAddr(page.0);
+        let content = || {
+            let mut bytes = [0; 4096];
+            ram.memory().read_slice(&mut bytes, page).unwrap();
+            bytes
+        };
+        let before = content();
+        ram.memory().write_slice(&[7; 4096], page).unwrap();
+        vcpus.resume();
+        live::progress(&vcpus, &image, 100);
+        let copy = Arc::new(Mutex::new(Vec::new()));
+        let (taken, balloon) = (Arc::clone(&copy), Arc::clone(&ram));
+        let options = LiveOptions::default()
+            .with_drain(move |ram| {
+                *taken.lock() = live::copy_of(ram);
+                Ok(())
+            })
+            .with_observer(move |event| {
+                let LiveEvent::FreezePoint { .. } = event else { return };
+                assert_eq!(balloon.discard(at, ByteLen(4096)).unwrap(), Discard::HeldOff);
+            });
+        let host = Host::probe(&Kvm::new().unwrap()).unwrap();
+        snapshot_live(&vcpus, &host, &path, &options).unwrap().wait().unwrap();
+        live::assert_same(&live::content_of(&path), &copy.lock());
+        assert!(content().iter().all(|&byte| byte == 0), "given back in the end");
+
+        ram.memory().write_slice(&[7; 4096], page).unwrap();
+        assert_eq!(ram.discard(at, ByteLen(4096)).unwrap(), Discard::Done);
+        assert!(content().iter().all(|&byte| byte == 0));
+        for (guest, length) in [(at.0, 0), (at.0 + 1, 4096), (at.0, 100), (1 << 40, 4096), (0, 1 << 40)] {
+            let error = ram.discard(page_source::GuestAddr(guest), ByteLen(length)).unwrap_err();
+            assert!(error.to_string().contains("can't be given back"), "{error}");
+        }
+        // What the guest's own oracle expects there.
+        ram.memory().write_slice(&before, page).unwrap();
+        live::finish(&vcpus, &image, &bus, &kind);
     }
 }
 

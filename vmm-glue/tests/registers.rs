@@ -262,6 +262,13 @@ fn unknown_versions_and_subsections_are_refused_by_name() {
     };
     let newer = Section::builder("kvm-vm", 0, 2).bool("irqchip", false).build().unwrap();
     assert!(refused(newer).contains("version 2 of section \"kvm-vm\""));
+    let inside = Section::builder("kvm-vm", 0, 1)
+        .bool("irqchip", false)
+        .subsection("kvm-vm/clock", 2, |to| to.u64("clock", 1))
+        .build()
+        .unwrap();
+    let error = refused(inside);
+    assert!(error.contains("version 2 of \"kvm-vm/clock\""), "{error}");
     let more = Section::builder("kvm-vm", 0, 1)
         .bool("irqchip", false)
         .subsection("kvm-vm/hyperv", 1, |to| to.u8("on", 1))

@@ -64,6 +64,16 @@ pub enum MemoryError {
         /// What the system said.
         reason: String,
     },
+    /// Memory could not be given back.
+    #[error("{length} bytes at guest-physical {guest} can't be given back: {reason}")]
+    Discard {
+        /// Where.
+        guest: GuestAddr,
+        /// How much.
+        length: ByteLen,
+        /// Why not.
+        reason: String,
+    },
     /// KVM refused a memory slot.
     #[error("KVM refuses {length} bytes of RAM at guest-physical {guest}: {error}")]
     Slot {

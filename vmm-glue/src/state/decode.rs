@@ -16,21 +16,22 @@ const MAX_VCPUS: u32 = 4096;
 
 /// Refuses versions and subsections that are not known here, of whatever is in it too.
 pub(crate) fn check(value: &Value<'_>, section: &str, subsections: &[&str]) -> Result<(), StateError> {
-    check_inside(value, &format!("section \"{section}\""), subsections)
+    if let Some(version) = value.version().filter(|version| *version > VERSION) {
+        return Err(StateError::Unsupported(format!("version {version} of section \"{section}\"")));
+    }
+    check_members(value, section, subsections)
 }
 
-fn check_inside(value: &Value<'_>, what: &str, subsections: &[&str]) -> Result<(), StateError> {
-    if let Some(version) = value.version().filter(|version| *version > VERSION) {
-        return Err(StateError::Unsupported(format!("version {version} of {what}")));
-    }
+fn check_members(value: &Value<'_>, section: &str, subsections: &[&str]) -> Result<(), StateError> {
     for member in value.members() {
         if member.kind == "subsection" && !subsections.contains(&member.name) {
             return Err(StateError::Unsupported(format!("subsection \"{}\"", member.name)));
         }
-        // Nothing of a plain value can be unknown.
-        if !member.members().is_empty() {
-            check_inside(member, &format!("\"{}\" in {what}", member.name), subsections)?;
+        if let Some(version) = member.version().filter(|version| *version > VERSION) {
+            let what = format!("version {version} of \"{}\" in section \"{section}\"", member.name);
+            return Err(StateError::Unsupported(what));
         }
+        check_members(member, section, subsections)?;
     }
     Ok(())
 }

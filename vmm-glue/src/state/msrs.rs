@@ -23,17 +23,18 @@ pub(super) const KVM_SYSTEM_TIME_NEW: u32 = 0x4b56_4d01;
 /// have are passed by.
 pub(super) fn unlisted() -> impl Iterator<Item = u32> {
     let ranges = (0x200..=0x20f).chain([0x250, 0x258, 0x259]).chain(0x268..=0x26f).chain([0x2ff]);
-    ranges.chain([0x17a]).chain(MACHINE_CHECK_BANKS)
+    // Control, status, address and miscellany of each bank.
+    ranges.chain([0x17a]).chain(0x400..0x480)
 }
-
-/// Control, status, address and miscellany of each bank.
-const MACHINE_CHECK_BANKS: std::ops::Range<u32> = 0x400..0x480;
 
 /// Whether a vCPU that was just created has this value there.
 pub(super) fn created(index: u32, value: u64) -> bool {
-    // What is to be reported is all switched on, and nothing was.
-    let control = MACHINE_CHECK_BANKS.contains(&index) && index.is_multiple_of(4);
-    unlisted().any(|unlisted| unlisted == index) && value == if control { u64::MAX } else { 0 }
+    match index {
+        // What is to be reported is all switched on, and nothing was.
+        0x400..0x480 if index.is_multiple_of(4) => value == u64::MAX,
+        0x400..0x480 | 0x17a | 0x200..=0x20f | 0x250 | 0x258 | 0x259 | 0x268..=0x26f | 0x2ff => value == 0,
+        _ => false,
+    }
 }
 
 fn list(entries: &[kvm_msr_entry]) -> Result<Msrs, StateError> {
