@@ -3,6 +3,7 @@
 #![expect(clippy::print_stderr, reason = "errors of a program go there")]
 
 mod commands;
+mod contents;
 mod output;
 mod parse;
 mod rewrite;
@@ -14,7 +15,17 @@ use clap::{Parser, Subcommand};
 /// Fast snapshot load for virtual machines.
 #[derive(Debug, Parser)]
 #[command(name = "fastload", version, about, propagate_version = true)]
-#[command(after_help = "Exit codes: 0 done, 1 failed (with one line that says why), 2 wrong usage.")]
+#[command(after_help = "Examples:
+  fastload inspect vm.snap                          what is in a file
+  fastload check vm.snap                            whether it is whole
+  fastload load vm.snap --qmp /run/vm.qmp           into a QEMU started with -incoming defer: its guest runs at once
+  fastload capture --qmp /run/vm.qmp vm.snap        out of a QEMU whose guest goes on running
+  fastload convert old.snap new.snap                the same snapshot, without stale bytes
+  fastload repair broken.snap good.snap             bitmaps for a file that QEMU saved without
+
+Each command has more: fastload load --help
+
+Exit codes: 0 done, 1 failed (with one line that says why), 2 wrong usage.")]
 struct Arguments {
     #[command(subcommand)]
     command: Command,

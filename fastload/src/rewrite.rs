@@ -11,15 +11,12 @@ use mapped_ram::{Snapshot, Writer};
 use page_source::{
     FlatBlock, FlatSink, MappedRamSink, PageSink, PageSource, Progress, PumpError, PumpOptions, Pumped, pump,
 };
-use page_units::{ByteLen, FileOffset, Layout};
+use page_units::{FileOffset, Layout};
 use serde::Serialize;
 use vmstate::SectionKind;
 
 use crate::commands::Failure;
-use crate::output;
-
-/// The most device state that is taken from one file to another: it goes through memory.
-const MAX_DEVICE_STATE: ByteLen = ByteLen(1 << 30);
+use crate::{contents, output};
 
 /// What was written.
 #[derive(Debug, Serialize)]
@@ -75,11 +72,11 @@ pub(crate) fn to_mapped_ram(
             format!("{name}: device section \"{}\" comes before RAM, which can't be rewritten", early.name).into()
         );
     }
-    let tail = template.tail();
-    if tail.end - tail.start > MAX_DEVICE_STATE {
-        return Err(format!("{name}: more than {MAX_DEVICE_STATE} bytes of device state").into());
+    let device_state = contents::read(template, template.tail())?;
+    // All that is taken of the template is in memory now; the source looks after its own file.
+    if let Some(what) = contents::changed(template)? {
+        return Err(format!("{name}: {what} changed while it was read").into());
     }
-    let device_state = template.read(tail).map_err(|error| format!("{name}: reading the device state: {error}"))?;
     let writer = Writer::create(output, template.configuration(), source.layout().clone())?;
     let offsets = source.layout().runs().map(|run| writer.data_offset(run).unwrap_or_default());
     let blocks = places(source.layout(), offsets);
@@ -89,9 +86,6 @@ pub(crate) fn to_mapped_ram(
     sink.set_device_state(device_state);
     let pumped = pump_with_bar(source, Arc::clone(&sink) as Arc<dyn PageSink>, quiet)?;
     sink.outcome()?;
-    if let Some(what) = template.changed()? {
-        return Err(format!("{name}: {what} changed while it was read: {} can't be trusted", output.display()).into());
-    }
     Ok(written(output, "mapped-ram", machine, source.layout(), pumped, device_state_bytes, blocks))
 }
 
@@ -161,5 +155,63 @@ fn written(
         zero_pages: pumped.zero.0,
         device_state_bytes,
         blocks,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{self, OpenOptions};
+    use std::os::unix::fs::FileExt;
+
+    use page_source::{Feed, FlatFile, SourceError, Span};
+    use page_units::{BlockId, PageIndex};
+    use testkit::samples;
+
+    use super::*;
+
+    /// Flat memory; when its pages are asked for, somebody writes to the template.
+    #[derive(Debug)]
+    struct Meddler(FlatFile, PathBuf);
+
+    impl PageSource for Meddler {
+        fn layout(&self) -> &Layout {
+            self.0.layout()
+        }
+
+        fn run_at(&self, block: BlockId, first: PageIndex) -> Span {
+            self.0.run_at(block, first)
+        }
+
+        fn start(&self, sink: Arc<dyn PageSink>) -> Result<Box<dyn Feed>, SourceError> {
+            meddle(&self.1);
+            self.0.start(sink)
+        }
+    }
+
+    /// Writes what is there already.
+    fn meddle(path: &Path) {
+        let file = OpenOptions::new().write(true).read(true).open(path).unwrap();
+        file.write_all_at(b"Q", 0).unwrap();
+        file.set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
+    }
+
+    #[test]
+    fn a_template_that_changes_never_gives_both_an_error_and_a_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let sample = samples::stripped().into_iter().find(|sample| sample.name.contains("pc-32-plain")).unwrap();
+        let path = sample.unpack(dir.path()).unwrap();
+        let (flat, output) = (dir.path().join("flat"), dir.path().join("output"));
+        let template = Snapshot::open(&path).unwrap();
+        fs::File::create(&flat).unwrap().set_len(template.layout().total().0).unwrap();
+        let blocks = FlatBlock::concatenated(template.layout().blocks().to_vec()).unwrap();
+        let source = Meddler(FlatFile::open(&flat, blocks).unwrap(), path.clone());
+        // It changes while pages are copied: its part was read before.
+        let written = to_mapped_ram(&source, &template, &output, true);
+        assert_eq!(written.is_ok(), output.exists(), "{:?}", written.err().map(|error| error.to_string()));
+        let _ = fs::remove_file(&output);
+        // It has changed before: nothing is written.
+        let failed = to_mapped_ram(&source, &template, &output, true).unwrap_err().to_string();
+        assert!(failed.contains("changed") && failed.starts_with(&path.display().to_string()), "{failed}");
+        assert!(!output.exists());
     }
 }

@@ -218,3 +218,28 @@ fn what_can_not_be_converted_is_refused() {
     assert!(refused(&["convert"], &[&plain, Path::new("/proc/none")]).contains("/proc"));
     assert_eq!(entries(dir.path()), 4);
 }
+
+#[test]
+fn what_is_no_file_is_never_replaced() {
+    let dir = tempfile::tempdir().unwrap();
+    let original = sample("pc-32-plain").unpack(dir.path()).unwrap();
+    let broken = sample("bgmr").unpack(dir.path()).unwrap();
+    let [fifo, link, real] = ["fifo", "link", "real"].map(|name| dir.path().join(name));
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    for to in [fifo.as_path(), Path::new("/dev/null")] {
+        let before = fs::metadata(to).unwrap().file_type();
+        for (command, from) in
+            [(&["convert"] as &[_], &original), (&["convert", "--to", "flat"], &original), (&["repair"], &broken)]
+        {
+            let error = refused(command, &[from, to]);
+            assert_eq!(error, format!("fastload: {}: not a regular file\n", to.display()));
+        }
+        assert_eq!(fs::metadata(to).unwrap().file_type(), before);
+    }
+    // A symlink stays, whether what it means is there or not.
+    std::os::unix::fs::symlink("real", &link).unwrap();
+    for command in [&["convert"] as &[_], &["convert", "--to", "flat"]] {
+        done(command, &[&original, &link]);
+        assert!(link.is_symlink() && !real.is_symlink());
+    }
+}

@@ -1,6 +1,8 @@
 //! Writing behind: what was written starts on its way to the disk while the rest is still being written.
 
 use std::fs::File;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{Builder as Thread, JoinHandle};
 
@@ -35,6 +37,8 @@ struct State {
 #[derive(Debug)]
 struct Flusher {
     ranges: Option<Sender<Range>>,
+    /// What is still to be sent off is of no use to anybody.
+    over: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -64,21 +68,26 @@ impl Flusher {
     fn start(file: &File) -> Option<Flusher> {
         let file = file.try_clone().ok()?;
         let (ranges, arriving) = channel();
-        let thread = Thread::new().name("write-behind".into()).spawn(move || run(&file, &arriving)).ok()?;
-        Some(Flusher { ranges: Some(ranges), thread: Some(thread) })
+        let over = Arc::new(AtomicBool::new(false));
+        let stop = Arc::clone(&over);
+        let thread = Thread::new().name("write-behind".into()).spawn(move || run(&file, &arriving, &stop)).ok()?;
+        Some(Flusher { ranges: Some(ranges), over, thread: Some(thread) })
     }
 }
 
 impl Drop for Flusher {
     fn drop(&mut self) {
+        self.over.store(true, Ordering::Relaxed);
         drop(self.ranges.take());
         // Nothing in it panics, and the file would be as it should be all the same.
         let _ = self.thread.take().map(JoinHandle::join);
     }
 }
 
-fn run(file: &File, ranges: &Receiver<Range>) {
+fn run(file: &File, ranges: &Receiver<Range>, over: &AtomicBool) {
     while let Ok((first, end)) = ranges.recv() {
-        start_writing(file, first, end);
+        if !over.load(Ordering::Relaxed) {
+            start_writing(file, first, end);
+        }
     }
 }

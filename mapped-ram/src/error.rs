@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use page_units::{ByteLen, FileOffset, LayoutError};
 use vmstate::{DescError, StreamError, WriteError};
+use whole_file::WholeFileError;
 
 /// Why a file can't be opened as a snapshot.
 #[derive(Debug, thiserror::Error)]
@@ -207,6 +208,22 @@ pub enum CreateError {
         #[source]
         error: io::Error,
     },
+    /// Writing failed.
+    #[error("{}: {what} at offset {at} failed: {error}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// What was being written.
+        what: &'static str,
+        /// Where.
+        at: FileOffset,
+        /// What the system said.
+        #[source]
+        error: io::Error,
+    },
+    /// The file can't be made, or not be given its name.
+    #[error(transparent)]
+    File(#[from] WholeFileError),
     /// The stream has no room for a name.
     #[error("{}: {error}", path.display())]
     Encode {

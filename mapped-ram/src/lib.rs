@@ -21,7 +21,6 @@ mod header;
 mod identity;
 mod open;
 mod parse;
-mod publish;
 mod snapshot;
 mod sys;
 mod warning;

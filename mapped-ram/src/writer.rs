@@ -10,10 +10,10 @@ use page_units::{BlockId, ByteLen, FileOffset, Layout, PageCount, PageIndex, Pag
 use parking_lot::Mutex;
 use vmstate::ram::{self, RecordWriter};
 use vmstate::{Configuration, ConfigurationSubsection, Event, MAPPED_RAM, SectionHeader, StreamWriter, WriteError};
+use whole_file::WholeFile;
 
 use crate::behind::Behind;
 use crate::header::{BlockHeader, bitmap_len};
-use crate::publish::Unpublished;
 use crate::{BlockFile, CreateError, OpenError, Snapshot};
 
 /// The number of the RAM section. Not 0, which QEMU gives to what has none yet.
@@ -35,7 +35,7 @@ pub struct Writer {
     /// Where the stream goes on behind the last block's pages.
     ram_end: FileOffset,
     behind: Behind,
-    unpublished: Mutex<Option<Unpublished>>,
+    unpublished: Mutex<Option<WholeFile>>,
 }
 
 impl Writer {
@@ -86,9 +86,13 @@ impl Writer {
             layout.blocks().iter().map(|ram| (0..ram.pages().0.div_ceil(64)).map(|_| AtomicU64::new(0)).collect());
         let bitmaps = bitmaps.collect();
 
-        let (unpublished, file) = Unpublished::create(&path)?;
-        let write = |error| CreateError::Io { path: path.clone(), what: "writing the headers", error };
-        pieces.iter().try_for_each(|(at, bytes)| file.write_all_at(bytes, at.0)).map_err(write)?;
+        let unpublished = WholeFile::create(&path)?;
+        let opening = |error| CreateError::Io { path: path.clone(), what: "opening it again", error };
+        let file = unpublished.file().try_clone().map_err(opening)?;
+        for (at, bytes) in &pieces {
+            let write = |error| CreateError::Write { path: path.clone(), what: "writing the headers", at: *at, error };
+            file.write_all_at(bytes, at.0).map_err(write)?;
+        }
         let machine = configuration.machine;
         let unpublished = Mutex::new(Some(unpublished));
         Ok(Writer { path, file, machine, layout, blocks, bitmaps, ram_end, behind: Behind::default(), unpublished })
@@ -195,19 +199,22 @@ impl Writer {
         let Some(unpublished) = self.unpublished.lock().take() else {
             return Err(CreateError::Finished { path: self.path.clone() });
         };
-        let failed = |what| move |error| CreateError::Io { path: self.path.clone(), what, error };
+        let write = |bytes: &[u8], at: u64, what| {
+            let failed = |error| CreateError::Write { path: self.path.clone(), what, at: FileOffset(at), error };
+            self.file.write_all_at(bytes, at).map_err(failed)
+        };
         let end = end_of_ram().map_err(|error| CreateError::Encode { path: self.path.clone(), error })?;
-        self.file.write_all_at(&end, self.ram_end.0).map_err(failed("ending the RAM section"))?;
+        write(&end, self.ram_end.0, "ending the RAM section")?;
         let state_at = self.ram_end.0.saturating_add(end.len() as u64);
-        self.file.write_all_at(device_state, state_at).map_err(failed("writing the device state"))?;
+        write(device_state, state_at, "writing the device state")?;
         for (block, bitmap) in self.blocks.iter().zip(&self.bitmaps) {
             let bytes: Vec<u8> = bitmap.iter().flat_map(|word| word.load(Ordering::Acquire).to_le_bytes()).collect();
-            self.file.write_all_at(&bytes, block.bitmap_offset.0).map_err(failed("writing a bitmap"))?;
+            write(&bytes, block.bitmap_offset.0, "writing a bitmap")?;
         }
         // What our own reader refuses, nobody should be given.
-        Snapshot::open(unpublished.path())
+        Snapshot::open(unpublished.temporary_path())
             .map_err(|error| CreateError::Unreadable(OpenError { path: self.path.clone(), ..error }))?;
-        unpublished.publish(&self.path)
+        Ok(unpublished.publish()?)
     }
 }
 

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use page_units::{ByteLen, FileOffset, LayoutError, PageRun};
+use whole_file::WholeFileError;
 
 /// Why a source can't deliver. Cheap to clone, since one error may end many pages.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -102,6 +103,9 @@ pub enum SinkError {
         #[source]
         error: Arc<io::Error>,
     },
+    /// The file can't be made, or not be given its name. The message names it.
+    #[error("{0}")]
+    File(#[source] Arc<WholeFileError>),
     /// The pages could not be read from the source's memory while they were being taken.
     #[error("taking pages failed: {error}")]
     Source {

@@ -34,6 +34,8 @@ pub enum Prerequisite {
     Root,
     /// At least two CPUs may be used.
     TwoCpus,
+    /// `/dev/fuse` opens.
+    Fuse,
 }
 
 impl Prerequisite {
@@ -57,6 +59,10 @@ impl Prerequisite {
             }
             Prerequisite::Root if nix::unistd::geteuid().is_root() => Ok(()),
             Prerequisite::Root => Err(format!("running as user {}", nix::unistd::geteuid())),
+            Prerequisite::Fuse => {
+                let opened = OpenOptions::new().read(true).write(true).open("/dev/fuse");
+                opened.map(drop).map_err(|error| format!("/dev/fuse can't be opened: {error}"))
+            }
             Prerequisite::TwoCpus => match std::thread::available_parallelism() {
                 Ok(cpus) if cpus.get() >= 2 => Ok(()),
                 Ok(cpus) => Err(format!("{cpus} CPU")),

@@ -17,7 +17,7 @@ use crate::options::{Background, Discards, Event, FailurePolicy, Handlers, Wait}
 use crate::pause::Pauses;
 use crate::region::{self, Region};
 use crate::staging::Staging;
-use crate::supervisor::{Observer, Supervisor};
+use crate::supervisor::{Observer, Supervisor, stay_open};
 use crate::sys::abi::Features;
 use crate::{Engine, StartError};
 
@@ -122,15 +122,17 @@ impl Builder {
         self
     }
 
-    /// Called on the engine's supervising thread with each [`Event`]. It must not drop the engine.
+    /// Called on the engine's supervising thread with each [`Event`]. It can't wait for the engine there; see
+    /// [`Engine::wait`] and [`Engine::cancel`].
     #[must_use]
     pub fn observer(mut self, observer: impl Fn(&Event) + Send + 'static) -> Builder {
         self.observer = Some(Observer(Box::new(observer)));
         self
     }
 
-    /// So many huge pages of private memory may be incomplete at a time (their content came in part). Default: 16. A
-    /// source that scatters the pages of more huge pages than that fails the engine.
+    /// So many huge pages of private memory may be incomplete at a time (their content came in part). Default: 16, but
+    /// never less than what the background asks for at a time (its window) and 16 for faults. A source that scatters the
+    /// pages of more huge pages than that fails the engine.
     #[must_use]
     pub fn incomplete_huge_pages(mut self, count: usize) -> Builder {
         self.staging = count.max(1);
@@ -149,7 +151,9 @@ impl Builder {
     /// be loaded, and the vCPUs started.
     ///
     /// # Errors
-    /// If it can't: nothing is registered then, and the memory is as it was.
+    /// If it can't: nothing is registered then, and the memory is as it was. With a descriptor from elsewhere, which is
+    /// closed then, what is missing is poisoned before, if the source or a thread can't be started; if the options are
+    /// wrong it is not, and reads as zero unless its owner has kept a copy of the descriptor.
     pub fn start(self) -> Result<Engine, StartError> {
         let source = self.source.ok_or(StartError::Incomplete("an engine needs a source of pages"))?;
         if self.regions.is_empty() {
@@ -160,17 +164,26 @@ impl Builder {
             Some(descriptor) => (descriptor, false),
             None => (open(&self.regions, self.discards, self.handlers.wait)?, true),
         };
-        let staging = Staging::new(self.staging).map_err(system("memory for huge pages"))?;
+        let staging = Staging::new(self.staging.max(asked_for(&self.background)));
+        let staging = staging.map_err(system("memory for huge pages"))?;
         let core = Core::new(descriptor, self.regions, staging, self.policy, self.background.window, self.pauses);
         let core = Arc::new(core.map_err(system("memory for the page states"))?);
         let waiter = waiter(&core, &self.handlers)?;
-        let sink: Arc<dyn PageSink> = Arc::<Core>::clone(&core);
-        let feed = source.start(sink)?;
-        let origin = Arc::new(Origin { source, feed: Arc::from(feed), around: self.around });
-        // From here on the descriptor may hold waiting faults: an engine exists, and its drop does what is right.
+        // First of all: a source may begin to push at once.
         if made_here {
             register(&core)?;
         }
+        let sink: Arc<dyn PageSink> = Arc::<Core>::clone(&core);
+        let feed = match source.start(sink) {
+            Ok(feed) => feed,
+            Err(error) => {
+                core.give_up(&*source);
+                stay_open(&core);
+                return Err(error.into());
+            }
+        };
+        // From here on an engine exists, and its drop does what is right.
+        let origin = Arc::new(Origin { source, feed: Arc::from(feed), around: self.around });
         let plan = Arc::new(Plan::new(&self.background));
         let mut engine = Engine {
             core,
@@ -188,6 +201,14 @@ impl Builder {
             }
         }
     }
+}
+
+/// So many huge pages may be asked for at a time, and have come in part: in the window of the background, of which every
+/// loader may overdraw one piece, and for faults.
+fn asked_for(background: &Background) -> usize {
+    const FAULTS: usize = 16;
+    let huge = page_source::PageSize::HUGE.pages().0;
+    page_source::ByteLen(background.window.0.div_ceil(huge)).get() + background.threads + FAULTS
 }
 
 fn system(what: &'static str) -> impl Fn(io::Error) -> StartError {
@@ -254,7 +275,7 @@ impl Engine {
         self.supervisor = Some(spawn("uffd-supervisor".into(), move || supervisor.run())?);
         for (number, &cpu) in handlers.cores.iter().enumerate() {
             let (core, waiter, origin) = (Arc::clone(&self.core), Arc::clone(&self.waiter), Arc::clone(origin));
-            self.waiter.joining();
+            self.waiter.joining(&self.core);
             let thread = spawn(format!("uffd-fault-{number}"), move || handler::run(&core, &waiter, &origin, cpu));
             match thread {
                 Ok(thread) => self.threads.push(thread),

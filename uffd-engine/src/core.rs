@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::thread::ThreadId;
 
 use page_source::{BlockId, ByteLen, HostAddr, PageCount, PageIndex, PageRun};
-use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
+use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::deferred::Deferred;
 use crate::descriptor::Descriptor;
@@ -61,6 +61,8 @@ pub(crate) struct Core {
     gate: RwLock<Option<Arc<Shared>>>,
     /// Whether events are read.
     gated: bool,
+    /// How many handlers there are: those that are about to start, and have not ended.
+    pub(crate) handlers: Mutex<usize>,
     /// The threads that read events: an install that must be tried again after an event was read can't wait there.
     readers: RwLock<Vec<ThreadId>>,
     /// Faults that such a thread has to serve again.
@@ -99,6 +101,7 @@ impl Core {
             pauses,
             gate: RwLock::default(),
             gated,
+            handlers: Mutex::default(),
             readers: RwLock::default(),
             deferred: Deferred::default(),
             waiting: Waiting::default(),

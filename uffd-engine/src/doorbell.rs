@@ -12,7 +12,7 @@ use userfaultfd::RegisterMode;
 
 use crate::descriptor::Descriptor;
 use crate::sys::memory::Scratch;
-use crate::sys::ops;
+use crate::sys::ops::{self, Done};
 
 #[derive(Debug)]
 pub(crate) struct Doorbell {
@@ -36,7 +36,10 @@ impl Doorbell {
     /// Whether a fault at `addr` is the bell: it is answered, and the handler that read it ends.
     pub(crate) fn answer(&self, descriptor: &Descriptor, addr: HostAddr) -> bool {
         let Some(page) = self.pages.iter().find(|page| page.addr() == addr) else { return false };
-        let _ = ops::zeropage(descriptor.fd(), page.addr().0, PAGE.0);
+        // Refused while a discard is not read yet, and the handler that has heard the bell reads no more.
+        if ops::zeropage(descriptor.fd(), page.addr().0, PAGE.0) != Done::All {
+            silence(descriptor, page);
+        }
         true
     }
 
@@ -60,9 +63,17 @@ impl Doorbell {
     pub(crate) fn left(&self, descriptor: &Descriptor) {
         if self.alive.fetch_sub(1, Ordering::AcqRel) == 1 {
             for page in &self.pages {
-                let _ = descriptor.unregister(page.addr(), PAGE);
-                let _ = descriptor.wake(page.addr(), PAGE);
+                silence(descriptor, page);
             }
+        }
+    }
+}
+
+/// The page is ordinary memory from now on, and nobody waits for it. Woken last: see `Core::unregister`.
+fn silence(descriptor: &Descriptor, page: &Scratch) {
+    for done in [descriptor.unregister(page.addr(), PAGE), descriptor.wake(page.addr(), PAGE)] {
+        if let Err(error) = done {
+            log::debug!("silencing the doorbell of a fault handler failed: {error}");
         }
     }
 }

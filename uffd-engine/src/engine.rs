@@ -11,9 +11,11 @@ use crate::core::{Area, Core};
 use crate::fault::Origin;
 use crate::handler::Waiter;
 use crate::loader::Plan;
+use crate::pause::PausePoint;
 use crate::state::State;
 use crate::stats::Stats;
-use crate::status::{Outcome, Task};
+use crate::status::Outcome;
+use crate::supervisor::stay_open;
 use crate::sys::memory;
 use crate::{Builder, EngineError};
 
@@ -75,12 +77,14 @@ impl Engine {
     /// With [`Background::off`](crate::Background::off), or while the background is paused, that may be never.
     ///
     /// # Errors
-    /// If the engine has failed. What was missing then is poisoned.
+    /// If the engine has failed. What was missing then is poisoned. [`EngineError::OnObserver`] if it has not ended, and
+    /// this is called by its observer.
     pub fn wait(&self) -> Result<Completion, EngineError> {
-        self.finished(self.core.status.wait(None)).unwrap_or(Err(EngineError::Cancelled))
+        self.finished(self.core.status.wait(None)).unwrap_or(Err(EngineError::OnObserver))
     }
 
-    /// As [`wait`](Engine::wait), for a limited time: `None` if it has not ended by then.
+    /// As [`wait`](Engine::wait), for a limited time: `None` if it has not ended by then. Returns at once if it is called
+    /// by the engine's observer.
     pub fn wait_for(&self, time: Duration) -> Option<Result<Completion, EngineError>> {
         self.finished(self.core.status.wait(Instant::now().checked_add(time)))
     }
@@ -98,12 +102,15 @@ impl Engine {
         })
     }
 
-    /// Gives up an engine that could not start whole: the memory is let go as it is.
+    /// Gives up an engine that could not start whole: see [`Core::give_up`].
     pub(crate) fn abort(&self) {
-        if self.core.status.begin_completion() {
-            self.core.unregister();
-            self.core.status.end(Outcome::Failed(EngineError::Cancelled));
-            self.core.status.tell(Task::Fail(EngineError::Cancelled));
+        match &self.origin {
+            // The supervisor poisons what is missing; the drop waits for it.
+            _ if self.core.descriptor.foreign() && self.supervisor.is_some() => {
+                self.core.status.fail(EngineError::Cancelled);
+            }
+            Some(origin) => self.core.give_up(&*origin.source),
+            None => {}
         }
     }
 
@@ -114,7 +121,7 @@ impl Engine {
         let areas = self.core.areas.iter();
         let granules = |area: &Area| {
             let missing = |granule: &usize| matches!(area.states.get(*granule).state, State::Missing | State::InFlight);
-            let spans = origin.stored(area);
+            let spans = area.stored(&*origin.source);
             spans.map(|(first, granules)| (first..first + granules).filter(missing).count()).sum::<usize>()
         };
         PageCount(areas.map(|area| granules(area) as u64 * area.granule.0).sum())
@@ -137,8 +144,9 @@ impl Engine {
         self.core.outstanding.wake();
     }
 
-    /// Fails the engine: poisons what is missing, tells the observer, and returns when that is done. Nothing happens
-    /// if it has ended already.
+    /// Fails the engine: poisons what is missing, tells the observer, and returns when that is done; when it is called by
+    /// the observer it returns at once, and that is done after the observer has returned. Nothing happens if it has ended
+    /// already.
     pub fn cancel(&self) {
         self.core.status.fail(EngineError::Cancelled);
         self.core.status.wait(None);
@@ -175,13 +183,17 @@ impl Engine {
             let first = area.granule_of(part.first);
             let granules = page_source::ByteLen(part.pages.0 / area.granule.0).get();
             for granule in first..first + granules {
-                while area.states.get(granule).state == State::InFlight {
+                self.core.pauses.at(PausePoint::Discarding);
+                while self.core.remove_granule(number, granule) == State::InFlight {
                     std::thread::yield_now();
                 }
-                self.core.remove_granule(number, granule);
             }
-            memory::give_back(area.addr(first), part.len(), area.region.shared)
-                .map_err(|error| DiscardError::System { run: part, error })?;
+            let given_back = memory::give_back(area.addr(first), part.len(), area.region.shared);
+            // Whoever waits there waits for content that never comes: they fault again, and get zeros.
+            if let Err(error) = self.core.descriptor.wake(area.addr(first), part.len()) {
+                log::debug!("waking the waiters of {part} failed: {error}");
+            }
+            given_back.map_err(|error| DiscardError::System { run: part, error })?;
         }
         Ok(())
     }
@@ -198,16 +210,15 @@ impl Drop for Engine {
         // Poison first: then nobody waits for a page any more, and nobody gets a wrong one.
         self.cancel();
         self.waiter.stop();
-        for thread in self.threads.drain(..).chain(self.supervisor.take()) {
+        // The supervisor drops its own engine, in its observer: it goes on to its end then.
+        let supervisor = self.supervisor.take().filter(|thread| thread.thread().id() != std::thread::current().id());
+        for thread in self.threads.drain(..).chain(supervisor) {
             if thread.join().is_err() {
                 log::error!("a thread of the engine had panicked");
             }
         }
         // The last owner of the feed: its threads end here, and do not call us any more.
         self.origin = None;
-        if self.core.staging.cannot_poison.load(std::sync::atomic::Ordering::Acquire) {
-            log::error!("this kernel can't poison pages: the descriptor stays open, and what is missing stays blocked");
-            std::mem::forget(Arc::clone(&self.core));
-        }
+        stay_open(&self.core);
     }
 }

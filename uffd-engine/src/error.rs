@@ -133,6 +133,9 @@ pub enum EngineError {
     /// A thread of the engine panicked.
     #[error("a thread of the engine died: {0}")]
     ThreadDied(&'static str),
+    /// An observer waits for its own engine, on the thread that would have to end it.
+    #[error("the observer of an engine can't wait for it: it is called on the thread that ends the engine")]
+    OnObserver,
     /// The engine was cancelled or dropped before it was complete.
     #[error("the engine was cancelled before all pages were there")]
     Cancelled,

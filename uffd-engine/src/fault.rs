@@ -6,7 +6,7 @@ use nix::errno::Errno;
 use page_source::{ByteLen, Feed, HostAddr, PageCount, PageRun, PageSource, Urgency};
 
 use crate::EngineError;
-use crate::core::{Alone, Area, Core, Place};
+use crate::core::{Alone, Area, Core, Gate, Place};
 use crate::install::{Content, frozen};
 use crate::pause::PausePoint;
 use crate::state::State;
@@ -24,15 +24,15 @@ pub(crate) struct Origin {
     pub(crate) around: PageCount,
 }
 
-impl Origin {
-    /// The granules of an area that are not known to be zero: the first of a span, and how many.
-    pub(crate) fn stored<'a>(&'a self, area: &'a Area) -> impl Iterator<Item = (usize, usize)> + 'a {
+impl Area {
+    /// The granules that a source does not know to be zero: the first of a span, and how many.
+    pub(crate) fn stored<'a>(&'a self, source: &'a dyn PageSource) -> impl Iterator<Item = (usize, usize)> + 'a {
         let mut at = 0;
         std::iter::from_fn(move || {
-            while at < area.states.len() {
-                let span = self.source.run_at(area.block(), area.page(at));
-                let granules = ByteLen(span.pages.0 / area.granule.0).get();
-                let left = area.states.len() - at;
+            while at < self.states.len() {
+                let span = source.run_at(self.block(), self.page(at));
+                let granules = ByteLen(span.pages.0 / self.granule.0).get();
+                let left = self.states.len() - at;
                 let first = at;
                 if span.content == page_source::Content::Zero && granules > 0 {
                     at += granules.min(left);
@@ -118,13 +118,14 @@ impl Core {
         // A granule whose pages are being gathered in the file is as good as missing until they are all there.
         let gathering = || area.region.alias.is_some() && self.staging.gathering(place);
         if minor && !(area.states.get(place.granule).state == State::Missing && gathering()) {
-            return self.serve_cached(place);
+            return self.serve_cached(origin, place);
         }
         loop {
             let entry = area.states.get(place.granule);
             return match entry.state {
                 // Whoever installs it wakes its waiters, ours among them.
-                State::InFlight => true,
+                State::InFlight if area.states.meet(place.granule) => true,
+                State::InFlight => continue,
                 // A fault on a page that is there is real: what was installed may have been dropped by a discard that
                 // was read before. If it is there after all, the kernel says so, and it is woken.
                 State::Present => self.serve_lost(place),
@@ -241,37 +242,59 @@ impl Core {
     }
 
     /// A minor fault: the file behind the memory holds the page, and it only has to be mapped.
-    fn serve_cached(&self, place: Place) -> bool {
+    fn serve_cached(&self, origin: &Origin, place: Place) -> bool {
         bump(&self.counters.minor_faults, 1);
-        let states = &self.areas[place.area].states;
-        let entry = states.get(place.granule);
-        let gate = self.installing();
-        match entry.state {
-            State::InFlight => true,
-            State::Missing | State::Zero | State::Removed
-                if states.claim(place.granule) || states.claim_zero(place.granule) =>
-            {
-                self.install(&gate, place, 1, Content::Cached).is_ok_and(|done| done == 1)
-            }
-            State::Poisoned => {
-                self.poison_in_kernel(place.area, place.granule);
-                true
-            }
-            _ => {
-                let area = &self.areas[place.area];
-                let (addr, len) = (area.addr(place.granule), area.len_of(1));
-                let protect = frozen(&gate).is_some_and(|shared| shared.protects(place, 1));
-                let done = ops::map_cached(self.descriptor.fd(), addr.0, len.0, protect);
-                if matches!(done, Done::Failed(Errno::EAGAIN)) {
-                    self.deferred.faults([place]);
-                    return false;
+        let area = &self.areas[place.area];
+        let states = &area.states;
+        loop {
+            let state = states.get(place.granule).state;
+            let gate = self.installing();
+            match state {
+                State::InFlight if states.meet(place.granule) => return true,
+                State::Missing | State::Zero | State::Removed => {
+                    let done = self.map_cached(&gate, place);
+                    drop(gate);
+                    match done {
+                        // It was cut off the file since the fault was read, or is being put together there.
+                        Some(false) => return self.serve(origin, place, false, false),
+                        Some(true) => return true,
+                        None => {}
+                    }
                 }
-                if done != Done::All {
-                    drop(self.descriptor.wake(addr, len));
+                State::InFlight => {}
+                State::Poisoned => {
+                    drop(gate);
+                    self.poison_in_kernel(place.area, place.granule);
+                    return true;
                 }
-                true
+                State::Present => {
+                    let (addr, len) = (area.addr(place.granule), area.len_of(1));
+                    let protect = frozen(&gate).is_some_and(|shared| shared.protects(place, 1));
+                    let done = ops::map_cached(self.descriptor.fd(), addr.0, len.0, protect);
+                    if matches!(done, Done::Failed(Errno::EAGAIN)) {
+                        self.deferred.faults([place]);
+                        return false;
+                    }
+                    if done != Done::All {
+                        drop(self.descriptor.wake(addr, len));
+                    }
+                    return true;
+                }
             }
         }
+    }
+
+    /// Maps what the file behind the memory holds of a granule: `false` if it holds nothing, or only a part so far;
+    /// `None` if somebody else is at it.
+    pub(crate) fn map_cached(&self, gate: &Gate<'_>, place: Place) -> Option<bool> {
+        let states = &self.areas[place.area].states;
+        let claim = || states.claim(place.granule) || states.claim_zero(place.granule);
+        match self.staging.unless_gathering(place, claim) {
+            None => return Some(false),
+            Some(false) => return None,
+            Some(true) => {}
+        }
+        Some(self.install(gate, place, 1, Content::Cached).is_ok_and(|done| done == 1))
     }
 
     /// The guest gave a range back: what was there is gone, and reads as zeros. `alone`: [`Core::reading`].
@@ -289,22 +312,33 @@ impl Core {
             let granule = area.granule.to_bytes().0;
             let first = ByteLen((from - range.start).0 / granule).get();
             let last = ByteLen((to - range.start).0.div_ceil(granule)).get();
+            let mut waited_for = false;
             for at in first..last {
-                self.remove_granule(number, at);
+                waited_for |= self.remove_granule(number, at) == State::Missing;
+            }
+            // What these waited for never comes: they fault again, and get zeros.
+            if waited_for {
+                drop(self.descriptor.wake(area.addr(first), area.len_of(last - first)));
             }
         }
     }
 
-    pub(crate) fn remove_granule(&self, number: usize, granule: usize) {
+    /// A granule was given back, unless it is being installed. Answers what it was; somebody may wait for content that
+    /// was Missing, whoever calls this wakes them.
+    pub(crate) fn remove_granule(&self, number: usize, granule: usize) -> State {
         let area = &self.areas[number];
-        if area.states.remove(granule) {
+        let was = area.states.remove(granule);
+        if was != State::InFlight {
+            let place = Place { area: number, granule };
             if area.states.unrequest(granule) {
                 self.answered(area.granule.0);
             }
+            self.waiting.forget(place);
             if !area.small() {
-                self.staging.settled(Place { area: number, granule }, None);
+                self.staging.settled(place, None);
             }
             bump(&self.counters.removed, area.granule.0);
         }
+        was
     }
 }

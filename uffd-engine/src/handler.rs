@@ -23,7 +23,8 @@ use crate::sys::ops;
 const BATCH: usize = 64;
 
 /// After so many reads that brought one message there is another that takes all: a read that has room looks for more
-/// before it returns, and whoever has faulted waits for that.
+/// before it returns, and whoever has faulted waits for that. Not where events are read: a discard is read together with
+/// the faults that came before it, so as to come first.
 const READS_OF_ONE: usize = 8;
 
 /// How handlers wait, and how they are stopped.
@@ -50,7 +51,8 @@ impl Waiter {
     }
 
     /// A handler is about to start.
-    pub(crate) fn joining(&self) {
+    pub(crate) fn joining(&self, core: &Core) {
+        *core.handlers.lock() += 1;
         if let Waiter::Bell(bell) = self {
             bell.joining();
         }
@@ -61,6 +63,7 @@ impl Waiter {
         if let Waiter::Bell(bell) = self {
             bell.left(&core.descriptor);
         }
+        *core.handlers.lock() -= 1;
     }
 
     /// Makes every handler end after the fault it is at.
@@ -74,6 +77,11 @@ impl Waiter {
             }
             Waiter::Spin(stop) => stop.store(true, Ordering::Release),
         }
+    }
+
+    /// Whether a fault at `addr` is the doorbell, which is answered then.
+    fn answers(&self, core: &Core, addr: HostAddr) -> bool {
+        matches!(self, Waiter::Bell(bell) if bell.answer(&core.descriptor, addr))
     }
 
     /// Waits for messages (not at all if `again`, since there is something to try again) and reads them. Events are
@@ -94,19 +102,41 @@ impl Waiter {
                 std::hint::spin_loop();
             }
         }
-        let alone = core.reading();
-        let count = match ops::read(core.descriptor.fd(), messages) {
+        Ok(Woken::Messages(core.read(messages)?))
+    }
+}
+
+impl Core {
+    /// Reads messages, and applies the events among them, while no install is under way. Answers how many there are.
+    fn read(&self, messages: &mut [Message]) -> Result<usize, Errno> {
+        let alone = self.reading();
+        let count = match ops::read(self.descriptor.fd(), messages) {
             Ok(count) => count,
             Err(Errno::EAGAIN | Errno::EINTR) => 0,
             Err(errno) => return Err(errno),
         };
         for message in &messages[..count] {
             if matches!(message.event, UFFD_EVENT_REMOVE | UFFD_EVENT_UNMAP) {
-                core.removed(alone.as_ref(), HostAddr(message.word0), HostAddr(message.word1));
+                self.removed(alone.as_ref(), HostAddr(message.word0), HostAddr(message.word1));
             }
         }
-        drop(alone);
-        Ok(Woken::Messages(count))
+        Ok(count)
+    }
+
+    /// Before the first handler starts, and after the last one has died, an event would be waited for in vain: reads
+    /// what there is. Faults are left to the first handler; after the last one they are woken by whoever poisons them.
+    ///
+    /// The caller is not installing.
+    pub(crate) fn read_for_want_of_handlers(&self) {
+        let handlers = self.handlers.lock();
+        if !self.gated() || *handlers > 0 {
+            return;
+        }
+        let mut messages = [Message::default(); BATCH];
+        while let Ok(count @ 1..) = self.read(&mut messages) {
+            let faults = messages[..count].iter().filter(|message| message.event == UFFD_EVENT_PAGEFAULT);
+            self.deferred.faults(faults.filter_map(|fault| self.locate(HostAddr(fault.word1))));
+        }
     }
 }
 
@@ -143,10 +173,10 @@ pub(crate) fn run(core: &Arc<Core>, waiter: &Arc<Waiter>, origin: &Origin, cpu: 
     core.reads_events();
     bind(cpu);
     let mut messages = [Message::default(); BATCH];
-    let mut again = false;
+    let mut again = core.deferred.some();
     let mut singles = 0;
     loop {
-        let room = if singles % READS_OF_ONE == 0 { BATCH } else { 1 };
+        let room = if core.gated() || singles % READS_OF_ONE == 0 { BATCH } else { 1 };
         let count = match waiter.next(core, &mut messages[..room], again) {
             Ok(Woken::Messages(count)) => count,
             Ok(Woken::Stop) => return,
@@ -157,9 +187,7 @@ pub(crate) fn run(core: &Arc<Core>, waiter: &Arc<Waiter>, origin: &Origin, cpu: 
         let mut stop = false;
         for message in messages[..count].iter().filter(|message| message.event == UFFD_EVENT_PAGEFAULT) {
             let addr = HostAddr(message.word1);
-            if let Waiter::Bell(bell) = &**waiter
-                && bell.answer(&core.descriptor, addr)
-            {
+            if waiter.answers(core, addr) {
                 stop = true;
                 continue;
             }

@@ -23,6 +23,8 @@ enum Step {
     Advanced(usize),
     /// An event must be read first.
     ReadEvents,
+    /// The file does not hold the page (any more).
+    Hole,
     /// No more: why.
     Stop(SinkError),
 }
@@ -32,8 +34,10 @@ enum Step {
 pub(crate) enum Content<'a> {
     Bytes(PageBytes<'a>),
     Zeros,
-    /// The file behind the memory holds it.
+    /// The file behind the memory holds it, as a minor fault says; it may have been cut off the file since.
     Cached,
+    /// It was put together in the file behind the memory.
+    Gathered,
 }
 
 impl Core {
@@ -56,6 +60,7 @@ impl Core {
             let done = self.install(&gate, Place { area, granule: at }, claimed, Content::Bytes(part));
             drop(gate);
             match done {
+                Ok(0) => self.blocked(),
                 Ok(done) => at += done,
                 Err(error) => return Flow::Break(error),
             }
@@ -65,7 +70,8 @@ impl Core {
     }
 
     /// Installs claimed granules, and settles each of them. Answers how many granules are behind us: fewer than
-    /// claimed if an event has to be read first; the others are Missing (or zero) again then.
+    /// claimed if an event has to be read first (and 0 if the file holds no cached page); the others are what they were
+    /// before the claim then.
     pub(crate) fn install(
         &self,
         gate: &Gate<'_>,
@@ -73,7 +79,7 @@ impl Core {
         claimed: usize,
         content: Content<'_>,
     ) -> Result<usize, SinkError> {
-        let mut claim = Claim { core: self, place, left: claimed, content };
+        let mut claim = Claim { core: self, place, left: claimed };
         self.pauses.at(PausePoint::Claimed);
         let area = &self.areas[place.area];
         while claim.left > 0 {
@@ -97,10 +103,9 @@ impl Core {
                     if !self.status.running() {
                         return Err(stopped());
                     }
-                    drop(claim);
-                    std::thread::yield_now();
                     return Ok(done);
                 }
+                Step::Hole => return Ok(0),
                 Step::Stop(error) => return Err(error),
             }
         }
@@ -123,7 +128,7 @@ impl Core {
                 (self.zero(gate, at, 1), 1)
             }
             Content::Zeros => (self.zero(gate, at, granules), granules),
-            Content::Cached => (ops::map_cached(fd, addr.0, len.0, protect), granules),
+            Content::Cached | Content::Gathered => (ops::map_cached(fd, addr.0, len.0, protect), granules),
         };
         let whole = |bytes: u64| usize::try_from(bytes / area.len_of(1).0).unwrap_or(0);
         match done {
@@ -173,6 +178,7 @@ impl Core {
         let run = area.pages(at.granule, granules);
         match (errno, content) {
             _ if !self.status.running() => Step::Stop(stopped()),
+            (Errno::EFAULT, Content::Cached) => Step::Hole,
             (Errno::EFAULT, Content::Bytes(_)) => Step::Stop(SinkError::Unreadable(run)),
             (Errno::ESRCH, _) => {
                 self.status.fail(EngineError::OwnerGone);
@@ -198,7 +204,7 @@ impl Core {
         }
         let pages = |granules: u64| granules * area.granule.0;
         match content {
-            Content::Bytes(_) => {
+            Content::Bytes(_) | Content::Gathered => {
                 bump(&self.counters.demand_pages, pages(wanted));
                 bump(&self.counters.background_pages, pages(granules as u64 - wanted));
             }
@@ -221,6 +227,12 @@ impl Core {
         if self.areas[area].states.unrequest(granule) {
             self.answered(self.areas[area].granule.0);
         }
+    }
+
+    /// An install has to wait until an event was read: lets whoever reads it run. Nothing is claimed by the caller.
+    pub(crate) fn blocked(&self) {
+        self.read_for_want_of_handlers();
+        std::thread::yield_now();
     }
 
     /// So many requested pages have ended. After the last one there may be nothing left to do.
@@ -266,7 +278,7 @@ impl Core {
                     return false;
                 }
                 Done::Failed(Errno::EAGAIN) | Done::Part(_) => {
-                    std::thread::yield_now();
+                    self.blocked();
                     continue;
                 }
                 Done::Failed(Errno::EEXIST | Errno::ESRCH | Errno::ENOENT) => {
@@ -282,23 +294,28 @@ impl Core {
     }
 }
 
-/// Claimed granules that are not installed yet. However the install ends, by a panic too, they are given back: what was
-/// content is Missing again; what was zero stays zero.
-struct Claim<'a> {
+/// Claimed granules that are not installed yet. However the install ends, by a panic too, they are given back: they are
+/// what they were before, and whoever has been left to us faults again.
+pub(crate) struct Claim<'a> {
     core: &'a Core,
     place: Place,
     left: usize,
-    content: Content<'a>,
+}
+
+impl<'a> Claim<'a> {
+    /// Of one granule, which the caller has claimed.
+    pub(crate) fn of(core: &'a Core, place: Place) -> Claim<'a> {
+        Claim { core, place, left: 1 }
+    }
 }
 
 impl Drop for Claim<'_> {
     fn drop(&mut self) {
-        let state = match self.content {
-            Content::Zeros => State::Zero,
-            Content::Bytes(_) | Content::Cached => State::Missing,
-        };
+        let area = &self.core.areas[self.place.area];
         for granule in self.place.granule..self.place.granule + self.left {
-            self.core.areas[self.place.area].states.settle(granule, state);
+            if area.states.give_back(granule) {
+                drop(self.core.descriptor.wake(area.addr(granule), area.len_of(1)));
+            }
         }
     }
 }

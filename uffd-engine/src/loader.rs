@@ -18,8 +18,9 @@ use crate::state::State;
 use crate::stats::bump;
 use crate::status::Task;
 
-/// After a fault, so many pages from there on come next.
+/// After a fault, so many pages from there on come next, and at least so many granules.
 const AFTER_FAULT: PageCount = PageCount(512);
+const GRANULES_AFTER_FAULT: u64 = 8;
 /// A pause of a loader whose rate is limited ends at least this often, to look for a change.
 const NAP: Duration = Duration::from_millis(5);
 
@@ -101,7 +102,8 @@ impl Plan {
         let mut cursor = self.cursor.lock();
         if let Some(Place { area, granule }) = core.hints.pop() {
             let rest = core.areas[area].pages(granule, core.areas[area].states.len() - granule);
-            cursor.following = Some((area, rest.split_at(AFTER_FAULT).0));
+            let following = AFTER_FAULT.0.max(GRANULES_AFTER_FAULT * core.areas[area].granule.0);
+            cursor.following = Some((area, rest.split_at(PageCount(following)).0));
         }
         if let Some((area, run)) = cursor.following.take() {
             // One piece at a time: a pause, a limit or a newer fault counts at once.

@@ -12,6 +12,8 @@ pub enum PausePoint {
     DiscardRead,
     /// A fault was read, and nothing was done about it yet.
     FaultRead,
+    /// A discard was announced, and a granule of it is not marked in the page map yet.
+    Discarding,
     /// Everything is there; the regions are still registered.
     Completing,
 }

@@ -6,9 +6,9 @@ use page_source::{End, Flow, PageBytes, PageCount, PageRun, PageSink, SinkError,
 
 use crate::EngineError;
 use crate::core::{Core, Place};
-use crate::install::{Content, stopped};
+use crate::install::{Claim, Content, stopped};
 use crate::options::FailurePolicy;
-use crate::staging::Whole;
+use crate::staging::{Added, Whole};
 use crate::state::State;
 use crate::stats::bump;
 use crate::status::{Task, source_error};
@@ -111,7 +111,7 @@ impl Core {
             let done = self.install_zeros(&gate, place, 1);
             drop(gate);
             match done {
-                Ok(0) => {}
+                Ok(0) => self.blocked(),
                 Ok(_) => return Flow::Continue(()),
                 Err(error) => return Flow::Break(error),
             }
@@ -130,35 +130,73 @@ impl Core {
             rest = after;
             if here == whole && !self.staging.gathering(Place { area: number, granule }) {
                 match piece {
-                    Some(piece) => self.install_bytes(number, granule, 1, piece)?,
+                    Some(piece) => self.install_huge(number, granule, piece)?,
                     None => self.zero_granule(number, granule)?,
                 }
                 continue;
             }
-            self.add_piece(number, granule, whole, here, piece)?;
+            self.add_piece(number, granule, here, piece)?;
         }
         Flow::Continue(())
     }
 
-    fn add_piece(
-        &self,
-        number: usize,
-        granule: usize,
-        whole: PageRun,
-        here: PageRun,
-        piece: Option<PageBytes<'_>>,
-    ) -> Flow {
+    /// A huge granule whose content came in one piece.
+    fn install_huge(&self, number: usize, granule: usize, bytes: PageBytes<'_>) -> Flow {
         let area = &self.areas[number];
         let place = Place { area: number, granule };
-        if !matches!(area.states.get(granule).state, State::Missing | State::Zero) {
-            self.not_taken(number, granule);
-            return Flow::Continue(());
+        loop {
+            let gate = self.installing();
+            match self.staging.unless_gathering(place, || area.states.claim(granule)) {
+                Some(true) => {}
+                Some(false) => {
+                    self.not_taken(number, granule);
+                    return Flow::Continue(());
+                }
+                // Somebody has just begun: what there is of it in the file must not be mapped as it is.
+                None => {
+                    drop(gate);
+                    return self.add_piece(number, granule, area.pages(granule, 1), Some(bytes));
+                }
+            }
+            let installed = self.install(&gate, place, 1, Content::Bytes(bytes));
+            drop(gate);
+            match installed {
+                Ok(0) => self.blocked(),
+                Ok(_) => return Flow::Continue(()),
+                Err(error) => return Flow::Break(error),
+            }
         }
+    }
+
+    fn add_piece(&self, number: usize, granule: usize, here: PageRun, piece: Option<PageBytes<'_>>) -> Flow {
+        let area = &self.areas[number];
+        let place = Place { area: number, granule };
         let alias = area.region.alias.map(|alias| alias + area.len_of(granule));
-        let first = here.first - whole.first;
-        match self.staging.add(place, count(first), count(here.pages), piece, alias) {
-            Ok(None) => Flow::Continue(()),
-            Ok(Some(content)) => self.install_whole(place, content),
+        let first = here.first - area.page(granule);
+        // What is put together in the file is written there: only by whoever has claimed it, as any install.
+        let added = loop {
+            let gate = alias.is_some().then(|| self.installing());
+            let take = || match (&gate, area.states.get(granule).state) {
+                (None, State::Missing | State::Zero) => Ok(None),
+                (Some(_), _) if area.states.claim(granule) => Ok(Some(Claim::of(self, place))),
+                // Whoever reads events may be waited for.
+                (Some(_), State::InFlight) if self.status.running() && !self.on_reader_thread() => Err(Added::Busy),
+                _ => Err(Added::NotTaken),
+            };
+            let added = self.staging.add(place, count(first), count(here.pages), piece, alias, take);
+            drop(gate);
+            match added {
+                Ok(Added::Busy) => std::thread::yield_now(),
+                added => break added,
+            }
+        };
+        match added {
+            Ok(Added::Part) => Flow::Continue(()),
+            Ok(Added::Whole(content)) => self.install_whole(place, content),
+            Ok(Added::NotTaken | Added::Busy) => {
+                self.not_taken(number, granule);
+                Flow::Continue(())
+            }
             Err(error)
                 if piece.is_some_and(|piece| piece.as_slice().is_none())
                     && error.kind() != std::io::ErrorKind::Other =>
@@ -185,11 +223,11 @@ impl Core {
                 Whole::Buffer(buffer) => {
                     self.install(&gate, place, 1, Content::Bytes(PageBytes::from_slice(buffer.bytes())))
                 }
-                Whole::InFile => self.install(&gate, place, 1, Content::Cached),
+                Whole::InFile => self.install(&gate, place, 1, Content::Gathered),
             };
             drop(gate);
             match installed {
-                Ok(0) => {}
+                Ok(0) => self.blocked(),
                 Ok(_) => break,
                 Err(error) => {
                     done = Flow::Break(error);
@@ -205,13 +243,20 @@ impl Core {
         done
     }
 
-    /// The source has delivered everything: what is still Missing is zero.
+    /// The source has delivered everything: what is still Missing is zero, and what is Missing in a huge granule that
+    /// came in part.
     fn rest_is_zero(&self) {
-        for number in 0..self.areas.len() {
-            for granule in 0..self.areas[number].states.len() {
-                if self.areas[number].states.get(granule).state == State::Missing
-                    && self.zero_granule(number, granule).is_break()
-                {
+        for (number, area) in self.areas.iter().enumerate() {
+            for granule in 0..area.states.len() {
+                if area.states.get(granule).state != State::Missing {
+                    continue;
+                }
+                let in_part = !area.small() && self.staging.gathering(Place { area: number, granule });
+                let done = match in_part {
+                    true => self.add_piece(number, granule, area.pages(granule, 1), None),
+                    false => self.zero_granule(number, granule),
+                };
+                if done.is_break() {
                     return;
                 }
             }

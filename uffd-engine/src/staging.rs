@@ -58,6 +58,19 @@ pub(crate) enum Whole {
     InFile,
 }
 
+/// What has become of pages that were to be added to a granule.
+#[derive(Debug)]
+pub(crate) enum Added {
+    /// They are there, and others are not.
+    Part,
+    /// They were the last ones.
+    Whole(Whole),
+    /// The granule needs them no more.
+    NotTaken,
+    /// Somebody else is at the granule: try again.
+    Busy,
+}
+
 /// The granules that are being put together.
 #[derive(Debug)]
 pub(crate) struct Staging {
@@ -94,23 +107,48 @@ impl Staging {
         self.granules.lock().contains_key(&place)
     }
 
+    /// Calls `claim` if the granule is not being put together, and cannot begin to be meanwhile.
+    pub(crate) fn unless_gathering<T>(&self, place: Place, claim: impl FnOnce() -> T) -> Option<T> {
+        let granules = self.granules.lock();
+        (!granules.contains_key(&place)).then(claim)
+    }
+
     /// Adds pages to a granule (zeros, if there are no bytes). Answers with the granule when it is whole. A page that
     /// is there already is not changed.
     ///
+    /// `take` is called when nobody else adds to the granule: what it gives is held until the pages are there, or it says
+    /// why they are not to be added.
+    ///
     /// # Errors
     /// If there are too many granules, or no memory, or the bytes can't be read.
-    pub(crate) fn add(
+    pub(crate) fn add<T>(
         &self,
         place: Place,
         first: usize,
         pages: usize,
         bytes: Option<PageBytes<'_>>,
         alias: Option<HostAddr>,
-    ) -> io::Result<Option<Whole>> {
+        take: impl FnOnce() -> Result<T, Added>,
+    ) -> io::Result<Added> {
         let entry = self.entry(place, alias)?;
         let mut slot = entry.lock();
         // Somebody else completed or dropped it while we waited for the lock.
-        let Some(granule) = slot.as_mut() else { return Ok(None) };
+        let Some(granule) = slot.as_mut() else { return Ok(Added::NotTaken) };
+        let _taken = match take() {
+            Ok(taken) => taken,
+            Err(Added::NotTaken) => {
+                // It was settled before it came here: nobody else would ever take it out again.
+                let held = slot.take().map(|granule| granule.gathered);
+                let mut granules = self.granules.lock();
+                if granules.get(&place).is_some_and(|now| Arc::ptr_eq(now, &entry)) {
+                    granules.remove(&place);
+                }
+                drop(granules);
+                self.keep(held);
+                return Ok(Added::NotTaken);
+            }
+            Err(why) => return Ok(why),
+        };
         let page_len = ByteLen(PAGE_SIZE);
         let mut at = first;
         while at < first + pages {
@@ -127,13 +165,13 @@ impl Staging {
             at += missing;
         }
         if !granule.filled.whole() {
-            return Ok(None);
+            return Ok(Added::Part);
         }
-        let whole = slot.take().map(|granule| match granule.gathered {
-            Gathered::Buffer(buffer) => Whole::Buffer(buffer),
-            Gathered::Alias(_) => Whole::InFile,
-        });
-        Ok(whole)
+        Ok(match slot.take().map(|granule| granule.gathered) {
+            Some(Gathered::Buffer(buffer)) => Added::Whole(Whole::Buffer(buffer)),
+            Some(Gathered::Alias(_)) => Added::Whole(Whole::InFile),
+            None => Added::NotTaken,
+        })
     }
 
     fn entry(&self, place: Place, alias: Option<HostAddr>) -> io::Result<Arc<Mutex<Option<Granule>>>> {
@@ -162,13 +200,16 @@ impl Staging {
     pub(crate) fn settled(&self, place: Place, buffer: Option<Scratch>) {
         let entry = self.granules.lock().remove(&place);
         let held = entry.and_then(|entry| entry.lock().take()).map(|granule| granule.gathered);
-        let held = match held {
-            Some(Gathered::Buffer(buffer)) => Some(buffer),
-            Some(Gathered::Alias(_)) | None => None,
-        };
+        self.keep(buffer.map(Gathered::Buffer).into_iter().chain(held));
+    }
+
+    /// Buffers that may serve other granules.
+    fn keep(&self, unused: impl IntoIterator<Item = Gathered>) {
         let mut spare = self.spare.lock();
-        for buffer in buffer.into_iter().chain(held) {
-            if spare.len() < SPARE {
+        for gathered in unused {
+            if let Gathered::Buffer(buffer) = gathered
+                && spare.len() < SPARE
+            {
                 spare.push(buffer);
             }
         }
@@ -203,19 +244,32 @@ mod tests {
         let staging = Staging::new(1).unwrap();
         let bytes = vec![7u8; 2 << 20];
         let half = |n: usize| PageBytes::from_slice(&bytes[n << 20..(n + 1) << 20]);
-        assert!(staging.add(PLACE, 256, 256, Some(half(1)), None).unwrap().is_none());
+        let add = |place, first, pages, bytes| staging.add(place, first, pages, bytes, None, || Ok(()));
+        assert!(matches!(add(PLACE, 256, 256, Some(half(1))).unwrap(), Added::Part));
         assert!(staging.gathering(PLACE));
         let other = Place { granule: 8, ..PLACE };
-        assert!(staging.add(other, 0, 1, None, None).is_err(), "bounded");
-        assert!(staging.add(PLACE, 0, 255, None, None).unwrap().is_none());
+        assert!(add(other, 0, 1, None).is_err(), "bounded");
+        assert!(matches!(add(PLACE, 0, 255, None).unwrap(), Added::Part));
         // Page 256 again: not changed.
-        let Some(Whole::Buffer(mut buffer)) = staging.add(PLACE, 255, 2, None, None).unwrap() else {
+        let Added::Whole(Whole::Buffer(mut buffer)) = add(PLACE, 255, 2, None).unwrap() else {
             panic!("it is whole now");
         };
         let all = buffer.bytes_mut(0, 2 << 20);
         assert!(all[..1 << 20].iter().all(|&b| b == 0) && all[1 << 20..].iter().all(|&b| b == 7));
         staging.settled(PLACE, Some(buffer));
         assert!(!staging.gathering(PLACE));
-        assert!(staging.add(other, 0, 1, None, None).unwrap().is_none());
+        assert!(matches!(add(other, 0, 1, None).unwrap(), Added::Part));
+    }
+
+    #[test]
+    fn what_is_not_needed_leaves_nothing_behind() {
+        let staging = Staging::new(1).unwrap();
+        for _ in 0..3 {
+            assert!(matches!(
+                staging.add(PLACE, 0, 1, None, None, || Err::<(), _>(Added::NotTaken)).unwrap(),
+                Added::NotTaken
+            ));
+            assert!(!staging.gathering(PLACE));
+        }
     }
 }

@@ -3,7 +3,7 @@
 //! ```text
 //! Missing -> InFlight -> Present            installed
 //! Missing -> Zero -> InFlight -> Present    known to be zero; installed only when somebody touches it
-//! InFlight -> Missing                       the install did not happen; try again
+//! InFlight -> what it was                   the install did not happen; try again
 //! any but Poisoned -> Removed -> InFlight -> Present (as zero)
 //! InFlight -> Poisoned                      fail closed
 //! ```
@@ -45,6 +45,12 @@ const STATE: u8 = 0b111;
 const REQUESTED: u8 = 1 << 3;
 /// Somebody stands still until it comes.
 const WANTED: u8 = 1 << 4;
+/// A fault was read while it was InFlight: it has been left to whoever installs it.
+const MET: u8 = 1 << 5;
+/// Of an InFlight granule: the state it was claimed in, Missing if it is neither of these.
+const WAS: u8 = WAS_ZERO | WAS_REMOVED;
+const WAS_ZERO: u8 = 1 << 6;
+const WAS_REMOVED: u8 = 1 << 7;
 
 /// A granule's state with its marks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,15 +105,45 @@ impl StateMap {
         self.change(granule, |entry| matches!(entry.state, State::Zero | State::Removed), State::InFlight)
     }
 
-    /// The state of a granule that the caller has claimed; drops both marks, and says what they were.
+    /// The state of a granule that the caller has claimed; drops the marks, and says what they were.
     pub(crate) fn settle(&self, granule: usize, state: State) -> Entry {
-        let keep = if state == State::Missing { WANTED | REQUESTED } else { 0 };
+        self.replace(granule, |old| state as u8 | if state == State::Missing { old & (WANTED | REQUESTED) } else { 0 })
+            .0
+    }
+
+    /// A granule that the caller has claimed becomes what it was before. `true` if a fault was left to the caller
+    /// meanwhile: whoever waits there has to be woken, to fault again.
+    pub(crate) fn give_back(&self, granule: usize) -> bool {
+        let (_, old) = self.replace(granule, |old| {
+            let state = match old & WAS {
+                WAS_ZERO => State::Zero,
+                WAS_REMOVED => State::Removed,
+                _ => State::Missing,
+            };
+            state as u8 | old & (WANTED | REQUESTED)
+        });
+        old & MET != 0
+    }
+
+    /// Leaves a fault to whoever has claimed the granule; `false` if it is not InFlight any more.
+    pub(crate) fn meet(&self, granule: usize) -> bool {
+        let byte = &self.granules[granule];
+        let mut old = byte.load(Ordering::Acquire);
+        while decode(old).state == State::InFlight {
+            match byte.compare_exchange_weak(old, old | MET, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => return true,
+                Err(now) => old = now,
+            }
+        }
+        false
+    }
+
+    fn replace(&self, granule: usize, new: impl Fn(u8) -> u8) -> (Entry, u8) {
         let byte = &self.granules[granule];
         let mut old = byte.load(Ordering::Relaxed);
         loop {
-            let new = state as u8 | old & keep;
-            match byte.compare_exchange_weak(old, new, Ordering::AcqRel, Ordering::Relaxed) {
-                Ok(_) => return decode(old),
+            match byte.compare_exchange_weak(old, new(old), Ordering::AcqRel, Ordering::Relaxed) {
+                Ok(_) => return (decode(old), old),
                 Err(now) => old = now,
             }
         }
@@ -130,16 +166,12 @@ impl StateMap {
         }
     }
 
-    /// Missing, Present, Zero or Removed becomes Removed; `false` if an install is under way.
-    pub(crate) fn remove(&self, granule: usize) -> bool {
-        let entry = self.get(granule);
-        match entry.state {
-            State::InFlight => false,
-            State::Poisoned | State::Removed => true,
-            State::Missing | State::Present | State::Zero => {
-                self.change(granule, |now| !matches!(now.state, State::InFlight | State::Poisoned), State::Removed)
-            }
-        }
+    /// Anything but InFlight and Poisoned becomes Removed, and nobody wants it any more. Answers what it was: if it was
+    /// InFlight, nothing has happened.
+    pub(crate) fn remove(&self, granule: usize) -> State {
+        let keep = |was| matches!(was, State::InFlight | State::Poisoned);
+        let removed = |old| if keep(decode(old).state) { old } else { State::Removed as u8 | old & REQUESTED };
+        self.replace(granule, removed).0.state
     }
 
     /// Missing becomes InFlight, and the caller poisons it.
@@ -177,7 +209,12 @@ impl StateMap {
             if !allowed(decode(old)) {
                 return false;
             }
-            let new = to as u8 | old & !STATE;
+            let was = match decode(old).state {
+                State::Zero if to == State::InFlight => WAS_ZERO,
+                State::Removed if to == State::InFlight => WAS_REMOVED,
+                _ => 0,
+            };
+            let new = to as u8 | was | old & (REQUESTED | WANTED);
             match byte.compare_exchange_weak(old, new, Ordering::AcqRel, Ordering::Relaxed) {
                 Ok(_) => return true,
                 Err(now) => old = now,
@@ -232,16 +269,32 @@ mod tests {
     #[test]
     fn removed_stays_removed_until_a_zero_is_installed() {
         let map = StateMap::new(2).unwrap();
-        assert!(map.remove(0));
+        assert_eq!(map.remove(0), State::Missing);
         assert!(!map.claim(0), "the old content is gone");
         assert!(map.claim_zero(0));
-        assert!(!map.remove(0), "an install is under way");
+        assert_eq!(map.remove(0), State::InFlight, "an install is under way");
         map.settle(0, State::Present);
-        assert!(map.remove(0));
+        assert_eq!(map.remove(0), State::Present);
         assert!(map.claim_missing(1));
         map.settle(1, State::Poisoned);
-        assert!(!map.claim(1) && map.remove(1));
-        assert_eq!(map.get(1).state, State::Poisoned);
+        assert!(!map.claim(1));
+        assert_eq!((map.remove(1), map.get(1).state), (State::Poisoned, State::Poisoned));
+    }
+
+    #[test]
+    fn what_was_claimed_and_given_back_is_what_it_was() {
+        let map = StateMap::new(3).unwrap();
+        map.mark_zero(1);
+        map.remove(2);
+        for (granule, was) in [State::Missing, State::Zero, State::Removed].into_iter().enumerate() {
+            for met in [false, true] {
+                assert!(!map.meet(granule), "nobody has claimed it");
+                assert!(map.claim(granule) || map.claim_zero(granule));
+                assert!(!met || map.meet(granule));
+                assert_eq!(map.give_back(granule), met);
+                assert_eq!(map.get(granule), Entry { state: was, requested: false, wanted: false });
+            }
+        }
     }
 
     #[test]

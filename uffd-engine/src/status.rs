@@ -1,6 +1,8 @@
 //! What the threads of an engine tell its supervisor, and what the supervisor tells everybody.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
 use page_source::PageRun;
@@ -49,6 +51,7 @@ pub(crate) struct Status {
     arrived: Condvar,
     outcome: Mutex<Option<Outcome>>,
     ended: Condvar,
+    supervisor: OnceLock<ThreadId>,
 }
 
 /// So often the supervisor asks whether the source is still alive.
@@ -129,9 +132,22 @@ impl Status {
         self.outcome.lock().clone()
     }
 
-    /// Waits for the end, at most until `deadline`.
+    /// This thread is the one that ends the engine.
+    pub(crate) fn supervised_here(&self) {
+        self.supervisor.get_or_init(|| std::thread::current().id());
+    }
+
+    /// Whether this thread is the one that ends the engine, so that nothing of that can be waited for here.
+    pub(crate) fn on_supervisor(&self) -> bool {
+        self.supervisor.get() == Some(&std::thread::current().id())
+    }
+
+    /// Waits for the end, at most until `deadline`; not at all on the thread that has to bring it about.
     pub(crate) fn wait(&self, deadline: Option<Instant>) -> Option<Outcome> {
         let mut slot = self.outcome.lock();
+        if self.on_supervisor() {
+            return slot.clone();
+        }
         while slot.is_none() {
             match deadline {
                 None => self.ended.wait(&mut slot),

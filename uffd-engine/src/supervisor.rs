@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use page_source::SourceError;
+use page_source::{PageSource, SourceError};
 
 use crate::core::Core;
 use crate::fault::Origin;
@@ -39,6 +39,7 @@ pub(crate) struct Supervisor {
 impl Supervisor {
     /// Runs until the engine has ended.
     pub(crate) fn run(mut self) {
+        self.core.status.supervised_here();
         loop {
             match self.core.status.next_task() {
                 Task::FirstFault => {
@@ -53,6 +54,8 @@ impl Supervisor {
                 }
                 Task::LookUp => self.look_up(),
                 Task::Thaw => self.thaw(),
+                // It was given up before it had started whole.
+                Task::Fail(_) if self.core.status.outcome().is_some() => return,
                 Task::Fail(error) => return self.fail(error),
             }
         }
@@ -110,6 +113,11 @@ impl Supervisor {
             self.core.status.fail(EngineError::Broken(error));
             return false;
         }
+        if self.core.staging.cannot_poison.load(Ordering::Acquire) {
+            let reason = "this kernel can't poison the pages that could not be had".into();
+            self.core.status.fail(EngineError::Broken(SourceError::Stopped { reason }));
+            return false;
+        }
         if !self.begin_completion() {
             return false;
         }
@@ -133,7 +141,7 @@ impl Supervisor {
     /// Whether content of an area is still missing, by its page states.
     fn lacks(&self, number: usize) -> bool {
         let area = &self.core.areas[number];
-        self.origin.stored(area).any(|(first, granules)| {
+        area.stored(&*self.origin.source).any(|(first, granules)| {
             (first..first + granules)
                 .any(|granule| matches!(area.states.get(granule).state, State::Missing | State::InFlight))
         })
@@ -146,20 +154,52 @@ impl Supervisor {
         if let Some(frozen) = self.core.frozen() {
             frozen.end(Err(FrozenError::Engine(error.clone())));
         }
-        for area in 0..self.core.areas.len() {
-            self.poison_missing(area);
-        }
-        if !self.core.staging.cannot_poison.load(Ordering::Acquire) {
-            self.core.unregister();
-        }
+        self.core.fail_closed(&*self.origin.source);
+        stay_open(&self.core);
         self.core.status.end(Outcome::Failed(error.clone()));
         self.tell(&Event::Failed(error));
     }
+}
 
-    fn poison_missing(&self, number: usize) {
-        let area = &self.core.areas[number];
-        let spans: Vec<_> = self.origin.stored(area).collect();
-        for (first, granules) in spans {
+/// Where pages can't be poisoned, the descriptor is never closed: what is missing would read as zero then.
+pub(crate) fn stay_open(core: &Arc<Core>) {
+    if core.staging.cannot_poison.load(Ordering::Acquire) {
+        log::error!("this kernel can't poison pages: the descriptor stays open, and what is missing stays blocked");
+        std::mem::forget(Arc::clone(core));
+    }
+}
+
+impl Core {
+    /// Ends what could not start whole. Memory of this process is let go as it is, since its owner is told at once; for
+    /// that of another process, which would go on with zeros, what is missing is poisoned.
+    pub(crate) fn give_up(&self, source: &dyn PageSource) {
+        if !self.status.begin_completion() {
+            return;
+        }
+        if self.descriptor.foreign() {
+            self.fail_closed(source);
+        } else {
+            self.unregister();
+        }
+        self.status.end(Outcome::Failed(EngineError::Cancelled));
+        self.status.tell(Task::Fail(EngineError::Cancelled));
+    }
+
+    /// Poisons what is missing of the source's content, and then lets the memory go.
+    pub(crate) fn fail_closed(&self, source: &dyn PageSource) {
+        for area in 0..self.areas.len() {
+            self.poison_missing(source, area);
+        }
+        if !self.staging.cannot_poison.load(Ordering::Acquire) {
+            self.unregister();
+        }
+        // Whoever gives memory back waits for the event to be read.
+        self.read_for_want_of_handlers();
+    }
+
+    fn poison_missing(&self, source: &dyn PageSource, number: usize) {
+        let area = &self.areas[number];
+        for (first, granules) in area.stored(source) {
             let mut at = first;
             while at < first + granules {
                 let run = (at..first + granules).take_while(|&granule| area.states.claim_missing(granule)).count();
@@ -178,20 +218,20 @@ impl Supervisor {
 
     /// In as few calls as the kernel makes of it; page by page where something is in the way.
     fn poison_range(&self, number: usize, first: usize, granules: usize) {
-        let area = &self.core.areas[number];
+        let area = &self.areas[number];
         let end = first + granules;
         let mut at = first;
         while at < end {
             let (addr, len) = (area.addr(at), area.len_of(end - at));
-            let poisoned = match ops::poison(self.core.descriptor.fd(), addr.0, len.0) {
+            let poisoned = match ops::poison(self.descriptor.fd(), addr.0, len.0) {
                 ops::Done::All => end - at,
                 ops::Done::Part(bytes) => usize::try_from(bytes / area.len_of(1).0).unwrap_or(0),
                 ops::Done::Failed(_) => 0,
             };
-            stats::bump(&self.core.counters.poisoned, poisoned as u64 * area.granule.0);
+            stats::bump(&self.counters.poisoned, poisoned as u64 * area.granule.0);
             at += poisoned;
             if poisoned == 0 {
-                self.core.poison_in_kernel(number, at);
+                self.poison_in_kernel(number, at);
                 at += 1;
             }
         }

@@ -22,6 +22,11 @@ impl Waiting {
         self.count.store(map.len(), Ordering::SeqCst);
     }
 
+    /// Nobody waits there any more.
+    pub(crate) fn forget(&self, place: Place) {
+        let _ = self.remove(place);
+    }
+
     pub(crate) fn remove(&self, place: Place) -> Option<Instant> {
         if self.count.load(Ordering::SeqCst) == 0 {
             return None;

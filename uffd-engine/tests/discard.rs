@@ -3,20 +3,28 @@
 mod common;
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
+use common::blocked::Thread;
+use common::discards::{Way, discard, give_back};
+use common::scripted::Scripted;
 use common::{Kind, Memory, PAGE};
-use nix::sys::mman::{MmapAdvise, madvise};
 use page_source::{BlockId, ByteLen, Layout, PageCount, PageIndex, PageRun, PageSize, PageSource, RamBlock};
 use proptest::prelude::*;
 use testkit::gate::Gate;
 use testkit::late::LateSource;
 use testkit::oracle::Oracle;
 use testkit::source::MemorySource;
-use uffd_engine::{Background, DiscardError, Discards, Engine, Handlers, PausePoint};
+use uffd_engine::{Background, DiscardError, Discards, Handlers, PausePoint};
 
 fn oracle(seed: u64, pages: u64) -> Arc<Oracle> {
     let block = RamBlock::new("ram", PageCount(pages).to_bytes(), PageSize::SMALL).unwrap();
     Arc::new(Oracle::random(seed, Layout::new(vec![block]).unwrap(), 255))
+}
+
+/// No page of it is zero.
+fn full(pages: u64) -> Arc<Oracle> {
+    common::scripted::full(pages)
 }
 
 fn run(first: u64, pages: u64) -> PageRun {
@@ -27,37 +35,9 @@ fn bytes_of(run: PageRun) -> std::ops::Range<usize> {
     run.first.byte_offset().get()..run.end().byte_offset().get()
 }
 
-/// What a balloon does: from any thread, without a word to the engine.
-#[expect(unsafe_code, reason = "a discard as a VMM does it")]
-fn give_back(memory: &Memory, run: PageRun) {
-    let at = memory.addr(run.block) + run.first.byte_offset();
-    let at = std::ptr::with_exposed_provenance_mut(usize::try_from(at.0).unwrap());
-    let advice = match memory.kind {
-        Kind::MemfdShared => MmapAdvise::MADV_REMOVE,
-        _ => MmapAdvise::MADV_DONTNEED,
-    };
-    // SAFETY: pages of the test's own mapping, of which nothing is borrowed.
-    unsafe { madvise(std::ptr::NonNull::new(at).unwrap(), run.len().get(), advice) }.unwrap();
-}
-
 fn assert_zero(memory: &Memory, run: PageRun) {
     for page in run.iter() {
         assert!(memory.load(run.block, page).iter().all(|&byte| byte == 0), "page {page} of {run} is not zero");
-    }
-}
-
-/// How a discard is made.
-#[derive(Clone, Copy, Debug)]
-enum Way {
-    Kernel,
-    Engine,
-    EngineAnnounced,
-}
-
-fn discard(way: Way, engine: &Engine, memory: &Memory, run: PageRun) {
-    match way {
-        Way::Kernel => give_back(memory, run),
-        Way::Engine | Way::EngineAnnounced => engine.discard(run).unwrap(),
     }
 }
 
@@ -88,12 +68,12 @@ proptest! {
             false => Arc::new(MemorySource::new(Arc::clone(&oracle))),
         };
         let background = Background::default().with_piece(PageCount(8)).with_threads(loaders);
-        let announced = matches!(way, Way::EngineAnnounced);
+
         let engine = memory
             .engine(source)
             .handlers(Handlers::threads(handlers))
             .background(if loaders == 0 { Background::off() } else { background })
-            .discards(if announced { Discards::Announced } else { Discards::Events })
+            .discards(way.discards())
             .start()
             .unwrap();
         let mut book = oracle.block(BlockId(0)).to_vec();
@@ -135,11 +115,11 @@ fn a_discard_of_pages_that_are_being_installed() {
             let memory = Memory::new(kind, oracle.layout());
             let gate = Gate::closed();
             let at_gate = gate.clone();
-            let announced = matches!(way, Way::EngineAnnounced);
+
             let engine = memory
                 .engine(Arc::new(MemorySource::new(Arc::clone(&oracle))))
                 .background(Background::default().with_piece(PageCount(64)))
-                .discards(if announced { Discards::Announced } else { Discards::Events })
+                .discards(way.discards())
                 .pauses(move |point| {
                     if point == PausePoint::Claimed {
                         at_gate.enter();
@@ -164,11 +144,12 @@ fn a_discard_of_pages_that_are_being_installed() {
     }
 }
 
-/// A fault and a discard of the same page wait in one batch: the discard is applied first.
+/// A fault and a discard of the same page are read together: the discard is applied first, so that nothing is fetched for
+/// the fault.
 #[test]
 fn a_discard_read_together_with_a_fault_comes_first() {
     testkit::require!(Userfaultfd);
-    let oracle = oracle(2, 64);
+    let oracle = full(64);
     let memory = Memory::new(Kind::Anonymous, oracle.layout());
     let gate = Gate::closed();
     let at_gate = gate.clone();
@@ -184,15 +165,157 @@ fn a_discard_read_together_with_a_fault_comes_first() {
         .unwrap();
     std::thread::scope(|scope| {
         // The handler is held at a fault on page 9 while a discard and a fault of page 3 queue up.
-        scope.spawn(|| memory.load(BlockId(0), PageIndex(9)));
+        let other = scope.spawn(|| memory.load(BlockId(0), PageIndex(9)));
         gate.wait_for(1);
-        let discarding = scope.spawn(|| give_back(&memory, run(3, 1)));
+        let discarding = Thread::spawn(scope, || give_back(&memory, run(3, 1)));
+        discarding.wait_for_discard();
+        let touching = Thread::spawn(scope, || memory.load(BlockId(0), PageIndex(3)));
+        touching.wait_for_fault();
         gate.open();
-        discarding.join().unwrap();
-        assert_zero(&memory, run(3, 1));
+        assert!(touching.join().iter().all(|&byte| byte == 0));
+        discarding.join();
+        assert!(other.join().unwrap() == oracle.run(run(9, 1)));
     });
-    assert!(memory.load(BlockId(0), PageIndex(9)) == oracle.run(run(9, 1)));
-    assert!(engine.stats().removed_pages == 1, "{:?}", engine.stats());
+    let stats = engine.stats();
+    assert_eq!((stats.removed_pages, stats.demand_pages), (1, 1), "{stats:?}");
+    assert_eq!(stats.retries, 1, "only page 9 was tried while the discard was unread: {stats:?}");
+}
+
+/// A fault waits for a source that is late, and its page is given back meanwhile: nobody would wake it when the content
+/// comes that is not taken any more.
+#[test]
+fn a_fault_that_waits_for_a_page_that_is_given_back_gets_zeros() {
+    testkit::require!(Userfaultfd);
+    for kind in [Kind::Anonymous, Kind::MemfdShared] {
+        for way in [Way::Kernel, Way::Engine, Way::EngineAnnounced] {
+            let oracle = full(64);
+            let memory = Memory::new(kind, oracle.layout());
+            let gate = Gate::closed();
+            let late = LateSource::new(Arc::clone(&oracle), 1).with_unasked(false).with_gate(gate.clone());
+            let engine =
+                memory.engine(Arc::new(late)).background(Background::off()).discards(way.discards()).start().unwrap();
+            std::thread::scope(|scope| {
+                let touching = Thread::spawn(scope, || memory.read(BlockId(0), PageIndex(7)));
+                gate.wait_for(1);
+                discard(way, &engine, &memory, run(7, 1));
+                gate.open();
+                let got = touching.heard(|| engine.cancel());
+                assert!(got.unwrap().iter().all(|&byte| byte == 0), "{kind:?} {way:?}");
+            });
+            assert!(engine.outcome().is_none());
+        }
+    }
+}
+
+/// A fault is left to the loader, which has claimed its page; then the page is given back, and the loader may not install
+/// it any more.
+#[test]
+fn a_fault_that_was_left_to_an_install_that_fails_gets_zeros() {
+    testkit::require!(Userfaultfd);
+    for kind in [Kind::Anonymous, Kind::MemfdShared] {
+        let oracle = full(64);
+        let memory = Memory::new(kind, oracle.layout());
+        let (read, claimed) = (Gate::closed(), Gate::closed());
+        let gates = (read.clone(), claimed.clone());
+        let engine = memory
+            .engine(Arc::new(MemorySource::new(Arc::clone(&oracle))))
+            .background(Background::default().paused())
+            .pauses(move |point| match point {
+                PausePoint::FaultRead => gates.0.enter(),
+                PausePoint::Claimed if std::thread::current().name() == Some("uffd-load-0") => gates.1.enter(),
+                _ => {}
+            })
+            .start()
+            .unwrap();
+        std::thread::scope(|scope| {
+            let touching = Thread::spawn(scope, || memory.read(BlockId(0), PageIndex(3)));
+            read.wait_for(1);
+            engine.resume_background();
+            claimed.wait_for(1);
+            let discarding = Thread::spawn(scope, || give_back(&memory, run(3, 1)));
+            discarding.wait_for_discard();
+            read.open();
+            claimed.open();
+            let got = touching.heard(|| engine.cancel());
+            discarding.join();
+            assert!(got.unwrap().iter().all(|&byte| byte == 0), "{kind:?}");
+        });
+        engine.wait().unwrap();
+    }
+}
+
+/// A page is claimed between the moment at which a discard is announced and the one at which it is marked: the discard
+/// waits for that install, and its page is not installed behind it.
+#[test]
+fn an_announced_discard_waits_for_an_install_that_has_just_begun() {
+    testkit::require!(Userfaultfd);
+    let oracle = full(64);
+    let memory = Memory::new(Kind::Anonymous, oracle.layout());
+    let (announced, claimed) = (Gate::closed(), Gate::closed());
+    let gates = (announced.clone(), claimed.clone());
+    let engine = memory
+        .engine(Arc::new(MemorySource::new(Arc::clone(&oracle))))
+        .background(Background::default().paused())
+        .discards(Discards::Announced)
+        .pauses(move |point| match point {
+            PausePoint::Discarding => gates.0.enter(),
+            PausePoint::Claimed => gates.1.enter(),
+            _ => {}
+        })
+        .start()
+        .unwrap();
+    std::thread::scope(|scope| {
+        let discarding = scope.spawn(|| engine.discard(run(3, 1)).unwrap());
+        announced.wait_for(1);
+        engine.resume_background();
+        claimed.wait_for(1);
+        announced.open();
+        // Something that must not happen can only be waited for by the clock; what is right does not depend on it.
+        let until = Instant::now() + Duration::from_millis(100);
+        while Instant::now() < until && !discarding.is_finished() {
+            std::thread::yield_now();
+        }
+        let early = discarding.is_finished();
+        claimed.open();
+        discarding.join().unwrap();
+        assert!(!early, "the page was given back while it was being installed");
+    });
+    assert_zero(&memory, run(3, 1));
+    engine.wait().unwrap();
+    assert_zero(&memory, run(3, 1));
+}
+
+/// A source that pushes while it is being started, when no handler reads events yet, and a discard at that moment.
+#[test]
+fn a_discard_while_the_source_is_being_started() {
+    testkit::require!(Userfaultfd);
+    let oracle = full(64);
+    let memory = Memory::new(Kind::Anonymous, oracle.layout());
+    let claimed = Gate::closed();
+    let at_gate = claimed.clone();
+    let source = Arc::new(Scripted::new(Arc::clone(&oracle)).pushing_at_start());
+    std::thread::scope(|scope| {
+        let starting = scope.spawn(|| {
+            let builder = memory.engine(source).background(Background::off());
+            let builder = builder.pauses(move |point| {
+                if point == PausePoint::Claimed {
+                    at_gate.enter();
+                }
+            });
+            builder.start().unwrap()
+        });
+        claimed.wait_for(1);
+        let discarding = Thread::spawn(scope, || give_back(&memory, run(3, 1)));
+        discarding.wait_for_discard();
+        claimed.open();
+        let engine = starting.join().unwrap();
+        discarding.join();
+        assert_zero(&memory, run(3, 1));
+        drop(engine);
+    });
+    for page in (0..64).filter(|&page| page != 3) {
+        assert!(memory.load(BlockId(0), PageIndex(page)) == oracle.run(run(page, 1)));
+    }
 }
 
 /// Pages keep being given back and touched again while handlers, loaders and the kernel are all at them.

@@ -8,7 +8,7 @@ use vmstate::Section;
 use crate::memory::{GuestRam, RamSpec};
 use crate::state::StateError;
 
-const NAME: &str = "vm-memory";
+pub(crate) const NAME: &str = "vm-memory";
 const VERSION: u32 = 1;
 
 /// The section that describes `ram`.
@@ -33,9 +33,7 @@ pub(crate) fn load(snapshot: &Snapshot) -> Result<Vec<RamSpec>, StateError> {
         StateError::Unsupported(format!("{what}; this is of a \"{machine}\""))
     })?;
     let value = device.decode()?;
-    if let Some(version) = value.version().filter(|version| *version > VERSION) {
-        return Err(StateError::Unsupported(format!("version {version} of section \"{NAME}\"")));
-    }
+    crate::state::check(&value, NAME, &[])?;
     let numbers = value.field("pieces")?.as_u64s()?;
     let (pieces, rest) = numbers.as_chunks::<3>();
     let blocks = snapshot.layout().blocks();

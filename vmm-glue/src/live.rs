@@ -34,10 +34,10 @@ use crate::{GuestRam, Vcpus, blueprint};
 pub struct Blackout {
     /// From the request until no vCPU ran any more.
     pub stop: Duration,
-    /// Reading the device state from KVM.
-    pub state: Duration,
     /// What the caller did meanwhile: see [`LiveOptions::with_drain`].
     pub drain: Duration,
+    /// Reading the device state from KVM, after that: the interrupts of I/O that was drained are in it.
+    pub state: Duration,
     /// Looking up which pages of shared memory exist. Private memory needs no look-up.
     pub look_up: Duration,
     /// Write-protecting them.
@@ -156,10 +156,11 @@ fn freeze(
     };
     let held = Held { vcpus, hold: vcpus.hold(options.stop_limit)? };
     let stop = lap();
-    let state = vcpus.save_state(host)?;
-    let saved = lap();
+    // First: I/O that ends raises interrupts, which belong into the state.
     options.drain(vcpus.ram()).map_err(LiveError::Drain)?;
     let drain = lap();
+    let state = vcpus.save_state(host)?;
+    let saved = lap();
     let populated = check::shared_pages(vcpus.ram()).map_err(LiveError::Populated)?;
     let look_up = lap();
     let frozen = freezer.arm(&populated)?;

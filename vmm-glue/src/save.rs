@@ -57,6 +57,9 @@ pub enum SaveError {
     /// The memory is still being loaded.
     #[error("the guest's memory is still being loaded: wait for the engine before saving")]
     Loading,
+    /// Some of the memory has no content.
+    #[error("{0} pages of the guest's memory could not be loaded, and can not be saved")]
+    Poisoned(PageCount),
     /// The state could not be taken.
     #[error(transparent)]
     State(#[from] StateError),

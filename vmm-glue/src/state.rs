@@ -11,6 +11,7 @@ mod record;
 mod vcpu;
 mod vm;
 
+pub(crate) use decode::check;
 pub use error::StateError;
 pub use host::Host;
 pub use vcpu::VcpuState;

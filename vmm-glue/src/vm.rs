@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use page_source::GuestAddr;
+use page_source::{GuestAddr, PageCount};
 use uffd_engine::{Engine, EngineError};
 
 use crate::live::{self, LiveError, LiveOptions, LiveSnapshot};
@@ -167,10 +167,19 @@ impl Vm {
     /// # Errors
     /// If memory is still missing, or anything fails.
     pub fn save(&self, host: &Host, path: &Path, options: &SaveOptions) -> Result<Saved, SaveError> {
+        if let Some(pages) = self.poisoned() {
+            return Err(SaveError::Poisoned(pages));
+        }
         if self.engine.as_ref().is_some_and(|engine| !matches!(engine.outcome(), Some(Ok(_)))) {
             return Err(SaveError::Loading);
         }
         save(self.vcpus(), host, path, options)
+    }
+
+    /// Pages that could not be loaded, and that the guest must not touch: they have no content to be saved.
+    fn poisoned(&self) -> Option<PageCount> {
+        let pages = self.engine.as_ref().map(|engine| PageCount(engine.stats().poisoned_pages));
+        pages.filter(|pages| pages.0 > 0)
     }
 
     /// Takes a snapshot while the guest runs; see [`snapshot_live`](crate::snapshot_live()).
@@ -183,6 +192,9 @@ impl Vm {
     /// # Errors
     /// If anything fails: the guest goes on, and there is no file.
     pub fn snapshot_live(&self, host: &Host, path: &Path, options: &LiveOptions) -> Result<LiveSnapshot, LiveError> {
+        if let Some(pages) = self.poisoned() {
+            return Err(LiveError::Poisoned(pages));
+        }
         live::take(self.vcpus(), host, path, options, self.engine.as_ref())
     }
 }

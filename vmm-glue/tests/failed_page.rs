@@ -18,8 +18,8 @@ use testkit::guest::Privilege;
 use testkit::require;
 use uffd_engine::{Background, Event, FailurePolicy};
 use vmm_glue::{
-    Backing, FailedPage, Host, MachineConfig, RestoreOptions, SaveOptions, SavedVm, StopError, VcpuError, Vm,
-    VmStopError,
+    Backing, FailedPage, Host, LiveError, LiveOptions, MachineConfig, RestoreOptions, SaveError, SaveOptions, SavedVm,
+    StopError, VcpuError, Vm, VmStopError,
 };
 
 /// Another source without one of its pages.
@@ -165,6 +165,13 @@ fn data_that_is_gone_is_told_with_its_address() {
             assert!(matches!(how(&error), FailedPage::BusError | FailedPage::Mmio), "{error}");
             assert!(error.to_string().contains(&format!("{guest}")), "{error}");
             assert!(events.lock().iter().any(|event| matches!(event, Event::PagesFailed(_))));
+            // What has no content is not saved, as zeros least of all.
+            let host = Host::probe(&Kvm::new().unwrap()).unwrap();
+            let path = std::env::temp_dir().join("never.mr");
+            let saved = vm.save(&host, &path, &SaveOptions::default());
+            assert!(matches!(saved, Err(SaveError::Poisoned(PageCount(1)))), "{saved:?}");
+            let live = vm.snapshot_live(&host, &path, &LiveOptions::default());
+            assert!(matches!(live, Err(LiveError::Poisoned(PageCount(1)))), "{live:?}");
             // It is not run again.
             vm.resume();
             assert!(matches!(vm.wait_stopped(PATIENCE), Err(VmStopError::Failed(_))));

@@ -15,7 +15,9 @@ use parking_lot::Mutex;
 use testkit::guest::{GuestConfig, Pattern, Privilege};
 use testkit::require;
 use vm_memory::{Bytes, GuestAddress};
-use vmm_glue::{Backing, FreezeOptions, Handlers, Host, LiveEvent, LiveOptions, MachineConfig, Vm, snapshot_live};
+use vmm_glue::{
+    Backing, FreezeOptions, Handlers, Host, LiveEvent, LiveOptions, MachineConfig, MachineState, Vm, snapshot_live,
+};
 
 /// Where files are quick to write, if there is such a place.
 fn directory() -> tempfile::TempDir {
@@ -190,6 +192,40 @@ impl Drop for EndOnDrop<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Release);
     }
+}
+
+/// I/O that comes to its end while the guest is stopped for a snapshot raises an interrupt: both are in it.
+#[test]
+fn interrupts_of_what_was_drained_are_in_the_state() {
+    require!(Kvm, Userfaultfd);
+    const LINE: u32 = 10;
+    let dir = directory();
+    let path = dir.path().join("live.mr");
+    let kind = Kind {
+        privilege: Privilege::User,
+        vcpus: 1,
+        pattern: Pattern::Random,
+        backing: Backing::Anonymous,
+        mib: 16,
+        filled: 25,
+    };
+    let (vcpus, image, bus) = live::boot(&kind, MachineConfig::full(1));
+    vcpus.resume();
+    live::progress(&vcpus, &image, 100);
+    let vcpus = Arc::new(vcpus);
+    for raised in [false, true] {
+        let machine = Arc::clone(&vcpus);
+        let options = LiveOptions::default()
+            .with_drain(move |_| machine.vm().set_irq_line(LINE, raised).map_err(|error| error.to_string()));
+        let host = Host::probe(&Kvm::new().unwrap()).unwrap();
+        snapshot_live(&vcpus, &host, &path, &options).unwrap().wait().unwrap();
+        let state = MachineState::load(&mapped_ram::Snapshot::open(&path).unwrap()).unwrap();
+        let chips = state.vm.interrupts.unwrap();
+        // `struct kvm_ioapic_state`: base, ioregsel, id, and then what is requested.
+        let requested = u32::from_le_bytes(chips.ioapic[16..20].try_into().unwrap());
+        assert_eq!(requested >> LINE & 1 == 1, raised, "{requested:#x}");
+    }
+    live::finish(&vcpus, &image, &bus, &kind);
 }
 
 #[test]

@@ -13,6 +13,7 @@ use std::time::Duration;
 use common::live::{self, Kind};
 use common::{PATIENCE, Signals};
 use kvm_ioctls::Kvm;
+use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::{Signal, raise};
 use page_source::PageCount;
 use testkit::guest::{GuestImage, Pattern, Privilege};
@@ -258,25 +259,33 @@ fn a_full_disk() {
 #[test]
 fn a_limit_on_the_length_of_files() {
     require!(Kvm, Userfaultfd);
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("live.mr");
-    // The signal is ignored, and stays so over `exec`. In blocks of 512 bytes: the headers are below, some pages above.
-    let script = "trap '' XFSZ; ulimit -f 28000; exec \"$0\" \"$@\"";
-    let mut shell = Command::new("sh");
-    shell.args(["-c", script]).arg(std::env::current_exe().unwrap());
-    let output = child(&mut shell, "limited", &path).output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    assert_eq!(names(dir.path()), [""; 0]);
+    for role in ["limited", "limited at the end"] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("live.mr");
+        // The signal is ignored, and stays so over `exec`.
+        let mut shell = Command::new("sh");
+        shell.args(["-c", "trap '' XFSZ; exec \"$0\" \"$@\""]).arg(std::env::current_exe().unwrap());
+        let output = child(&mut shell, role, &path).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert_eq!(names(dir.path()), [""; 0]);
+    }
 }
 
-fn limited(path: &Path) {
+/// Beyond the headers, but not beyond all pages; or beyond all pages, but not beyond the device state.
+fn limited(path: &Path, at_the_end: bool) {
     let (vcpus, image, bus) = running(&KIND);
+    snapshot_live(&vcpus, &host(), path, &LiveOptions::default()).unwrap().wait().unwrap();
+    let state = mapped_ram::Snapshot::open(path).unwrap().device_state().start.0;
+    std::fs::remove_file(path).unwrap();
+    let limit = if at_the_end { state + 100 } else { state - (2 << 20) };
+    setrlimit(Resource::RLIMIT_FSIZE, limit, limit).unwrap();
     let error = snapshot_live(&vcpus, &host(), path, &LiveOptions::default()).unwrap().wait().unwrap_err();
     let LiveError::Write(page_source::SinkError::Write { offset, error: why, .. }) = &error else {
         panic!("{error}");
     };
     assert_eq!(why.raw_os_error(), Some(libc::EFBIG), "{error}");
-    assert!(offset.0 > 0);
+    let there = if at_the_end { state..state + 1 } else { 1..state };
+    assert!(there.contains(&offset.0) && error.to_string().contains(&offset.to_string()), "{error}");
     live::finish(&vcpus, &image, &bus, &KIND);
 }
 
@@ -291,7 +300,8 @@ fn victim() {
     let Ok(role) = std::env::var("LIVE_ROLE") else { return };
     let path = PathBuf::from(std::env::var_os("LIVE_PATH").unwrap());
     match role.as_str() {
-        "limited" => limited(&path),
+        "limited" => limited(&path, false),
+        "limited at the end" => limited(&path, true),
         point => killed(&path, point),
     }
 }
@@ -342,6 +352,8 @@ fn killed_at_twenty_points() {
         let output = child(&mut Command::new(std::env::current_exe().unwrap()), point, &path).output().unwrap();
         let errors = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.signal(), Some(libc::SIGKILL), "point {point}: {errors}");
+        let others: Vec<_> = names(dir.path()).into_iter().filter(|name| name != "live.copy").collect();
+        assert!(others.is_empty() || others == ["live.mr"], "point {point}: {others:?}");
         let found = std::fs::read(&path).ok();
         if found.is_none() && !before || before && found.as_deref() == Some(b"the one before") {
             assert_ne!(point, "published");

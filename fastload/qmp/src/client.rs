@@ -1,14 +1,17 @@
 //! Commands, their answers, and events.
 
 use std::collections::VecDeque;
-use std::io::{IoSlice, Write};
+use std::io::{self, IoSlice, Write};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use nix::errno::Errno;
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, connect, sendmsg, socket,
+};
 use serde_json::{Value, json};
 
 use crate::QmpError;
@@ -16,6 +19,28 @@ use crate::reader::{NoMessage, Reader};
 
 /// Events kept until somebody asks; the oldest are dropped first.
 const MOST_EVENTS: usize = 4096;
+
+/// How often it is looked whether there is room in the queue of the socket, which nothing tells.
+const AGAIN: Duration = Duration::from_millis(10);
+
+/// Connects; `None` if there was no room in time: QEMU takes one client, and lets one wait.
+fn connect_until(path: &Path, until: Instant) -> io::Result<Option<UnixStream>> {
+    let address = UnixAddr::new(path)?;
+    let fd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC, None)?;
+    while let Err(error) = connect(fd.as_raw_fd(), &address) {
+        if !matches!(error, Errno::EAGAIN | Errno::EINTR) {
+            return Err(error.into());
+        }
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Ok(None);
+        }
+        std::thread::sleep(left.min(AGAIN));
+    }
+    let socket = UnixStream::from(fd);
+    socket.set_nonblocking(false)?;
+    Ok(Some(socket))
+}
 
 /// Something that QEMU said unasked.
 #[derive(Clone, Debug, PartialEq)]
@@ -48,9 +73,12 @@ impl Qmp {
     /// # Errors
     /// If nothing answers at `path`, or not in time (QEMU serves one client at a time).
     pub fn connect(path: &Path, limit: Duration) -> Result<Qmp, QmpError> {
+        let until = Instant::now() + limit;
         let failed = |error| QmpError::Connect { path: path.to_owned(), error: Arc::new(error) };
-        let socket = UnixStream::connect(path).map_err(failed)?;
-        Qmp::over(socket, limit).map_err(|error| match error {
+        let Some(socket) = connect_until(path, until).map_err(failed)? else {
+            return Err(QmpError::NoGreeting { path: path.to_owned() });
+        };
+        Qmp::greeted(socket, until, limit).map_err(|error| match error {
             QmpError::Timeout { .. } | QmpError::Closed => QmpError::NoGreeting { path: path.to_owned() },
             other => other,
         })
@@ -61,9 +89,13 @@ impl Qmp {
     /// # Errors
     /// If QEMU is not at the other end, or does not answer in time.
     pub fn over(socket: UnixStream, limit: Duration) -> Result<Qmp, QmpError> {
+        Qmp::greeted(socket, Instant::now() + limit, limit)
+    }
+
+    fn greeted(socket: UnixStream, until: Instant, limit: Duration) -> Result<Qmp, QmpError> {
         socket.set_write_timeout(Some(limit)).map_err(|_| QmpError::Closed)?;
         let reader = socket.try_clone().and_then(Reader::start).map_err(|_| QmpError::Closed)?;
-        let greeting = reader.next(Instant::now() + limit).map_err(|no| match no {
+        let greeting = reader.next(until).map_err(|no| match no {
             NoMessage::TooLate => QmpError::Timeout { command: "the connection".into(), limit },
             NoMessage::Closed => QmpError::Closed,
         })?;

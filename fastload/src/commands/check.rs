@@ -11,7 +11,7 @@ use page_units::FileOffset;
 use serde::Serialize;
 
 use crate::commands::Failure;
-use crate::{output, parse};
+use crate::{contents, output, parse};
 
 /// Verify everything that can be verified of a snapshot file.
 ///
@@ -63,7 +63,7 @@ impl Check {
             ram_blocks: snapshot.layout().blocks().len(),
             ..Findings::default()
         };
-        for warning in snapshot.diagnose()? {
+        for warning in contents::diagnose(&snapshot)? {
             let harmless = matches!(warning, Warning::TrailingBytes { .. } | Warning::NoDescription);
             let list = if harmless { &mut findings.notes } else { &mut findings.problems };
             list.push(warning.to_string());
@@ -72,7 +72,7 @@ impl Check {
         if !self.quick {
             pages::check(&snapshot, &mut findings, self.json);
         }
-        if let Some(what) = snapshot.changed()? {
+        if let Some(what) = contents::changed(&snapshot)? {
             findings.problems.push(format!("{what} changed while the file was checked"));
         }
         findings.ok = findings.problems.is_empty();

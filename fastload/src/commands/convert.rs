@@ -82,7 +82,8 @@ impl Convert {
     fn flat(&self, template: &Snapshot) -> Result<FlatFile, Failure> {
         let layout = template.layout();
         let source = FlatFile::open(&self.input, FlatBlock::concatenated(layout.blocks().to_vec())?)?;
-        let (size, total) = (std::fs::metadata(&self.input)?.len(), layout.total().0);
+        let meta = std::fs::metadata(&self.input).map_err(|error| format!("{}: {error}", self.input.display()))?;
+        let (size, total) = (meta.len(), layout.total().0);
         if size != total {
             let (input, template) = (self.input.display(), template.path().display());
             return Err(format!("{input} has {size} bytes, but the RAM blocks of {template} have {total}").into());

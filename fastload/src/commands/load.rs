@@ -1,6 +1,8 @@
 //! `fastload load`: everything that is to be done to a QEMU that was started with `-incoming defer`.
 
 mod check;
+mod devices;
+mod pci;
 mod qemu;
 
 use std::path::PathBuf;
@@ -58,40 +60,48 @@ impl Load {
         let begun = Instant::now();
         let image = Image::open(&self.snapshot)?;
         let mut qmp = Qmp::connect(&self.qmp, PATIENCE)?;
-        let blocks = check::fits(&mut qmp, &image.snapshot, &self.snapshot)?;
+        let blocks = check::fits(&mut qmp, &image.snapshot, &self.snapshot, self.recover)?;
+        let paused = self.paused || !check::ran(&image.snapshot)?;
+        // A guest to be recovered has what it was started with.
+        let preempt = if self.recover { qemu::has_preempt(&qmp.capabilities()?) } else { self.preempt };
+        let mut options = Options::default();
+        options.background = !self.no_background;
+        options.preempt = preempt;
+        // What can fail here fails before QEMU is touched.
+        let server = image.server(&blocks, options)?;
         let mut waiting = if self.recover {
             super::recover::listen(&mut qmp, &self.qmp)?
         } else {
-            Waiting::listen(&mut qmp, &self.qmp, self.preempt, self.paused || !check::ran(&image.snapshot)?)?
+            Waiting::listen(&mut qmp, &self.qmp, preempt, paused)?
         };
-        let mut options = Options::default();
-        options.background = !self.no_background;
-        options.preempt = waiting.preempt;
-        let server = image.server(&blocks, options)?;
         let recover =
             format!("fastload load {} --qmp {} --recover", serving::quoted(&self.snapshot), serving::quoted(&self.qmp));
         let connecting = Instant::now();
         let paused = waiting.paused;
         let mut running: Option<Instant> = None;
+        let mut deaf = false;
         let served = serving::attend(&image, server, &waiting.address.clone(), self.recover, &recover, |control| {
             if self.recover {
                 return Ok(false);
             }
             // If QEMU goes away the server finds out itself, and says it better.
-            if let Ok(Some(event)) = waiting.qmp.wait_event(&["RESUME"], serving::MOMENT) {
-                running = Some(event.seen);
-            } else if paused && control.progress().phase >= Phase::Started {
+            match waiting.qmp.wait_event(&["RESUME"], serving::MOMENT) {
+                Ok(Some(event)) => running = Some(event.seen),
+                Ok(None) => {}
+                Err(_) => deaf = true,
+            }
+            if running.is_none() && paused && control.progress().phase >= Phase::Started {
                 running = Some(Instant::now());
             }
             if running.is_some() && !self.json {
                 let what = if paused { "loaded (paused)" } else { "running" };
                 serving::note(&format!("{what} after {:.1} ms", begun.elapsed().as_secs_f64() * 1e3));
             }
-            Ok(running.is_none())
+            Ok(running.is_none() && !deaf)
         });
         if !self.recover && running.is_none() && served.is_ok() {
             // All was over before we looked.
-            running = waiting.qmp.wait_event(&["RESUME"], Duration::ZERO)?.map(|event| event.seen);
+            running = waiting.qmp.wait_event(&["RESUME"], Duration::ZERO).ok().flatten().map(|event| event.seen);
         }
         let restored = waiting.finish(served.is_ok());
         let report = served.map_err(|failure| serving::explain(failure, &recover, || waiting.fate()))?;

@@ -7,7 +7,7 @@ use page_source::{FlatBlock, FlatFile};
 use vmstate::SectionKind;
 
 use crate::commands::{Failure, convert};
-use crate::rewrite;
+use crate::{contents, rewrite};
 
 /// Rebuild the bitmaps of a file that QEMU saved with background-snapshot and mapped-ram.
 ///
@@ -43,7 +43,7 @@ impl Repair {
         if let Some(missing) = missing_device(&snapshot) {
             return Err(format!("{name}: the state of device {missing} is missing: the save was interrupted").into());
         }
-        let found = snapshot.diagnose()?;
+        let found = contents::diagnose(&snapshot)?;
         if !found.iter().any(|warning| matches!(warning, Warning::BitmapsAllZero { .. })) {
             return Err(format!("{name}: no page of it has any content, there is nothing to repair").into());
         }

@@ -9,12 +9,13 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressStyle};
 use mapped_ram::Snapshot;
 use page_source::MappedRam;
-use page_source::postcopy::{Address, Control, Opening, Options, Phase, Report, ServeError, Server};
+use page_source::postcopy::{Address, Control, Opening, Options, Phase, Report, ServeError, Server, Started};
 use page_units::PageSize;
 use serde_json::{Value, json};
 use vmstate::{IGNORE_SHARED, SectionKind};
 
 use super::Failure;
+use crate::contents;
 
 /// How often the progress bar moves.
 const TICK: Duration = Duration::from_millis(50);
@@ -41,9 +42,9 @@ impl Image {
         let mut early = Vec::new();
         let before_ram = snapshot.sections().iter().take_while(|section| section.name != "ram");
         for section in before_ram.filter(|section| section.kind == SectionKind::Full) {
-            early.extend(snapshot.read(section.range.clone())?);
+            early.extend(contents::read(&snapshot, section.range.clone())?);
         }
-        let devices = snapshot.read(snapshot.device_state())?;
+        let devices = contents::read(&snapshot, snapshot.device_state())?;
         let source = Arc::new(MappedRam::new(Arc::clone(&snapshot))?);
         Ok(Image { snapshot, source, opening: Opening { configuration, early, devices } })
     }
@@ -146,27 +147,36 @@ pub(crate) fn explain(failure: Failure, recover: &str, fate: impl FnOnce() -> Fa
         Err(failure) => return failure,
     };
     let not_lost = format!("guest is not lost: it waits for the pages it misses, until: {recover}");
-    let started = error.is_recoverable();
-    if let ServeError::Broken { .. } | ServeError::Refused { .. } | ServeError::Silent { .. } = *error {
-        // It was QEMU that ended it, or the system for it.
-        return match fate() {
-            Fate::Ended => {
-                format!("QEMU has ended, and its guest with it; its standard error may say why ({error})").into()
-            }
-            Fate::Waits => format!("{error}. The {not_lost}").into(),
-            Fate::Unknown if started => format!("{error}. If QEMU has not ended, its {not_lost}").into(),
-            Fate::Unknown => format!("{error}. QEMU ends then, and its standard error says more").into(),
-            Fate::Complete => format!("{error}. QEMU says that its guest has all of its memory").into(),
-            Fate::Other(says) => format!("{error}. QEMU says: {says}").into(),
-        };
-    }
-    if started {
-        return format!("{error}. The {not_lost}").into();
-    }
+    let started = error.started();
+    let ends = "QEMU ends then, and its standard error says more";
+    let in_doubt = match started {
+        Started::No => format!("{error}. {ends}"),
+        Started::Perhaps => format!("{error}. If its guest runs already, the {not_lost}. If not, {ends}"),
+        Started::Yes => format!("{error}. If QEMU has not ended, its {not_lost}"),
+    };
     match *error {
         // QEMU has not heard from us.
-        ServeError::Connect { .. } | ServeError::Encode { .. } => error.to_string().into(),
-        _ => format!("{error}. QEMU ends then, and its standard error says more").into(),
+        ServeError::Connect { .. } | ServeError::Encode { .. } if started == Started::No => error.to_string().into(),
+        // It was QEMU that ended it, or the system for it. Or else whether it runs is not known.
+        ServeError::Broken { .. } | ServeError::Refused { .. } | ServeError::Silent { .. } => {
+            told(&error, &not_lost, in_doubt, fate())
+        }
+        _ if started == Started::Perhaps => told(&error, &not_lost, in_doubt, fate()),
+        _ if started == Started::Yes => format!("{error}. The {not_lost}").into(),
+        _ => in_doubt.into(),
+    }
+}
+
+/// What QEMU says itself.
+fn told(error: &ServeError, not_lost: &str, in_doubt: String, fate: Fate) -> Failure {
+    match fate {
+        Fate::Ended => {
+            format!("QEMU has ended, and its guest with it; its standard error may say why ({error})").into()
+        }
+        Fate::Waits => format!("{error}. The {not_lost}").into(),
+        Fate::Unknown => in_doubt.into(),
+        Fate::Complete => format!("{error}. QEMU says that its guest has all of its memory").into(),
+        Fate::Other(says) => format!("{error}. QEMU says: {says}").into(),
     }
 }
 
@@ -211,4 +221,43 @@ pub(crate) fn quoted(path: &Path) -> String {
 /// Something that people want to know, beside the result.
 pub(crate) fn note(text: &str) {
     eprintln!("fastload: {text}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn explained(error: ServeError, fate: Fate) -> String {
+        explain(error.into(), "RECOVER", || fate).to_string()
+    }
+
+    fn silent(started: Started) -> ServeError {
+        ServeError::Silent { to: "unix:x".into(), what: "which pages it has", patience: TICK, started }
+    }
+
+    #[test]
+    fn a_guest_that_may_run_is_not_given_up() {
+        let connect = |started| {
+            let error = Arc::new(std::io::ErrorKind::TimedOut.into());
+            ServeError::Connect { to: "unix:x".into(), error, started }
+        };
+        let refused = |started| ServeError::Refused { to: "unix:x".into(), code: 5, started };
+        for of in [silent, connect, refused, |started| ServeError::Stopped { started }] {
+            let (no, perhaps, yes) = (of(Started::No), of(Started::Perhaps), of(Started::Yes));
+            let no = explained(no, Fate::Unknown);
+            assert!(!no.contains("RECOVER"), "{no}");
+            let perhaps = explained(perhaps, Fate::Unknown);
+            assert!(perhaps.contains("RECOVER") || perhaps.contains("connecting"), "{perhaps}");
+            let yes = explained(yes, Fate::Unknown);
+            assert!(yes.contains("RECOVER") && !yes.contains("QEMU ends"), "{yes}");
+        }
+        // Whoever can ask, asks.
+        for started in [Started::Perhaps, Started::Yes] {
+            assert!(explained(silent(started), Fate::Waits).contains("The guest is not lost"));
+            assert!(!explained(silent(started), Fate::Ended).contains("RECOVER"));
+        }
+        assert!(
+            explained(ServeError::Stopped { started: Started::Perhaps }, Fate::Waits).contains("The guest is not lost")
+        );
+    }
 }

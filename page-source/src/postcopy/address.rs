@@ -43,24 +43,6 @@ impl fmt::Display for Address {
     }
 }
 
-impl Address {
-    pub(super) fn connect(&self) -> io::Result<Socket> {
-        let socket = match self {
-            Address::Unix(path) => Socket::Unix(UnixStream::connect(path)?),
-            Address::Tcp(host) => {
-                let socket = TcpStream::connect(host)?;
-                socket.set_nodelay(true)?;
-                Socket::Tcp(socket)
-            }
-        };
-        match &socket {
-            Socket::Unix(socket) => socket.set_nonblocking(true)?,
-            Socket::Tcp(socket) => socket.set_nonblocking(true)?,
-        }
-        Ok(socket)
-    }
-}
-
 /// A connection that never blocks.
 #[derive(Debug)]
 pub(super) enum Socket {

@@ -6,13 +6,20 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use nix::sys::socket::{getsockopt, setsockopt, sockopt};
-use page_units::ByteLen;
+use page_units::{ByteLen, Layout};
 use parking_lot::Mutex;
 
 use super::address::Socket;
 use super::message::Message;
 use super::sys;
 use crate::PageBytes;
+
+/// The most bytes of pages kept for a peer that does not take them, or, if those are more, so many of its largest pages.
+/// Each of its threads waits for one page at a time, so one that asks for more without taking any means no good.
+const MOST_KEPT: u64 = 256 << 20;
+const MOST_PAGES_KEPT: u64 = 1024;
+/// Bytes that went are thrown away when they are so many.
+const GONE: usize = 1 << 20;
 
 /// A message of which a part can't be read. The rest of it was not sent.
 #[derive(Clone, Copy, Debug)]
@@ -35,6 +42,8 @@ pub(super) struct Channel {
 struct Queue {
     bytes: Vec<u8>,
     taken: usize,
+    /// How many may be in it.
+    most: usize,
     error: Option<Arc<io::Error>>,
 }
 
@@ -55,11 +64,19 @@ impl Channel {
     pub(super) fn new(socket: Socket) -> Channel {
         Channel {
             socket,
-            queue: Mutex::default(),
+            queue: Mutex::new(Queue { most: ByteLen(MOST_KEPT).get(), ..Queue::default() }),
             waiting: AtomicUsize::new(0),
             position: AtomicU64::new(0),
             broken: AtomicBool::new(false),
         }
+    }
+
+    /// The same for a peer with pages of these sizes.
+    pub(super) fn to(socket: Socket, layout: &Layout) -> Channel {
+        let largest = layout.blocks().iter().map(|block| block.page_size().bytes().0).max().unwrap_or(0);
+        let channel = Channel::new(socket);
+        channel.queue.lock().most = ByteLen(MOST_KEPT.max(MOST_PAGES_KEPT.saturating_mul(largest))).get();
+        channel
     }
 
     pub(super) fn socket(&self) -> &Socket {
@@ -83,6 +100,8 @@ impl Channel {
 
     /// Puts bytes in, as [`send`](Self::send).
     pub(super) fn send_bytes(&self, bytes: Vec<u8>) {
+        // They are not what the peer asks for.
+        self.queue.lock().most += bytes.len();
         // Our own bytes can be read.
         let _ = self.send(&Message::plain(bytes));
     }
@@ -95,6 +114,9 @@ impl Channel {
         let mut queue = self.queue.lock();
         let mut done = 0;
         let mut read = Ok(());
+        if queue.bytes.len() - queue.taken > queue.most && queue.error.is_none() {
+            self.fail(&mut queue, io::Error::other("it asks for more and more pages, and takes none"));
+        }
         if queue.bytes.is_empty() && queue.error.is_none() {
             (done, read) = self.write(&mut queue, message);
         }
@@ -158,6 +180,9 @@ impl Channel {
         if queue.taken == queue.bytes.len() || queue.error.is_some() {
             queue.bytes.clear();
             queue.taken = 0;
+        } else if queue.taken >= GONE.max(queue.bytes.len() / 2) {
+            let taken = std::mem::take(&mut queue.taken);
+            queue.bytes.drain(..taken);
         }
         self.waiting.store(queue.bytes.len() - queue.taken, Ordering::SeqCst);
     }
@@ -183,5 +208,54 @@ impl Channel {
             return None;
         }
         self.queue.lock().error.clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    #[test]
+    fn a_peer_that_takes_nothing_can_not_make_it_grow_without_end() {
+        let (near, mut far) = UnixStream::pair().unwrap();
+        near.set_nonblocking(true).unwrap();
+        let channel = Channel::new(Socket::Unix(near));
+        channel.queue.lock().most = 4 << 20;
+        // Our own bytes do not count, however many they are.
+        channel.send_bytes(vec![1; 8 << 20]);
+        let piece = vec![2; 1 << 20];
+        let mut pieces = 0;
+        while channel.error().is_none() {
+            channel.send(&Message::plain(piece.clone())).unwrap_or_else(|_| unreachable!());
+            pieces += 1;
+            assert!(channel.kept() <= 13 << 20 && pieces < 20, "{}", channel.kept());
+        }
+        assert!(pieces >= 5, "only {pieces} pieces");
+
+        // What went is not kept, though it is never empty.
+        let (near, mut other) = UnixStream::pair().unwrap();
+        near.set_nonblocking(true).unwrap();
+        let channel = Channel::new(Socket::Unix(near));
+        let mut taken = vec![0; 1 << 20];
+        for _ in 0..4 {
+            channel.send_bytes(piece.clone());
+        }
+        for _ in 0..50 {
+            channel.send_bytes(piece.clone());
+            let mut left = taken.len();
+            while left > 0 {
+                left -= other.read(&mut taken[..left]).unwrap();
+                channel.flush();
+            }
+            assert!(channel.kept() > 0);
+        }
+        assert!(channel.queue.lock().bytes.len() <= 8 << 20);
+        other.read_exact(&mut taken[..4096]).unwrap();
+        assert_eq!(taken[..4096], [2; 4096]);
+        far.read_exact(&mut taken[..4096]).unwrap();
+        assert_eq!(taken[..4096], [1; 4096]);
     }
 }

@@ -43,6 +43,13 @@ impl Credit {
         true
     }
 
+    /// Notes that the first `position` bytes do not count: nothing of the background is among them.
+    pub(super) fn confirm(&self, position: u64) {
+        let _locked = self.sent.lock();
+        self.confirmed.fetch_max(position, Ordering::SeqCst);
+        self.came.notify_all();
+    }
+
     /// Waits for a PONG, at most so long.
     pub(super) fn wait(&self, longest: Duration) {
         self.came.wait_for(&mut self.sent.lock(), longest);
@@ -69,5 +76,9 @@ mod tests {
         assert_eq!(credit.under_way(300), 50);
         assert!(!credit.pong(first));
         assert_eq!(credit.under_way(300), 50);
+        credit.confirm(200);
+        assert_eq!(credit.under_way(300), 50);
+        credit.confirm(290);
+        assert_eq!(credit.under_way(300), 10);
     }
 }

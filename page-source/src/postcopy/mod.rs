@@ -18,6 +18,7 @@
 mod address;
 mod assembly;
 mod channel;
+mod connect;
 mod credit;
 mod error;
 mod message;
@@ -36,7 +37,7 @@ mod sys;
 mod window;
 
 pub use address::Address;
-pub use error::ServeError;
+pub use error::{ServeError, Started};
 pub use opening::Opening;
 pub use options::{Control, Options, Phase, Progress, Report};
 pub use server::Server;

@@ -22,7 +22,10 @@ pub struct Options {
     /// [`preempt`](Options::preempt), a request has to wait behind it (default: 256 KiB). After a request it is a quarter of that for 10 ms, since who
     /// has asked asks again.
     pub window: ByteLen,
-    /// How long the destination may be silent where it has nothing to do but answer (default: 60 s).
+    /// How long the destination may be silent where it has nothing to do but answer (default: 60 s): while it is
+    /// connected to, while it loads its devices and waits for no page, and when it was told that it has everything.
+    /// What moves counts, however slowly. A guest that runs may be silent, and even take nothing, for as long as it
+    /// likes.
     pub patience: Duration,
 }
 
@@ -151,6 +154,10 @@ impl Shared {
         self.decide(COMMITTED)
     }
 
+    pub(super) fn is_stopped(&self) -> bool {
+        self.stop.load(Ordering::Acquire)
+    }
+
     fn decide(&self, how: u8) -> bool {
         match self.commitment.compare_exchange(OPEN, how, Ordering::SeqCst, Ordering::SeqCst) {
             Ok(_) => true,
@@ -207,16 +214,15 @@ impl Counters {
         self.phase.store(phase as u8, Ordering::Release);
     }
 
-    pub(super) fn started(&self) -> bool {
-        self.phase.load(Ordering::Acquire) >= Phase::Started as u8
+    pub(super) fn phase(&self) -> Phase {
+        let phases = [Phase::Opening, Phase::Loading, Phase::Started, Phase::Finishing];
+        phases.get(usize::from(self.phase.load(Ordering::Acquire))).copied().unwrap_or(Phase::Finishing)
     }
 
     fn progress(&self) -> Progress {
         let pages = |counter: &AtomicU64| PageCount(counter.load(Ordering::Relaxed));
-        let phases = [Phase::Opening, Phase::Loading, Phase::Started, Phase::Finishing];
-        let phase = usize::from(self.phase.load(Ordering::Acquire));
         Progress {
-            phase: phases.get(phase).copied().unwrap_or(Phase::Finishing),
+            phase: self.phase(),
             requested: pages(&self.requested),
             demand: pages(&self.demand),
             background: pages(&self.background),

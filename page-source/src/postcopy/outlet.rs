@@ -8,7 +8,6 @@ use std::thread::{self, ThreadId};
 use page_units::{BlockId, ByteLen, PageCount, PageIndex, PageRun};
 use parking_lot::{Mutex, RwLock};
 
-use super::ServeError;
 use super::assembly::{Assemblies, Assembly};
 use super::channel::{Channel, Unreadable};
 use super::message::Message;
@@ -17,6 +16,7 @@ use super::options::{Options, Phase, Shared};
 use super::pages::{BlockPages, Pages, masks};
 use super::sys;
 use super::window::Window;
+use super::{ServeError, Started};
 use crate::{End, Flow, PageBytes, PageSink, SinkError, SourceError};
 
 /// The most pages in one message: what a request may have to wait for.
@@ -92,13 +92,17 @@ impl Outlet {
         }
     }
 
-    pub(super) fn started(&self) -> bool {
-        self.shared.counters.started()
+    pub(super) fn started(&self) -> Started {
+        match self.shared.counters.phase() {
+            Phase::Opening => Started::No,
+            Phase::Loading => Started::Perhaps,
+            Phase::Started | Phase::Finishing => Started::Yes,
+        }
     }
 
     /// No more pages are taken, because all is done or something failed.
     pub(super) fn is_over(&self) -> bool {
-        self.over.load(Ordering::SeqCst) || self.shared.stop.load(Ordering::Acquire)
+        self.over.load(Ordering::SeqCst) || self.shared.is_stopped()
     }
 
     /// Lets the background begin.
@@ -142,6 +146,13 @@ impl Outlet {
         true
     }
 
+    /// Whether the destination waits for a page that did not go yet.
+    pub(super) fn is_waited_for(&self) -> bool {
+        // Meanwhile no page is marked as sent and not in the socket.
+        let _nothing_on_its_way = self.ended.write();
+        self.pages.has_unanswered()
+    }
+
     /// Whether the source will send nothing more, and all the rest is zero.
     pub(super) fn is_source_complete(&self) -> bool {
         self.source_complete.load(Ordering::SeqCst)
@@ -155,6 +166,7 @@ impl Outlet {
         }
         let ended = self.ended.read();
         let mut out = Outgoing::default();
+        let (mut on_main, mut on_fast) = (Vec::new(), Vec::new());
         let (mut demand, mut background) = (0_u64, 0_u64);
         for (at, mask) in masks(run.first.0, run.end().0) {
             self.pages.answered_some(block, at, mask);
@@ -168,6 +180,8 @@ impl Outlet {
             let mut go = block.sent.set_some(at, may_go);
             demand += u64::from((go & wanted).count_ones());
             background += u64::from((go & !wanted).count_ones());
+            on_fast.push((at, go & fast));
+            on_main.push((at, go & !fast));
             while go != 0 {
                 let bit = go.trailing_zeros();
                 go &= go - 1;
@@ -178,11 +192,12 @@ impl Outlet {
             }
         }
         self.count(content.is_none(), demand, background);
-        let posted = self.post(out);
-        if posted.is_err() {
-            // So that they count as needed when the source says that it does not have them.
-            run.iter().for_each(|page| _ = block.sent.clear(page.0));
-        }
+        // What did not go counts as needed when the source says that it does not have it. All else is none of our
+        // business: another thread has sent it, and nothing goes twice.
+        let not_sent = |parts: &[(u64, u64)]| parts.iter().for_each(|&(at, mask)| _ = block.sent.clear_some(at, mask));
+        let posted = self.post_fast(&out.fast).inspect_err(|_| not_sent(&on_fast));
+        let posted = posted.and_then(|()| self.post_main(out.main)).inspect_err(|_| not_sent(&on_main));
+        self.shared.pusher.ring();
         posted
     }
 
@@ -205,7 +220,10 @@ impl Outlet {
             out.record(fast, block, page, content.map(PageBytes::from_slice));
             self.count(content.is_none(), u64::from(wanted), u64::from(!wanted));
         }
-        self.post(out)
+        self.post_fast(&out.fast)?;
+        self.post_main(out.main)?;
+        self.shared.pusher.ring();
+        Ok(())
     }
 
     fn count(&self, zero: bool, demand: u64, background: u64) {
@@ -218,18 +236,21 @@ impl Outlet {
         }
     }
 
-    fn post(&self, mut out: Outgoing<'_>) -> Result<(), Unreadable> {
-        if let Some(fast) = self.fast.get().filter(|_| !out.fast.is_empty()) {
-            fast.send(&out.fast)?;
+    fn post_fast(&self, message: &Message<'_>) -> Result<(), Unreadable> {
+        if let Some(fast) = self.fast.get().filter(|_| !message.is_empty()) {
+            fast.send(message)?;
             if fast.kept() > 0 {
                 self.shared.session.ring();
             }
         }
-        if !out.main.is_empty() {
-            out.main.end();
-            self.window.send(&self.main, out.main)?;
+        Ok(())
+    }
+
+    fn post_main(&self, mut message: Message<'_>) -> Result<(), Unreadable> {
+        if !message.is_empty() {
+            message.end();
+            self.window.send(&self.main, message)?;
         }
-        self.shared.pusher.ring();
         Ok(())
     }
 
@@ -354,3 +375,6 @@ impl PageSink for Outlet {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -26,11 +26,6 @@ impl Bits {
         self.set_some(at, 1 << (at % 64)) != 0
     }
 
-    /// Clears a bit; whether it was set.
-    pub(super) fn clear(&self, at: u64) -> bool {
-        self.clear_some(at, 1 << (at % 64)) != 0
-    }
-
     /// The 64 bits among which is `at`.
     pub(super) fn among(&self, at: u64) -> u64 {
         self.word(at).map_or(0, |word| word.load(Ordering::SeqCst))

@@ -2,18 +2,18 @@
 
 use vmstate::Command;
 
-use super::ServeError;
 use super::opening::commands;
 use super::options::Phase;
 use super::return_path::{Message, ReturnPathError};
 use super::session::Session;
+use super::{ServeError, Started};
 
 impl Session<'_> {
     /// A conversation that goes on from where another server left it. There is no header, and the guest runs.
     pub(super) fn resume(&mut self) -> Result<(), ServeError> {
         self.outlet.shared.counters.enter(Phase::Started);
         if !self.outlet.shared.commit() {
-            return Err(ServeError::Stopped { started: true });
+            return Err(ServeError::Stopped { started: Started::Yes });
         }
         let layout = self.layout;
         let blocks = || layout.iter().filter(|(_, block)| block.length().0 > 0);
@@ -31,10 +31,11 @@ impl Session<'_> {
             self.open_fast()?;
         }
         self.outlet.main.send_bytes(commands(&[Command::PostcopyResume])?);
-        let answer = self.wait_for("POSTCOPY_RESUME", |message| matches!(message, Message::ResumeAck(_)))?;
+        let answer = self.wait_for("that it goes on", |message| matches!(message, Message::ResumeAck(_)))?;
         if answer != Message::ResumeAck(1) {
             return Err(self.protocol(ReturnPathError::Unexpected("a RESUME_ACK that refuses")));
         }
+        self.outlet.window.begin(&self.outlet.main);
         self.outlet.let_flow();
         Ok(())
     }

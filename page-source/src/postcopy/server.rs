@@ -9,12 +9,13 @@ use std::time::Instant;
 use page_units::{ByteLen, Layout, LayoutError, PageSize, RamBlock};
 
 use super::channel::Channel;
+use super::connect::Connector;
 use super::options::Control;
 use super::outlet::Outlet;
 use super::pages::Pages;
 use super::pusher::Pusher;
-use super::session::{Session, connect_error};
-use super::{Address, Opening, Options, Report, ServeError};
+use super::session::Session;
+use super::{Address, Opening, Options, Report, ServeError, Started};
 use crate::{PageSource, SourceError};
 
 /// Serves one guest from one source, over one connection (two with preempt).
@@ -76,11 +77,15 @@ impl Server {
 
     fn run(self, to: &Address, opening: Option<&Opening>) -> Result<Report, ServeError> {
         let begun = Instant::now();
-        let socket = to.connect().map_err(|error| connect_error(to, error))?;
-        let pages = Pages::new(&self.layout);
+        let started = if opening.is_some() { Started::No } else { Started::Yes };
         let shared = Arc::clone(&self.control.shared);
-        let outlet = Arc::new(Outlet::new(to.to_string(), self.options, shared, pages, Channel::new(socket)));
-        let started = opening.is_none();
+        let connector = Connector { shared: &shared, until: begun + self.options.patience };
+        let socket = connector.connect(to).map_err(|error| match error.kind() {
+            io::ErrorKind::Interrupted => ServeError::Stopped { started },
+            _ => ServeError::Connect { to: to.to_string(), error: Arc::new(error), started },
+        })?;
+        let (pages, main) = (Pages::new(&self.layout), Channel::to(socket, &self.layout));
+        let outlet = Arc::new(Outlet::new(to.to_string(), self.options, shared, pages, main));
         let feed = self.source.start(Arc::<Outlet>::clone(&outlet));
         let feed = feed.map_err(|error| ServeError::Source { error, started })?;
         let _ = outlet.own_threads[0].set(thread::current().id());
@@ -118,7 +123,7 @@ impl Server {
     }
 }
 
-fn thread_error(error: &io::Error, started: bool) -> ServeError {
+fn thread_error(error: &io::Error, started: Started) -> ServeError {
     let error = SourceError::Stopped { reason: format!("a thread can't be started: {error}") };
     ServeError::Source { error, started }
 }

@@ -1,9 +1,8 @@
 //! The conversation with the destination: sets up, answers requests, waits for the last word.
 
 use std::collections::VecDeque;
-use std::io::{self, ErrorKind, Read};
+use std::io::{ErrorKind, Read};
 use std::os::fd::AsFd;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -11,16 +10,22 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use page_units::{BlockId, ByteLen, PAGE_SIZE, PageIndex, PageRun};
 
 use super::channel::Channel;
+use super::connect::Connector;
 use super::opening::{PING_LOADED, PING_OPEN};
 use super::options::Phase;
 use super::outlet::Outlet;
 use super::pages::{granules_of, run_of};
 use super::return_path::{Decoder, Message, ReturnPathError};
-use super::{Address, Opening, ServeError};
+use super::{Address, Opening, ServeError, Started};
 use crate::{Content, Feed, Layout, PageSink, PageSource, Urgency};
 
 /// How often it is checked that the source is alive.
 const LOOK: Duration = Duration::from_millis(500);
+/// The same, in messages, where they come without a pause.
+const CHECKED: u64 = 256;
+/// The most messages kept while an answer is waited for. A destination that is resumed asks again for what its threads
+/// wait for, each of them for one page.
+const MOST_OTHERS: usize = 1 << 16;
 
 pub(super) struct Session<'a> {
     pub(super) outlet: &'a Outlet,
@@ -34,6 +39,10 @@ pub(super) struct Session<'a> {
     /// The block of the last request.
     block: Option<BlockId>,
     buffer: Vec<u8>,
+    /// Messages that came.
+    messages: u64,
+    /// Since when nothing has moved.
+    stillness: Option<([(u64, u64); 2], Instant)>,
 }
 
 impl<'a> Session<'a> {
@@ -47,32 +56,39 @@ impl<'a> Session<'a> {
         let largest = layout.blocks().iter().map(|block| block.pages().0).max().unwrap_or(0);
         let decoder = Decoder::new(ByteLen(largest.div_ceil(64) * 8));
         let (backlog, buffer) = (VecDeque::new(), vec![0; 1 << 16]);
-        Session { outlet, source, feed, layout, address, decoder, backlog, block: None, buffer }
+        let (block, stillness) = (None, None);
+        Session { outlet, source, feed, layout, address, decoder, backlog, block, buffer, messages: 0, stillness }
     }
 
     /// A conversation from the beginning. Returns when the devices were loaded.
     pub(super) fn open(&mut self, opening: &Opening) -> Result<(), ServeError> {
         let (head, package) = (opening.head(self.layout)?, opening.package()?);
         self.outlet.main.send_bytes(head);
+        // Who does not speak the protocol is told from who does before anything is lost. And with preempt the destination
+        // tells the connections apart by their order.
+        self.wait_for("that it is there", |message| *message == Message::Pong(PING_OPEN))?;
         if self.outlet.options.preempt {
-            // The destination tells the connections apart by their order.
-            self.wait_for("the first PING", |message| *message == Message::Pong(PING_OPEN))?;
             self.open_fast()?;
         }
         if !self.outlet.shared.commit() {
-            return Err(ServeError::Stopped { started: false });
+            return Err(ServeError::Stopped { started: Started::No });
         }
         self.outlet.shared.counters.enter(Phase::Loading);
         self.outlet.main.send_bytes(package);
+        self.outlet.window.begin(&self.outlet.main);
         self.outlet.shared.pusher.ring();
         Ok(())
     }
 
     pub(super) fn open_fast(&self) -> Result<(), ServeError> {
-        let connected = self.address.connect();
-        let socket = connected.map_err(|error| connect_error(self.address, error))?;
+        let shared = &self.outlet.shared;
+        let connector = Connector { shared, until: Instant::now() + self.outlet.options.patience };
+        let socket = connector.connect(self.address).map_err(|error| match error.kind() {
+            ErrorKind::Interrupted => ServeError::Stopped { started: self.outlet.started() },
+            _ => self.broken(&format!("a second one can't be made: {error}")),
+        })?;
         // Set once only: each server makes one session.
-        let _ = self.outlet.fast.set(Channel::new(socket));
+        let _ = self.outlet.fast.set(Channel::to(socket, self.layout));
         Ok(())
     }
 
@@ -94,8 +110,7 @@ impl<'a> Session<'a> {
                     }
                 }
                 Message::Shut(0) if self.outlet.has_ended() => return Ok(loaded),
-                Message::Shut(0) => return Err(self.broken("it ended before it had all pages")),
-                Message::Shut(code) => return Err(ServeError::Refused { to: self.outlet.to.clone(), code }),
+                Message::Shut(code) => return Err(self.shut(code)),
                 Message::SwitchoverAck => {}
                 Message::Received { .. } => return Err(self.protocol(ReturnPathError::Unexpected("RECV_BITMAP"))),
                 Message::ResumeAck(_) => return Err(self.protocol(ReturnPathError::Unexpected("RESUME_ACK"))),
@@ -158,6 +173,19 @@ impl<'a> Session<'a> {
         span.content == Content::Zero && span.pages >= run.pages
     }
 
+    /// The destination said its last word too early.
+    fn shut(&self, code: u32) -> ServeError {
+        match code {
+            0 => self.broken("it ended before it had all pages"),
+            _ => ServeError::Refused { to: self.outlet.to.clone(), code, started: self.outlet.started() },
+        }
+    }
+
+    fn silent(&self, what: &'static str) -> ServeError {
+        let (to, patience) = (self.outlet.to.clone(), self.outlet.options.patience);
+        ServeError::Silent { to, what, patience, started: self.outlet.started() }
+    }
+
     /// Waits for an answer; other messages are kept for later.
     pub(super) fn wait_for(
         &mut self,
@@ -173,8 +201,20 @@ impl<'a> Session<'a> {
                     self.backlog = others;
                     return Ok(message);
                 }
-                Some(message) => others.push_back(message),
-                None => return Err(ServeError::Silent { to: self.outlet.to.clone(), what }),
+                Some(Message::Shut(code)) => return Err(self.shut(code)),
+                // Long, and in the order in which they were asked for.
+                Some(Message::Received { .. }) => {
+                    return Err(self.protocol(ReturnPathError::Unexpected("RECV_BITMAP")));
+                }
+                Some(_) if others.len() == MOST_OTHERS => {
+                    return Err(self.protocol(ReturnPathError::Unexpected("too many messages instead of an answer")));
+                }
+                // Who never stops talking does not answer either.
+                Some(message) if Instant::now() < until => {
+                    self.check()?;
+                    others.push_back(message);
+                }
+                _ => return Err(self.silent(what)),
             }
         }
     }
@@ -186,9 +226,15 @@ impl<'a> Session<'a> {
         }
         loop {
             if let Some(message) = self.decoder.next_message().map_err(|error| self.protocol(error))? {
+                self.messages += 1;
+                if self.messages.is_multiple_of(CHECKED) {
+                    // There may always be another one.
+                    self.check()?;
+                }
                 return Ok(Some(message));
             }
             if self.fill()? {
+                self.stillness = None;
                 continue;
             }
             self.check()?;
@@ -196,8 +242,44 @@ impl<'a> Session<'a> {
             if left.is_some_and(|left| left.is_zero()) {
                 return Ok(None);
             }
+            if until.is_none() {
+                self.check_stillness()?;
+            }
             self.wait(left.unwrap_or(LOOK).min(LOOK));
         }
+    }
+
+    /// Ends the wait for a destination that has nothing to do but answer, and does nothing.
+    fn check_stillness(&mut self) -> Result<(), ServeError> {
+        let what = match self.outlet.shared.counters.phase() {
+            Phase::Loading => "that its devices are loaded",
+            Phase::Finishing => "that it has everything",
+            Phase::Opening | Phase::Started => {
+                self.stillness = None;
+                return Ok(());
+            }
+        };
+        let now = self.moved();
+        match self.stillness {
+            Some((before, since)) if before == now => {
+                if since.elapsed() < self.outlet.options.patience {
+                    return Ok(());
+                }
+                // If it waits for a page it is the source that is slow.
+                if !self.outlet.is_waited_for() && self.moved() == now {
+                    return Err(self.silent(what));
+                }
+            }
+            _ => {}
+        }
+        self.stillness = Some((now, Instant::now()));
+        Ok(())
+    }
+
+    /// Of each connection how much was put in, and how much of that is not received.
+    fn moved(&self) -> [(u64, u64); 2] {
+        let channels = [Some(&self.outlet.main), self.outlet.fast.get()];
+        channels.map(|channel| channel.map_or((0, 0), |channel| (channel.position(), channel.unreceived())))
     }
 
     /// Takes what has come; whether anything had.
@@ -290,8 +372,4 @@ impl<'a> Session<'a> {
         }
         Ok(())
     }
-}
-
-pub(super) fn connect_error(address: &Address, error: io::Error) -> ServeError {
-    ServeError::Connect { to: address.to_string(), error: Arc::new(error) }
 }

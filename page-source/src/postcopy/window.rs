@@ -22,6 +22,8 @@ const LOW: u64 = 4;
 const AROUND: u64 = 512;
 /// The header of a page.
 const HEADER: u64 = 8;
+/// A PING: who answers it has taken it, too.
+const PING: u64 = 9;
 
 #[derive(Debug)]
 pub(super) struct Window {
@@ -107,10 +109,18 @@ impl Window {
     pub(super) fn send(&self, main: &Channel, mut message: Message<'_>) -> Result<(), Unreadable> {
         let Some(credit) = &self.credit else { return main.send(&message) };
         let _in_order = self.pinging.lock();
-        let number = credit.ping(main.position() + message.len() as u64);
+        let number = credit.ping(main.position() + message.len() as u64 + PING);
         message.own().extend_from_slice(&[vmstate::kind::COMMAND, 0, 2, 0, 4]);
         message.own().extend_from_slice(&number.to_be_bytes());
         main.send(&message)
+    }
+
+    /// What was put in so far is no part of the background. It has no PINGs of ours that could confirm it, and a source
+    /// that is held up until it is confirmed might be the one that the destination waits for meanwhile.
+    pub(super) fn begin(&self, main: &Channel) {
+        if let Some(credit) = &self.credit {
+            credit.confirm(main.position());
+        }
     }
 
     /// Whether this PONG was for one of our own PINGs.
@@ -122,6 +132,7 @@ impl Window {
 #[cfg(test)]
 mod tests {
     use std::io::Read;
+    use std::net::{TcpListener, TcpStream};
     use std::os::unix::net::UnixStream;
 
     use super::super::address::Socket;
@@ -162,5 +173,59 @@ mod tests {
         }
         // What is still to come from elsewhere counts too.
         assert!(!window.has_room(&main, PageCount(16), PageCount(64)));
+    }
+    #[test]
+    fn over_credit_a_narrow_window_waits_until_little_enough_is_confirmed() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (mut far, _) = listener.accept().unwrap();
+        near.set_nonblocking(true).unwrap();
+        let main = Channel::new(Socket::Tcp(near));
+        let limit = 256 << 10;
+        let window = Window::new(&main, ByteLen(limit));
+        main.send_bytes(vec![1; 300 << 10]);
+        assert!(!window.has_room(&main, PageCount(1), PageCount(0)));
+        // What comes before the background is no part of it.
+        window.begin(&main);
+        let length = |pages: PageCount| usize::try_from(pages.0 * (PAGE_SIZE + HEADER)).unwrap();
+        let reader = std::thread::spawn(move || std::io::copy(&mut far, &mut std::io::sink()).unwrap());
+
+        let wide = window.piece();
+        let mut ends = Vec::new();
+        while window.has_room(&main, wide, PageCount(0)) {
+            assert!(window.send(&main, Message::plain(vec![7; length(wide)])).is_ok());
+            ends.push(main.position());
+            main.flush();
+        }
+        let under_way = |window: &Window| window.under_way(&main);
+        assert!(under_way(&window) <= limit + AROUND && under_way(&window) > limit / 2);
+        let ping = |at: usize| (1 << 31) | u32::try_from(at + 1).unwrap();
+
+        window.set_narrow(&main, true);
+        let narrow = window.piece();
+        assert!(narrow < wide);
+        for at in 0..ends.len() {
+            assert_eq!(
+                window.has_room(&main, narrow, PageCount(0)),
+                under_way(&window) + (narrow.0 * (PAGE_SIZE + HEADER)) + AROUND <= limit / 4
+            );
+            assert!(window.pong(ping(at)) && !window.pong(ping(at)));
+            assert_eq!(under_way(&window), ends.last().unwrap() - ends[at]);
+        }
+        let mut pieces = 0;
+        while window.has_room(&main, narrow, PageCount(0)) {
+            assert!(window.send(&main, Message::plain(vec![7; length(narrow)])).is_ok());
+            pieces += 1;
+        }
+        // Less than that, but more than one, so that one is confirmed while another is under way.
+        assert!(under_way(&window) <= limit / 4 + AROUND && pieces > 1, "{pieces}: {}", under_way(&window));
+        assert!(!window.has_room(&main, PageCount(0), PageCount(16)));
+        window.set_narrow(&main, false);
+        assert!(window.has_room(&main, wide, PageCount(0)));
+        while main.kept() > 0 {
+            main.flush();
+        }
+        main.socket().close();
+        assert_eq!(reader.join().unwrap(), main.position());
     }
 }

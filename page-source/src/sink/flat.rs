@@ -8,23 +8,22 @@ use std::sync::Arc;
 
 use page_units::{FileOffset, Layout, LayoutError, PageRun};
 use parking_lot::Mutex;
-use tempfile::NamedTempFile;
+use whole_file::{WholeFile, WholeFileError};
 
 use super::outcome::Outcome;
 use crate::{End, FlatBlock, Flow, PageBytes, PageSink, SinkError, SourceError};
 
 /// Writes a flat memory file, with holes for what is zero.
 ///
-/// It is written under a temporary name in the same directory, and gets its own (whatever was there is replaced) only
-/// with [`End::Complete`], after it was synchronised to the disk. Otherwise it vanishes when the sink is dropped. Pages
-/// may come from any number of threads.
+/// It is a [`WholeFile`]: it gets its name only with [`End::Complete`], after it was synchronised to the disk, and replaces
+/// what was there. Otherwise it vanishes when the sink is dropped. Pages may come from any number of threads.
 #[derive(Debug)]
 pub struct FlatSink {
     path: PathBuf,
     layout: Layout,
     bases: Vec<FileOffset>,
     file: File,
-    temporary: Mutex<Option<NamedTempFile>>,
+    unpublished: Mutex<Option<WholeFile>>,
     outcome: Outcome,
 }
 
@@ -44,11 +43,11 @@ impl FlatSink {
             let end = block.offset.checked_add(block.block.length()).ok_or(LayoutError::TooLarge).map_err(unfit)?;
             size = size.max(end);
         }
-        let temporary = temporary_beside(&path).map_err(wrong)?;
-        let file = temporary.as_file().try_clone().map_err(wrong)?;
+        let unpublished = WholeFile::create(&path).map_err(unmade)?;
+        let file = unpublished.file().try_clone().map_err(wrong)?;
         file.set_len(size.0).map_err(wrong)?;
-        let temporary = Mutex::new(Some(temporary));
-        Ok(FlatSink { path, layout, bases, file, temporary, outcome: Outcome::default() })
+        let unpublished = Mutex::new(Some(unpublished));
+        Ok(FlatSink { path, layout, bases, file, unpublished, outcome: Outcome::default() })
     }
 
     /// Whether the file is complete and has its name.
@@ -60,13 +59,10 @@ impl FlatSink {
     }
 
     fn publish(&self) -> Result<(), SinkError> {
-        let Some(temporary) = self.temporary.lock().take() else {
-            return Err(SinkError::Stopped { reason: "it has ended before".to_owned() });
-        };
-        let wrong = |error| write_error(&self.path, FileOffset(0), error);
-        temporary.as_file().sync_all().map_err(wrong)?;
-        temporary.persist(&self.path).map_err(|error| wrong(error.error))?;
-        File::open(directory_of(&self.path)).and_then(|directory| directory.sync_all()).map_err(wrong)
+        match self.unpublished.lock().take() {
+            Some(file) => file.publish().map_err(unmade),
+            None => Err(SinkError::Stopped { reason: "it has ended before".to_owned() }),
+        }
     }
 }
 
@@ -106,18 +102,6 @@ fn write_error(path: &Path, offset: FileOffset, error: io::Error) -> SinkError {
     SinkError::Write { target: path.display().to_string(), offset, error: Arc::new(error) }
 }
 
-/// A new file in the directory of `path`, so that it can be renamed to it.
-fn temporary_beside(path: &Path) -> io::Result<NamedTempFile> {
-    let name = path.file_name().ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "not a file name"))?;
-    let mut prefix = std::ffi::OsString::from(".");
-    prefix.push(name);
-    prefix.push(".");
-    tempfile::Builder::new().prefix(&prefix).tempfile_in(directory_of(path))
-}
-
-fn directory_of(path: &Path) -> &Path {
-    match path.parent() {
-        Some(parent) if parent != Path::new("") => parent,
-        _ => Path::new("."),
-    }
+fn unmade(error: WholeFileError) -> SinkError {
+    SinkError::File(Arc::new(error))
 }

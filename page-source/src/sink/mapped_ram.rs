@@ -51,9 +51,8 @@ impl MappedRamSink {
             return Err(SinkError::Stopped { reason: "there is no device state for the file".to_owned() });
         };
         self.writer.finish(&device_state).map_err(|error| match error {
-            CreateError::Io { what, error, .. } => {
-                self.write_error(FileOffset(0), io::Error::new(error.kind(), format!("{what}: {error}")))
-            }
+            CreateError::Write { at, error, .. } => self.write_error(at, error),
+            CreateError::File(error) => SinkError::File(Arc::new(error)),
             error => SinkError::Stopped { reason: error.to_string() },
         })
     }

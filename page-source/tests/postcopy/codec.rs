@@ -6,7 +6,7 @@ use std::io::Read;
 use page_source::postcopy::record::{self, Reader, Record};
 use page_source::postcopy::return_path::{Decoder, Message};
 use page_source::{ByteLen, FileOffset};
-use vmstate::{Command, Event, StreamReader, StreamWriter};
+use vmstate::{Command, Event, StreamReader, StreamWriter, kind};
 
 /// The body of a section.
 struct Body<'a, R>(&'a mut StreamReader<R>);
@@ -25,6 +25,7 @@ pub(crate) struct Sent {
     pub(crate) pages: HashMap<(String, u64), Vec<u8>>,
     pub(crate) data: u64,
     pub(crate) zeros: u64,
+    pub(crate) packages: u64,
 }
 
 impl Sent {
@@ -81,7 +82,8 @@ impl Sent {
                 Event::Command(raw) => match raw.decode(FileOffset(0)).unwrap() {
                     Command::Packaged { length } => {
                         let package = from.read_vec(ByteLen(length.into()), ByteLen(1 << 30)).unwrap();
-                        out.bytes(&package).unwrap();
+                        out.bytes(&again(&package)).unwrap();
+                        self.packages += 1;
                     }
                     command => assert_eq!(command.encode().unwrap(), raw),
                 },
@@ -98,6 +100,46 @@ impl Sent {
         while self.records(&mut from, &mut reader, &mut out) {}
         assert!(out == wire, "the second connection does not come back");
     }
+}
+
+/// Reads what is in a package, and writes it again.
+fn again(package: &[u8]) -> Vec<u8> {
+    let mut from = StreamReader::nested(package, FileOffset(0));
+    let mut out = StreamWriter::new(Vec::new());
+    let (mut commands, mut devices) = (Vec::new(), Vec::new());
+    while let Some(located) = from.next_event().unwrap() {
+        match located.value {
+            Event::Command(raw) => {
+                let command = raw.decode(FileOffset(0)).unwrap();
+                out.command(&command).unwrap();
+                commands.push(command);
+            }
+            Event::SectionFull(header) => {
+                let length = body(from.get_mut(), header.id);
+                out.event(&Event::SectionFull(header.clone())).unwrap();
+                out.bytes(&from.read_vec(ByteLen::of(length), ByteLen::of(length)).unwrap()).unwrap();
+                devices.push(header.name);
+            }
+            footer @ Event::Footer { .. } => out.event(&footer).unwrap(),
+            other => panic!("{other:?} in a package"),
+        }
+    }
+    assert_eq!(commands, [Command::PostcopyListen, Command::Ping(3), Command::PostcopyRun]);
+    for name in ["timer", "cpu"] {
+        assert!(devices.iter().any(|device| device == name), "no {name} in {devices:?}");
+    }
+    out.into_inner()
+}
+
+/// How long the body of a section is: up to its footer, behind which something begins that can be there.
+fn body(rest: &[u8], id: u32) -> usize {
+    let mut footer = vec![kind::FOOTER];
+    footer.extend_from_slice(&id.to_be_bytes());
+    let ends = |at: &usize| {
+        let next = rest.get(at + footer.len());
+        rest[*at..].starts_with(&footer) && next.is_none_or(|next| [kind::FULL, kind::COMMAND].contains(next))
+    };
+    (0..rest.len()).find(ends).expect("a section without a footer")
 }
 
 /// Reads the return path, and writes it again.

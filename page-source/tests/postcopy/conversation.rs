@@ -7,6 +7,7 @@ use std::thread::JoinHandle;
 use page_source::postcopy::record::{Reader, Record};
 use page_source::postcopy::return_path::Message;
 
+use crate::DEVICES;
 use crate::door::{Door, Stream};
 use crate::stub::{Habits, LIMIT, Shared, State};
 
@@ -79,8 +80,10 @@ impl Conversation {
                     }
                     drop(state);
                     self.shared.1.notify_all();
-                    say(&self.back, &Message::Shut(0));
-                    return Ok(());
+                    if !self.habits.never_ends {
+                        say(&self.back, &Message::Shut(0));
+                        return Ok(());
+                    }
                 }
                 1 => {
                     let id = number::<4>(from)?;
@@ -148,7 +151,9 @@ impl Conversation {
             3 => {
                 let sizes = self.habits.huge.values().fold(4096, |all, pages| all | (pages * 4096));
                 let expected: Vec<u8> = [sizes, 4096].iter().flat_map(|size| size.to_be_bytes()).collect();
-                assert!(payload == expected || self.habits.huge.len() == self.shared.0.lock().unwrap().blocks.len());
+                if payload != expected {
+                    return wrong(format!("page sizes {payload:?}"));
+                }
             }
             6 => self.discarded = true,
             7 => {
@@ -204,13 +209,16 @@ impl Conversation {
             return wrong("LISTEN without a discard: QEMU hangs");
         }
         let mut listen = vec![8, 0, 4, 0, 0];
-        listen.extend_from_slice(b"devices");
+        listen.extend_from_slice(self.habits.devices.as_deref().unwrap_or(DEVICES));
         listen.extend_from_slice(&[8, 0, 2, 0, 4, 0, 0, 0, 3, 8, 0, 5, 0, 0]);
         if package != listen {
             return wrong("a strange package");
         }
         let (shared, back) = (Arc::clone(&self.shared), Arc::clone(&self.back));
         self.ask_for(&self.habits.while_loading);
+        if self.habits.never_loads {
+            return Ok(());
+        }
         let waiting = self.habits.while_loading.clone();
         std::thread::spawn(move || {
             let mut state = shared.0.lock().unwrap();

@@ -5,6 +5,7 @@ mod conversation;
 mod door;
 mod stub;
 mod trace;
+mod trouble;
 
 use std::collections::HashMap;
 use std::io::{Read, Write};
@@ -16,7 +17,7 @@ use std::thread;
 use door::Door;
 use nix::sys::socket::{MsgFlags, recv};
 use page_source::postcopy::return_path::Message;
-use page_source::postcopy::{Address, Opening, Options, Phase, Report, ServeError, Server};
+use page_source::postcopy::{Address, Opening, Options, Phase, Report, ServeError, Server, Started};
 use page_source::{BlockId, ByteLen, Layout, PageIndex, PageSize, PageSource, RamBlock};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -27,8 +28,15 @@ use testkit::oracle::Oracle;
 use testkit::source::MemorySource;
 use vmstate::Configuration;
 
+/// The device state, as far as it matters here.
+const DEVICES: &[u8] = b"devices";
+
 fn opening() -> Opening {
-    Opening { configuration: Configuration::new("machine"), early: Vec::new(), devices: b"devices".to_vec() }
+    opening_with(DEVICES)
+}
+
+fn opening_with(devices: &[u8]) -> Opening {
+    Opening { configuration: Configuration::new("machine"), early: Vec::new(), devices: devices.to_vec() }
 }
 
 fn small(lengths: &[(&str, u64)]) -> Layout {
@@ -214,7 +222,7 @@ fn the_background_follows_requests() {
     let after: Vec<u64> = stub.state().order[before + 1..].iter().map(|(_, page, _)| *page).collect();
     assert!(after.contains(&3001), "{after:?}");
     server.control.stop();
-    assert!(matches!(server.finish(), Err(ServeError::Stopped { started: true })));
+    assert!(matches!(server.finish(), Err(ServeError::Stopped { started: Started::Yes })));
     stub.finish();
 }
 
@@ -231,7 +239,7 @@ fn on_a_unix_socket_no_more_than_the_window_is_under_way() {
         let server = Running::start(source, options(|options| options.window = window), Address::Unix(path));
         let (mut main, _) = door.accept().unwrap();
         let mut loaded = Vec::new();
-        Message::Pong(3).push(&mut loaded);
+        [Message::Pong(1), Message::Pong(3)].iter().for_each(|message| message.push(&mut loaded));
         main.write_all(&loaded).unwrap();
         // A destination that is slow: whatever it takes is replaced at once.
         let (mut taken, mut most) = (0, 0);
@@ -245,7 +253,7 @@ fn on_a_unix_socket_no_more_than_the_window_is_under_way() {
         }
         assert!(most > window.get() / 2, "never more than {most} bytes under way");
         server.control.stop();
-        assert!(matches!(server.finish(), Err(ServeError::Stopped { started: true })));
+        assert!(matches!(server.finish(), Err(ServeError::Stopped { started: Started::Yes })));
     }
 }
 
@@ -274,7 +282,7 @@ fn what_may_have_started_the_guest_is_not_cancelled() {
     let (control, run) = start(address);
     assert!(control.cancel() && control.cancel());
     let server = thread::spawn(run);
-    assert!(matches!(server.join().unwrap(), Err(ServeError::Stopped { started: false })));
+    assert!(matches!(server.join().unwrap(), Err(ServeError::Stopped { started: Started::No })));
     drop(door);
 }
 

@@ -23,6 +23,12 @@ pub(crate) struct Habits {
     pub(crate) while_loading: Vec<(String, u64)>,
     /// Answers no PING of the background.
     pub(crate) keeps_pongs: bool,
+    /// What it expects in the package, if not [`crate::DEVICES`].
+    pub(crate) devices: Option<Vec<u8>>,
+    /// Does not say that its devices are loaded.
+    pub(crate) never_loads: bool,
+    /// Does not say that it has everything.
+    pub(crate) never_ends: bool,
     /// What it has already: it waits to be resumed.
     pub(crate) resumes_with: Option<HashMap<(String, u64), Vec<u8>>>,
     /// The length of each block in pages, where it is resumed.

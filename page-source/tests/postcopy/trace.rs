@@ -20,16 +20,21 @@ pub(crate) struct Trace {
     pub(crate) back: HashMap<u8, Vec<u8>>,
 }
 
-/// The traces beside the workspace, if they are there.
-pub(crate) fn all() -> Vec<(String, Trace)> {
+/// The traces beside the workspace by name; none if there is nothing beside it.
+pub(crate) fn all() -> Option<Vec<(String, Trace)>> {
     let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../shared/samples");
-    let Ok(entries) = fs::read_dir(dir) else { return Vec::new() };
+    if !dir.exists() {
+        return None;
+    }
+    let entries = fs::read_dir(dir).unwrap();
     let traces = entries.map(|entry| entry.unwrap().path()).filter_map(|path| {
         let name = path.file_name()?.to_str()?.strip_suffix(".trace.zst")?.to_owned();
         let bytes = zstd::decode_all(fs::File::open(&path).unwrap()).unwrap();
         Some((name, Trace::parse(&bytes)))
     });
-    traces.collect()
+    let mut traces: Vec<_> = traces.collect();
+    traces.sort_by(|(one, _), (other, _)| one.cmp(other));
+    Some(traces)
 }
 
 impl Trace {
@@ -62,14 +67,17 @@ const TRACES: [(&str, [u64; 5]); 4] = [
 
 #[test]
 fn recorded_conversations_go_through_both_sides() {
-    let traces = all();
-    if traces.is_empty() {
-        return testkit::require::without("traces", "no ../shared/samples/*.trace.zst beside the workspace");
-    }
+    let Some(traces) = all() else {
+        return testkit::require::without("traces", "no ../shared/samples beside the workspace");
+    };
+    // Where there are some, those that are known are all there.
+    let names: Vec<&str> = traces.iter().map(|(name, _)| name.as_str()).collect();
+    assert_eq!(names, TRACES.map(|(name, _)| name));
     for (name, trace) in traces {
         let mut sent = codec::Sent::default();
         sent.main(&trace.there[&0]);
         let main = (sent.data, sent.zeros);
+        assert_eq!(sent.packages, 1, "{name}");
         if let Some(fast) = trace.there.get(&1) {
             sent.fast(fast);
         }

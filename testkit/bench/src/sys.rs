@@ -10,7 +10,7 @@ use std::ptr;
 
 use kvm_bindings::{kvm_userspace_memory_region, kvm_xsave};
 use kvm_ioctls::{VcpuFd, VmFd};
-use nix::sched::{CpuSet, sched_setaffinity};
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 
 /// Bytes in a page.
@@ -337,6 +337,17 @@ pub fn pin(core: usize) -> io::Result<()> {
     let mut set = CpuSet::new();
     set.set(core)?;
     Ok(sched_setaffinity(Pid::from_raw(0), &set)?)
+}
+
+/// Two cores that this process may use; the same one twice if there is one.
+///
+/// # Errors
+/// If the kernel does not say.
+pub fn two_cores() -> io::Result<[usize; 2]> {
+    let allowed = sched_getaffinity(Pid::from_raw(0))?;
+    let mut cores = (0..CpuSet::count()).filter(|&core| allowed.is_set(core).unwrap_or(false));
+    let near = cores.next().ok_or(io::ErrorKind::NotFound)?;
+    Ok([near, cores.next().unwrap_or(near)])
 }
 
 /// Lets the calling thread run on any core again.

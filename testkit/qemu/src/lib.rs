@@ -4,6 +4,7 @@
 //! - [`Qemu`] is a QEMU process that belongs to one test: it is killed when it is dropped.
 //! - [`Fastload`] is the program under test.
 
+mod blocks;
 pub mod guest;
 mod program;
 mod qemu;
@@ -12,5 +13,5 @@ mod start;
 
 pub use program::{Ended, Fastload, fastload};
 pub use qemu::{Qemu, QemuError};
-pub use ram::{RamDump, first_difference};
+pub use ram::{RamDump, first_difference, first_hidden_difference};
 pub use start::{Machine, MemoryBackend, Setup};

@@ -15,6 +15,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde_json::json;
 use tempfile::TempDir;
 
+use crate::blocks::Hidden;
 use crate::guest::{STATUS, Status};
 use crate::ram::copy_sparse;
 use crate::{RamDump, Setup};
@@ -281,12 +282,16 @@ impl Qemu {
         }
     }
 
-    /// Stops the guest and takes all its RAM, and the firmware below 4 GiB.
+    /// Stops the guest and takes all its RAM, as the guest sees it and beside that, and the firmware below 4 GiB. (What
+    /// only devices have, as the registers and the palette of a graphics card, is not RAM, and is not taken.)
     ///
     /// # Errors
     /// QEMU's, or the system's.
     pub fn dump(&mut self) -> Result<RamDump, QemuError> {
         self.execute("stop", json!({}))?;
+        // Each piece is there for a moment: not on a disk, unless QEMU is somebody who may not write elsewhere.
+        let pieces = tempfile::Builder::new().prefix("fastload-dump-").tempdir_in("/dev/shm").ok();
+        let pieces = pieces.filter(|_| self.setup.user.is_none());
         let mut wanted = self.setup.machine.ram_ranges(self.setup.ram());
         wanted.push((0xfffe_0000, 1 << 32));
         let mut ranges = Vec::new();
@@ -298,7 +303,7 @@ impl Qemu {
             // A piece at a time, since zero pages take room in the file that QEMU writes.
             for at in (first..last).step_by(DUMPED) {
                 let size = (last - at).min(DUMPED as u64);
-                let path = self.dir.path().join("dump");
+                let path = pieces.as_ref().unwrap_or(&self.dir).path().join("dump");
                 let name = path.display().to_string();
                 self.execute("pmemsave", json!({"val": at, "size": size, "filename": name}))?;
                 let opened = File::open(&path).and_then(|file| fs::remove_file(&path).map(|()| file));
@@ -307,7 +312,11 @@ impl Qemu {
             }
             ranges.push(((first, last), whole));
         }
-        Ok(RamDump { ranges })
+        let table = self.execute("x-query-ramblock", json!({}))?;
+        let table = table["human-readable-text"].as_str().unwrap_or_default();
+        let hidden = Hidden::read(self.child.id(), table, self.setup.main_memory());
+        let hidden = hidden.map_err(|error| io_error(self.dir.path(), "the memory of QEMU", error))?;
+        Ok(RamDump { ranges, hidden })
     }
 
     /// The guest's status page, as it is now.

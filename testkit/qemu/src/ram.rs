@@ -4,14 +4,24 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
+use crate::blocks::Hidden;
+
 /// The RAM of a guest at one moment, in files.
 #[derive(Debug)]
 pub struct RamDump {
     /// Guest-physical ranges and a file for each.
     pub(crate) ranges: Vec<((u64, u64), File)>,
+    /// What the guest does not see there.
+    pub(crate) hidden: Hidden,
 }
 
 impl RamDump {
+    /// The content of the block whose name ends so, if it is one of those that the guest does not see in its RAM.
+    #[must_use]
+    pub fn block(&self, name: &str) -> Option<&[u8]> {
+        self.hidden.block(name)
+    }
+
     /// The bytes at `address`.
     ///
     /// # Errors
@@ -25,6 +35,18 @@ impl RamDump {
         }
         Err(io::Error::new(io::ErrorKind::NotFound, format!("{address:#x} is not RAM")))
     }
+}
+
+/// The first block (or what is hidden of the main memory, outside of the `ignored` ranges) that differs: video memory, ROMs
+/// of devices, firmware; blocks whose names end as one of `ignored_blocks` are left out. `None` if the dumps have the same.
+#[must_use]
+pub fn first_hidden_difference(
+    a: &RamDump,
+    b: &RamDump,
+    ignored: &[(u64, u64)],
+    ignored_blocks: &[&str],
+) -> Option<String> {
+    a.hidden.first_difference(&b.hidden, ignored, ignored_blocks)
 }
 
 /// Copies a file into another, at `offset`, and leaves holes there where it is zero.

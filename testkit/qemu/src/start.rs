@@ -107,6 +107,11 @@ impl Setup {
         self.megabytes << 20
     }
 
+    /// The name of the RAM block that has the guest's RAM.
+    pub(crate) fn main_memory(&self) -> &'static str {
+        if self.machine == Machine::Microvm { "microvm.ram" } else { "pc.ram" }
+    }
+
     /// The arguments; files lie in `dir`.
     pub(crate) fn arguments(&self, dir: &Path) -> Vec<String> {
         let at = |name: &str| dir.join(name).display().to_string();
@@ -122,7 +127,7 @@ impl Setup {
         };
         if let Some(backend) = backend {
             // Named as the machine's own RAM is, so that its snapshots fit.
-            let id = if self.machine == Machine::Microvm { "microvm.ram" } else { "pc.ram" };
+            let id = self.main_memory();
             add(&["-object", &format!("{backend},id={id},size={}M", self.megabytes)]);
             machine.push_str(&format!(",memory-backend={id}"));
         }

@@ -139,10 +139,13 @@ impl Saver<'_> {
                 let end = self.gather(number, at..granules.end, &mut copies, |at| {
                     whereabouts[at - granules.start] == Whereabouts::Memory
                 })?;
-                if end > at {
-                    at = end;
-                    continue;
+                if end == at && zone.saved.take_hole(at) {
+                    zeros(shared, self.sink, zone.pages(at, 1))?;
                 }
+                // One that somebody else is at is in the pool soon, or nobody's again: the last look at each granule
+                // finds it.
+                at = end.max(at + 1);
+                continue;
             }
             if place == Whereabouts::Soon {
                 all = false;
@@ -209,6 +212,7 @@ impl Saver<'_> {
         let shared = self.shared;
         let zone = &shared.zones[number];
         let run = zone.pages(first, granules);
+        debug_assert!(matches!(place, Whereabouts::Source | Whereabouts::Zero), "{place:?}");
         if place == Whereabouts::Source {
             self.fetch(number, first, granules)?;
         }

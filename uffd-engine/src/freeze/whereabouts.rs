@@ -6,9 +6,9 @@ use super::frozen::{FrozenError, Shared, Zone};
 use super::owner::Owner;
 use super::saver::page_table_error;
 use crate::core::{Core, Place};
+use crate::loader;
 use crate::region::Backing;
 use crate::state::State;
-use crate::{install, loader};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Whereabouts {
@@ -122,10 +122,8 @@ impl Shared {
 
 /// Maps what the file behind shared memory holds.
 fn map(core: &Core, place: Place) -> Whereabouts {
-    let gate = core.installing();
-    let mapped = core.areas[place.area].states.claim(place.granule)
-        && core.install(&gate, place, 1, install::Content::Cached).is_ok_and(|done| done == 1);
-    if mapped { Whereabouts::Memory } else { Whereabouts::Soon }
+    let mapped = core.map_cached(&core.installing(), place);
+    if mapped == Some(true) { Whereabouts::Memory } else { Whereabouts::Soon }
 }
 
 /// So much is taken from a source at a time: its pages can't be written to meanwhile.

@@ -132,6 +132,14 @@ fn hole(shared: &Shared, zone: &Zone, granule: usize) -> bool {
         }
         return false;
     }
+    if done == Done::Failed(Errno::ENOMEM) {
+        // Touched again and again, it would fail again and again.
+        if claimed {
+            zone.saved.give_back(granule);
+        }
+        fail(shared, "a page of zeros", addr, Errno::ENOMEM);
+        return true;
+    }
     if done != Done::All {
         drop(shared.owner.descriptor().wake(addr, len));
     }

@@ -1,7 +1,10 @@
 //! Memory to be served, and a look at every byte of it.
 #![allow(dead_code, reason = "each test file uses its part")]
 
+pub(crate) mod blocked;
 pub(crate) mod collector;
+pub(crate) mod discards;
+pub(crate) mod scripted;
 
 use std::io::{self, IoSliceMut};
 use std::os::fd::AsRawFd;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use mapped_ram::CreateError;
 use nix::errno::Errno;
-use page_source::{ByteLen, GuestAddr, SinkError, SourceError};
+use page_source::{ByteLen, GuestAddr, PageCount, SinkError, SourceError};
 use uffd_engine::{EngineError, FreezeError, FrozenError};
 use vmstate::WriteError;
 
@@ -23,6 +23,9 @@ pub enum LiveError {
     /// Another live snapshot of the same memory is not complete yet.
     #[error("another live snapshot of this guest is not complete yet")]
     Busy,
+    /// Some of the memory has no content.
+    #[error("{0} pages of the guest's memory could not be loaded, and can not be saved")]
+    Poisoned(PageCount),
     /// Not every write to this memory could be caught.
     #[error(
         "guest memory at {guest} is {what}, of which a live snapshot could not catch every write: use anonymous memory, a memfd, or huge pages"

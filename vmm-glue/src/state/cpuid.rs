@@ -90,6 +90,19 @@ pub(super) fn missing(wanted: &[kvm_cpuid_entry2], host: &[kvm_cpuid_entry2]) ->
     missing
 }
 
+/// The interface other than KVM's own that a vCPU shows, whose state is not saved. (The leaves that are left to
+/// hypervisors: Linux Documentation/virt/kvm/x86/cpuid.rst, Hyper-V TLFS 2.4, Xen public/arch-x86/cpuid.h.)
+pub(super) fn other_hypervisor(entries: &[kvm_cpuid_entry2]) -> Option<&'static str> {
+    let signatures = entries.iter().filter(|entry| entry.function & 0xffff_00ff == 0x4000_0000);
+    signatures.into_iter().find_map(|entry| {
+        match [entry.ebx, entry.ecx, entry.edx].map(u32::to_le_bytes).as_flattened() {
+            b"Microsoft Hv" => Some("Hyper-V"),
+            b"XenVMMXenVMM" => Some("Xen"),
+            _ => None,
+        }
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

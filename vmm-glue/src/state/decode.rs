@@ -2,7 +2,9 @@
 
 use kvm_bindings::{kvm_cpuid_entry2, kvm_lapic_state, kvm_sregs, kvm_sregs2, kvm_xcr, kvm_xcrs};
 use mapped_ram::Snapshot;
-use vmstate::{Value, ValueError};
+use vmstate::{SectionKind, Value, ValueError};
+
+use crate::blueprint;
 
 use super::encode::{VCPU, VERSION, VM};
 use super::error::Call;
@@ -12,16 +14,41 @@ use super::{Interrupts, MachineState, StateError, VcpuState, VmState};
 /// More vCPUs than KVM allows on any host.
 const MAX_VCPUS: u32 = 4096;
 
-/// Refuses versions and subsections that are not known here.
-fn check(value: &Value<'_>, section: &str, subsections: &[&str]) -> Result<(), StateError> {
+/// Refuses versions and subsections that are not known here, of whatever is in it too.
+pub(crate) fn check(value: &Value<'_>, section: &str, subsections: &[&str]) -> Result<(), StateError> {
+    check_inside(value, &format!("section \"{section}\""), subsections)
+}
+
+fn check_inside(value: &Value<'_>, what: &str, subsections: &[&str]) -> Result<(), StateError> {
     if let Some(version) = value.version().filter(|version| *version > VERSION) {
-        return Err(StateError::Unsupported(format!("version {version} of section \"{section}\"")));
+        return Err(StateError::Unsupported(format!("version {version} of {what}")));
     }
-    let unknown = |member: &&Value<'_>| member.kind == "subsection" && !subsections.contains(&member.name);
-    match value.members().iter().find(unknown) {
-        Some(member) => Err(StateError::Unsupported(format!("subsection \"{}\"", member.name))),
-        None => Ok(()),
+    for member in value.members() {
+        if member.kind == "subsection" && !subsections.contains(&member.name) {
+            return Err(StateError::Unsupported(format!("subsection \"{}\"", member.name)));
+        }
+        // Nothing of a plain value can be unknown.
+        if !member.members().is_empty() {
+            check_inside(member, &format!("\"{}\" in {what}", member.name), subsections)?;
+        }
     }
+    Ok(())
+}
+
+/// Refuses devices that nobody here would restore.
+fn no_others(snapshot: &Snapshot, vcpus: usize) -> Result<(), StateError> {
+    for section in snapshot.sections().iter().filter(|section| section.kind == SectionKind::Full) {
+        let (name, instance) = (section.name.as_str(), section.instance as usize);
+        let known = match name {
+            VCPU => instance < vcpus,
+            VM | blueprint::NAME => instance == 0,
+            _ => false,
+        };
+        if !known {
+            return Err(StateError::Unsupported(format!("device \"{name}\" (instance {instance})")));
+        }
+    }
+    Ok(())
 }
 
 fn groups<const N: usize>(value: &Value<'_>) -> Result<Vec<[u64; N]>, StateError> {
@@ -176,6 +203,7 @@ impl MachineState {
             let Some(device) = read(VCPU, id)? else { break };
             vcpus.push(VcpuState::from_section(id, &device.decode()?)?);
         }
+        no_others(snapshot, vcpus.len())?;
         Ok(MachineState { vm, vcpus })
     }
 }

@@ -6,7 +6,7 @@ use kvm_bindings::{CpuId, KVM_CAP_SREGS2, KVM_CAP_VM_TSC_CONTROL, KVM_CAP_XSAVE2
 use kvm_ioctls::{Cap, Kvm};
 
 use super::error::Call;
-use super::{MachineState, StateError, cpuid};
+use super::{MachineState, StateError, cpuid, msrs};
 
 /// The abilities of a host that matter for a guest's state. Cloning it is cheap.
 #[derive(Clone, Debug)]
@@ -19,13 +19,21 @@ pub(super) struct Abilities {
     supported: CpuId,
     /// What a vCPU shows that was given just that: some hosts let guests see more.
     shown: OnceLock<CpuId>,
+    /// In ascending order.
     pub(super) msrs: Vec<u32>,
+    /// How fast the time stamp counter of a new vCPU runs, if KVM tells.
+    tsc_khz: Option<u32>,
     pub(super) sregs2: bool,
     pub(super) tsc_control: bool,
     /// A VM tells how fast the counters of its vCPUs will run.
     pub(super) vm_tsc: bool,
     /// Bytes of extended state, 0 if only the classic 4096 are there.
     pub(super) xsave_len: usize,
+}
+
+/// Whether a guest that has measured one frequency can go on with the other: within 250 ppm, what an NTP client corrects.
+pub(super) fn close(wanted: u32, has: u32) -> bool {
+    u64::from(wanted.abs_diff(has)) * 1_000_000 <= u64::from(wanted) * 250
 }
 
 impl Host {
@@ -46,10 +54,17 @@ impl Host {
                 return Err(StateError::Unsupported(name.into()));
             }
         }
+        let listed = kvm.get_msr_index_list().call("KVM_GET_MSR_INDEX_LIST", None)?;
+        let mut msrs: Vec<u32> = listed.as_slice().iter().copied().chain(msrs::unlisted()).collect();
+        msrs.sort_unstable();
+        msrs.dedup();
+        let vm = kvm.create_vm().call("KVM_CREATE_VM", None)?;
+        let tsc_khz = vm.create_vcpu(0).call("KVM_CREATE_VCPU", None)?.get_tsc_khz().ok();
         let has = Abilities {
             supported: kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).call("KVM_GET_SUPPORTED_CPUID", None)?,
             shown: OnceLock::new(),
-            msrs: kvm.get_msr_index_list().call("KVM_GET_MSR_INDEX_LIST", None)?.as_slice().to_vec(),
+            msrs,
+            tsc_khz,
             sregs2: has(KVM_CAP_SREGS2) > 0,
             tsc_control: kvm.check_extension(Cap::TscControl),
             vm_tsc: has(KVM_CAP_VM_TSC_CONTROL) > 0,
@@ -83,6 +98,14 @@ impl Host {
             let words = vcpu.xsave.iter().rposition(|&word| word != 0).map_or(0, |last| last + 1);
             if words * 4 > self.has.xsave_len.max(4096) {
                 missing.push(format!("extended state (XSAVE) of {} bytes", vcpu.xsave.len() * 4));
+            }
+            let unknown =
+                vcpu.msrs.iter().filter(|(index, value)| *value != 0 && self.has.msrs.binary_search(index).is_err());
+            missing.extend(unknown.map(|(index, _)| format!("MSR {index:#x}")));
+            if let (Some(wanted), Some(has)) = (vcpu.tsc_khz, self.has.tsc_khz)
+                && !(self.has.tsc_control || close(wanted, has))
+            {
+                missing.push(format!("a TSC of {wanted} kHz (this host's runs at {has} kHz)"));
             }
             if vcpu.sregs2.is_some_and(|sregs| sregs.flags != 0) && !self.has.sregs2 {
                 missing.push("KVM_CAP_SREGS2 (page directory pointers of PAE paging)".into());

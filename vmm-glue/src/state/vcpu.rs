@@ -8,7 +8,8 @@ use kvm_ioctls::VcpuFd;
 
 use super::created::{self, Created};
 use super::error::Call;
-use super::{Host, StateError, msrs};
+use super::host::close;
+use super::{Host, StateError, cpuid, msrs};
 use crate::sys;
 
 /// The guest has switched on VMX (Intel SDM volume 3, 2.5).
@@ -64,6 +65,13 @@ impl VcpuState {
         if sregs.cr4 & CR4_VMXE != 0 || sregs.efer & EFER_SVME != 0 {
             return Err(StateError::Unsupported(format!("saving a guest that runs guests itself (vCPU {id})")));
         }
+        if let Some(name) = cpuid::other_hypervisor(cpuid.as_slice()) {
+            return Err(StateError::Unsupported(format!("saving a guest that runs on {name} (vCPU {id})")));
+        }
+        let events = vcpu.get_vcpu_events().call("KVM_GET_VCPU_EVENTS", id)?;
+        if events.smi.smm != 0 {
+            return Err(StateError::Unsupported(format!("saving a guest in system management mode (vCPU {id})")));
+        }
         let lapic = if irqchip { Some(vcpu.get_lapic().call("KVM_GET_LAPIC", id)?) } else { None };
         let sregs2 = if host.has.sregs2 { Some(sys::get_sregs2(vcpu).call("KVM_GET_SREGS2", id)?) } else { None };
         Ok(VcpuState {
@@ -79,7 +87,7 @@ impl VcpuState {
             debug: vcpu.get_debug_regs().call("KVM_GET_DEBUGREGS", id)?,
             msrs: msrs::get(vcpu, id, &host.has.msrs)?,
             lapic,
-            events: vcpu.get_vcpu_events().call("KVM_GET_VCPU_EVENTS", id)?,
+            events,
             mp_state,
         })
     }
@@ -127,7 +135,8 @@ impl VcpuState {
         if let Some(lapic) = &self.lapic {
             vcpu.set_lapic(lapic).call("KVM_SET_LAPIC", id)?;
         }
-        msrs::set(vcpu, id, &self.msrs)?;
+        let wanted = self.msrs.iter().filter(|&&(index, value)| !(fresh && msrs::created(index, value)));
+        msrs::set(vcpu, id, wanted.copied())?;
         vcpu.set_regs(&self.regs).call("KVM_SET_REGS", id)?;
         if !(fresh && created::no_events(&self.events)) {
             vcpu.set_vcpu_events(&self.events).call("KVM_SET_VCPU_EVENTS", id)?;
@@ -149,12 +158,12 @@ impl VcpuState {
         [msrs::KVM_SYSTEM_TIME, msrs::KVM_SYSTEM_TIME_NEW].iter().any(|&index| self.msr(index).unwrap_or(0) & 1 == 1)
     }
 
-    /// The guest must find its clock running at the speed it has measured: within 250 ppm, what an NTP client corrects.
+    /// The guest must find its clock running at the speed it has measured.
     fn restore_tsc_khz(&self, vcpu: &VcpuFd, host: &Host, created: Option<Created>) -> Result<(), StateError> {
         let has = || created.and_then(|created| created.tsc_khz).or_else(|| vcpu.get_tsc_khz().ok());
         let Some(wanted) = self.tsc_khz else { return Ok(()) };
         let Some(has) = has() else { return Ok(()) };
-        if u64::from(wanted.abs_diff(has)) * 1_000_000 <= u64::from(wanted) * 250 {
+        if close(wanted, has) {
             return Ok(());
         }
         if host.has.tsc_control && vcpu.set_tsc_khz(wanted).is_ok() {

@@ -6,6 +6,7 @@ use fastload_qmp::{Capabilities, Qmp, QmpError};
 use nix::sys::statvfs::statvfs;
 use page_units::ByteLen;
 use serde_json::{Value, json};
+use whole_file::WholeFile;
 
 use super::note;
 use crate::commands::Failure;
@@ -137,18 +138,14 @@ fn machine_property(qmp: &mut Qmp, name: &str) -> Result<Value, QmpError> {
 
 /// Refuses a path where no file can be made.
 pub(super) fn writable(output: &Path) -> Result<(), Failure> {
-    let name = output.display();
-    if output.is_dir() {
-        return Err(format!("{name}: it is a directory").into());
-    }
-    let probe = tempfile::Builder::new().prefix(".fastload-").tempfile_in(directory(output));
-    probe.map(drop).map_err(|error| format!("{name}: no file can be made there: {error}").into())
+    Ok(WholeFile::create(output).map(drop)?)
 }
 
 /// Refuses a disk without room for all of RAM.
 pub(super) fn space(output: &Path, ram: ByteLen) -> Result<(), Failure> {
     let name = output.display();
-    let disk = statvfs(directory(output)).map_err(|error| format!("{name}: its disk can't be asked: {error}"))?;
+    let file = whole_file::target(output)?;
+    let disk = statvfs(directory(&file)).map_err(|error| format!("{name}: its disk can't be asked: {error}"))?;
     let free = disk.blocks_available().saturating_mul(disk.fragment_size());
     let needed = ram.0.saturating_add(DEVICE_STATE.0);
     if free >= needed {

@@ -44,8 +44,10 @@ impl Taken {
         let writer = self.sink.file.writer();
         writer.finish(device_state)?;
         let ((stored, zero), ram) = (self.sink.pages(), self.source.layout().total());
+        let meta = std::fs::metadata(&self.output).map_err(|error| format!("{}: {error}", self.output.display()))?;
+        let allocated = meta.blocks().saturating_mul(512);
         Ok(Captured {
-            allocated: std::fs::metadata(&self.output)?.blocks().saturating_mul(512),
+            allocated,
             machine: writer.machine().to_owned(),
             device_state: device_state.len() as u64,
             output: self.output,

@@ -8,6 +8,7 @@ use serde::Serialize;
 use vmstate::{RawCommand, SectionKind};
 
 use crate::commands::Failure;
+use crate::contents;
 use crate::output::size;
 
 #[derive(Debug, Serialize)]
@@ -78,7 +79,7 @@ impl Report {
             capabilities: snapshot.configuration().capabilities().map(str::to_owned).collect(),
             blocks,
             sections: sections.collect(),
-            warnings: snapshot.diagnose()?.iter().map(ToString::to_string).collect(),
+            warnings: contents::diagnose(snapshot)?.iter().map(ToString::to_string).collect(),
         })
     }
 

@@ -7,6 +7,7 @@ use serde_json::json;
 use vmstate::{Content, SectionKind, Value};
 
 use crate::commands::Failure;
+use crate::contents;
 
 /// Bytes that are shown of a long field in text. JSON has them all.
 const SHOWN: usize = 32;
@@ -17,7 +18,7 @@ pub(super) fn show(snapshot: &Snapshot, name: &str, as_json: bool) -> Result<Str
     let mut text = String::new();
     let mut all = Vec::new();
     for entry in full().filter(|entry| entry.name == name) {
-        let Some(device) = snapshot.device(name, entry.instance)? else {
+        let Some(device) = contents::device(snapshot, entry)? else {
             return Err(format!("{}: the state of \"{name}\" is not described", snapshot.path().display()).into());
         };
         let value = device.decode().map_err(|error| format!("{}: {error}", snapshot.path().display()))?;

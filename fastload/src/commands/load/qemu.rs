@@ -58,8 +58,9 @@ impl<'a> Waiting<'a> {
         if preempt {
             wanted.0.insert("postcopy-preempt".to_owned(), true);
         }
-        qmp.set_capabilities(&before, &wanted).map_err(userfaultfd)?;
+        // Nothing can fail between this and what restores them.
         let socket = socket_beside(path)?;
+        qmp.set_capabilities(&before, &wanted).map_err(userfaultfd)?;
         let mut waiting = Waiting {
             qmp,
             address: Address::Unix(socket.clone()),
@@ -81,7 +82,7 @@ impl<'a> Waiting<'a> {
     pub(crate) fn again(qmp: &'a mut Qmp, path: &Path) -> Result<Waiting<'a>, Failure> {
         let socket = socket_beside(path)?;
         let capabilities = qmp.capabilities()?;
-        let preempt = capabilities.0.get("postcopy-preempt") == Some(&true);
+        let preempt = has_preempt(&capabilities);
         // What they were before the load that crashed nobody knows: QEMU's defaults.
         let mine = ["postcopy-ram", "postcopy-preempt"].iter().filter(|name| capabilities.0.contains_key(**name));
         let before = Capabilities(mine.map(|name| ((*name).to_owned(), false)).collect());
@@ -123,6 +124,11 @@ impl<'a> Waiting<'a> {
             }
         }
     }
+}
+
+/// Whether requests are to be answered on a second connection.
+pub(super) fn has_preempt(capabilities: &Capabilities) -> bool {
+    capabilities.0.get("postcopy-preempt") == Some(&true)
 }
 
 fn fate(answer: Result<(String, Option<String>), QmpError>) -> Fate {

@@ -46,8 +46,8 @@ fn run(cli: &Cli) -> Result<bool, Box<dyn Error + Send + Sync>> {
         groups.iter().flat_map(|group| group.names).for_each(|name| println!("{name}.*"));
         return Ok(true);
     }
-    let cores = std::thread::available_parallelism()?.get();
-    let bench = Bench { directory: cli.directory.clone(), near: 0, far: 1.min(cores - 1) };
+    let [near, far] = bench::sys::two_cores()?;
+    let bench = Bench { directory: cli.directory.clone(), near, far };
     let mut figures = Vec::new();
     for group in groups {
         eprintln!("measuring {} ...", group.names.join(", "));

@@ -24,7 +24,7 @@ pub(super) fn snapshot(guest: &Prepared, vcpus: &Vcpus, port: &Port, host: &Host
     let on_disk = fs::metadata(path)?.blocks() * 512;
     Ok(Live {
         blackout_us: micros(report.blackout.total),
-        write_faults: report.stats.write_faults,
+        write_faults: report.stats.write_faults + report.stats.hole_faults,
         complete_us: micros(report.took),
         steps_meanwhile,
         file_ratio: on_disk as f64 / report.stored.to_bytes().0 as f64,

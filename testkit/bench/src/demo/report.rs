@@ -11,7 +11,7 @@ use super::timeline::Timeline;
 pub struct Restore {
     /// Until the first instruction of the guest.
     pub resume_us: u64,
-    /// Until the guest's first missing page was there. 0 where there is none.
+    /// Until the guest's first fault on a missing page was read. 0 where there is none.
     pub first_fault_us: u64,
     /// Until the last page was in.
     pub complete_us: u64,
@@ -28,7 +28,7 @@ pub struct Restore {
 pub struct Live {
     /// How long no vCPU ran.
     pub blackout_us: u64,
-    /// Writes of the guest that waited until the old content was copied away.
+    /// Writes of the guest that waited until the old content was copied away, or until a page of zeros was made.
     pub write_faults: u64,
     /// From the call until the file was durable.
     pub complete_us: u64,
@@ -63,7 +63,7 @@ impl Report {
             let _ = writeln!(text, "{name:28}{:>14}{:>14}", cell(&self.eager), cell(&self.on_demand));
         };
         row("time to resume", |restore| time(restore.resume_us));
-        row("first fault served after", |restore| match restore.first_fault_us {
+        row("first fault after", |restore| match restore.first_fault_us {
             0 => "-".into(),
             after => time(after),
         });
@@ -76,16 +76,16 @@ impl Report {
         let ratio = self.eager.resume_us as f64 / self.on_demand.resume_us.max(1) as f64;
         let _ = writeln!(text, "\nThe guest ran {ratio:.0} times sooner.");
         let live = &self.live;
-        let _ = writeln!(
-            text,
-            "\nLive snapshot: the guest stood still for {}, and did {} steps while the file was written, which took {}; \
-             {} of its\nwrites waited for a page to be copied. The file takes {:.3} times what is not zero.",
-            time(live.blackout_us),
-            live.steps_meanwhile,
-            time(live.complete_us),
-            live.write_faults,
-            live.file_ratio
-        );
+        let mut row = |name: &str, cell: String| {
+            let _ = writeln!(text, "{name:28}{cell:>14}");
+        };
+        row("\nLive snapshot", String::new());
+        row("the guest stood still for", time(live.blackout_us));
+        row("write faults served", live.write_faults.to_string());
+        row("steps of the guest meanwhile", live.steps_meanwhile.to_string());
+        row("time to complete", time(live.complete_us));
+        row("file size / non-zero memory", format!("{:.3}", live.file_ratio));
+        text.push('\n');
         let verdict = if self.verified {
             "Verified: each time the guest went on where it was saved, and every byte of memory is right."
         } else {
@@ -138,6 +138,8 @@ mod tests {
                 ["resume_us", "first_fault_us", "complete_us", "demand_faults", "background_pages", "zero_pages"];
             assert_eq!(keys(&json[way]), expected);
         }
+        let expected = ["blackout_us", "write_faults", "complete_us", "steps_meanwhile", "file_ratio"];
+        assert_eq!(keys(&json["live"]), expected);
         assert_eq!(json["on_demand"]["first_fault_us"], 900);
     }
 
@@ -145,7 +147,7 @@ mod tests {
     fn the_table_says_both() {
         let text = sample().table(&Timeline::default(), &Timeline::default());
         assert!(text.contains("250 ms") && text.contains("1.5 ms") && text.contains("167 times sooner"), "{text}");
-        assert!(text.contains("stood still for 700 us") && text.contains("1.004 times"), "{text}");
+        assert!(text.contains("stood still for           700 us\n") && text.contains(" 1.004\n"), "{text}");
         assert!(text.contains("Verified"), "{text}");
         let failed = Report { verified: false, ..sample() };
         assert!(failed.table(&Timeline::default(), &Timeline::default()).contains("NOT VERIFIED"));

@@ -14,6 +14,7 @@ use super::live;
 use super::report::{Report, Restore, time};
 use super::timeline::Timeline;
 use crate::product::guest::{Done, PATIENCE, Port, Prepared, prepare, save, stopped};
+use crate::sys::two_cores;
 
 /// Steps of the guest before it is saved, and after it was restored.
 const STEPS: u64 = 20_000;
@@ -114,10 +115,10 @@ struct Restored {
 }
 
 fn restore(path: &Path, kvm: &Kvm, host: &Host, way: Way) -> Done<Restored> {
-    let cores = std::thread::available_parallelism()?.get();
+    let [near, far] = two_cores()?;
     let port = Port::stopping_after(STEPS);
     let bus = Arc::clone(&port) as Arc<dyn Bus>;
-    let options = RestoreOptions::default().with_vcpus(VcpuOptions { cores: vec![0], ..VcpuOptions::default() });
+    let options = RestoreOptions::default().with_vcpus(VcpuOptions { cores: vec![near], ..VcpuOptions::default() });
     let called = Instant::now();
     let saved = SavedVm::open(path, kvm, host)?;
     let mut engine_at = called;
@@ -126,8 +127,8 @@ fn restore(path: &Path, kvm: &Kvm, host: &Host, way: Way) -> Done<Restored> {
         Way::OnDemand => saved.restore_on_demand(kvm, host, bus, &options, |builder| {
             engine_at = Instant::now();
             builder
-                .handlers(Handlers::on_cores([0]))
-                .background(Background::default().on_cores([1.min(cores - 1)]))
+                .handlers(Handlers::on_cores([near]))
+                .background(Background::default().on_cores([far]))
                 // The guest has no balloon, and nobody else takes memory from it.
                 .discards(Discards::Announced)
         })?,

@@ -197,8 +197,10 @@ fn what_can_not_be_captured_is_refused_before_anything_changes() {
 
     let ended = capture(&qemu, Path::new("/nonexistent/vm.snap"), &[]);
     assert!(ended.error().contains("/nonexistent/vm.snap"), "{ended:?}");
-    let ended = capture(&qemu, place.0.path(), &[]);
-    assert!(ended.error().contains("directory"), "{ended:?}");
+    for no_file in [place.0.path(), Path::new("/dev/null")] {
+        let ended = capture(&qemu, no_file, &[]);
+        assert!(ended.error().ends_with(&format!("{}: not a regular file", no_file.display())), "{ended:?}");
+    }
     let waiting = Qemu::start(&Setup::new(Machine::Pc, 32).waiting(), &Plan::check(4 * MIB).build()).unwrap();
     let ended = capture(&waiting, &place.file(), &[]);
     assert!(ended.error().contains("inmigrate"), "{ended:?}");

@@ -114,20 +114,41 @@ fn a_server_that_stalls_holds_the_guest_up_and_no_more() {
     saved.is_whole(&mut qemu);
 }
 
-#[test]
-fn a_destination_that_dies_is_named() {
-    testkit::require!(Qemu, Userfaultfd);
-    let setup = Setup::new(Machine::Pc, 64);
-    let saved = Saved::new(&setup, &Plan::check(60 * MIB), How::default());
-    let mut qemu = saved.waiting(&setup);
-    let server = Fastload::start(saved.load_arguments(&qemu, &["--no-background"])).unwrap();
+/// The destination dies after the guest was started and so many bytes have come to it.
+fn dies(saved: &Saved, bytes: u64, more: &[&str]) {
+    let mut qemu = saved.waiting(&saved.setup);
+    let before = qemu.resident().unwrap();
+    let server = Fastload::start(saved.load_arguments(&qemu, more)).unwrap();
     started(&mut qemu);
+    if bytes > 0 {
+        grown(&qemu, before + bytes);
+    }
     qemu.kill().unwrap();
     let ended = server.finish().unwrap();
     // Whatever the system says about the connection.
     assert!(ended.error().starts_with("fastload: QEMU has ended, and its guest with it"), "{ended:?}");
     assert!(ended.error().contains("the connection to QEMU at unix:"), "{ended:?}");
     assert!(!ended.error().contains("not lost"), "{ended:?}");
+    assert_eq!(ended.status.code(), Some(1));
+}
+
+#[test]
+fn a_destination_that_dies_is_named() {
+    testkit::require!(Qemu, Userfaultfd);
+    let setup = Setup::new(Machine::Pc, 64);
+    let saved = Saved::new(&setup, &Plan::check(60 * MIB), How::default());
+    dies(&saved, 0, &["--no-background"]);
+    dies(&saved, 0, &["--no-background", "--preempt"]);
+}
+
+#[test]
+fn a_destination_that_dies_during_the_push_is_named() {
+    testkit::require!(Qemu, Userfaultfd);
+    let setup = Setup::new(Machine::Pc, 256);
+    let saved = Saved::new(&setup, &Plan { step: 512, ..Plan::check(250 * MIB) }, How::default());
+    // Of 187 MiB.
+    dies(&saved, 8 * MIB, &[]);
+    dies(&saved, 24 * MIB, &["--preempt"]);
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! `fastload load` and `fastload serve` into real, unmodified QEMUs.
 
+mod devices;
 mod kill;
 mod matrix;
 mod native;

@@ -1,0 +1,73 @@
+//! A socket that nobody serves, and one that says too much.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use fastload_qmp::{Qmp, QmpError};
+use nix::sys::socket::{Backlog, listen};
+use serde_json::json;
+
+const GREETING: &str = r#"{"QMP": {"version": {"qemu": {"major": 10, "minor": 0, "micro": 2}}, "capabilities": []}}"#;
+/// Far more than it takes.
+const LONG: Duration = Duration::from_secs(20);
+
+/// Speaks as QEMU does to one client, with an event before each answer.
+fn serve(client: UnixStream) -> std::io::Result<()> {
+    let mut to = client.try_clone()?;
+    writeln!(to, "{GREETING}")?;
+    for line in BufReader::new(client).lines() {
+        let command: serde_json::Value = serde_json::from_str(&line?)?;
+        writeln!(to, r#"{{"event": "NEWS", "timestamp": {{"seconds": 1, "microseconds": 2}}}}"#)?;
+        writeln!(to, "{}", json!({"return": {"did": command["execute"]}, "id": command["id"]}))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_socket_that_another_program_holds_is_given_up_in_time() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("qmp");
+    let listener = UnixListener::bind(&path).unwrap();
+    listen(&listener, Backlog::new(0).unwrap()).unwrap();
+    let limit = Duration::from_millis(300);
+    // This one waits in the queue, and the next one for room in it.
+    let waiting = UnixStream::connect(&path).unwrap();
+    for _ in 0..2 {
+        let begun = Instant::now();
+        let error = Qmp::connect(&path, limit).unwrap_err();
+        assert!(matches!(error, QmpError::NoGreeting { .. }), "{error}");
+        assert!(error.to_string().contains("another program"), "{error}");
+        assert!(begun.elapsed() >= limit && begun.elapsed() < LONG);
+    }
+    // In the queue there is no greeting either.
+    drop((listener.accept().unwrap(), waiting));
+    let error = Qmp::connect(&path, limit).unwrap_err();
+    assert!(matches!(error, QmpError::NoGreeting { .. }), "{error}");
+    let error = Qmp::connect(&dir.path().join("nothing"), limit).unwrap_err();
+    assert!(matches!(error, QmpError::Connect { .. }), "{error}");
+}
+
+#[test]
+fn it_connects_as_soon_as_there_is_room() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("qmp");
+    let listener = UnixListener::bind(&path).unwrap();
+    listen(&listener, Backlog::new(0).unwrap()).unwrap();
+    let first = UnixStream::connect(&path).unwrap();
+    let client = thread::spawn(move || {
+        let mut qmp = Qmp::connect(&path, LONG)?;
+        let answer = qmp.execute("query-status", json!({}))?;
+        let event = qmp.wait_event(&["NEWS"], LONG)?;
+        Ok::<_, QmpError>((qmp.version(), answer, event))
+    });
+    drop(listener.accept().unwrap());
+    drop(first);
+    let server = thread::spawn(move || serve(listener.accept()?.0));
+    let (version, answer, event) = client.join().unwrap().unwrap();
+    assert_eq!((version, &answer["did"]), ((10, 0, 2), &json!("query-status")));
+    assert_eq!(event.unwrap().happened, Duration::new(1, 2000));
+    // The client is gone.
+    let _ = server.join().unwrap();
+}

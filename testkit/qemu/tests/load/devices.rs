@@ -1,0 +1,107 @@
+//! Devices that one side has and the other has not.
+
+use testkit_qemu::guest::Plan;
+use testkit_qemu::{Machine, Setup};
+
+use crate::MIB;
+use crate::refuse::refused;
+use crate::support::{How, Saved};
+
+fn with(bare: &Setup, arguments: &str) -> Setup {
+    Setup { extra: arguments.split_whitespace().map(str::to_owned).collect(), ..bare.clone() }
+}
+
+/// Refused in both directions: missing in QEMU, and missing in the snapshot.
+fn refused_both_ways(bare: &Setup, arguments: &str, words: &[&str]) {
+    let plan = Plan::check(16 * MIB);
+    let more = with(bare, arguments);
+    for (saved, loading, what) in [(&more, bare, "missing"), (bare, &more, "no state")] {
+        let saved = Saved::new(saved, &plan, How::default());
+        refused(&saved, loading, &[words, &[what]].concat());
+    }
+}
+
+#[test]
+fn on_pci() {
+    testkit::require!(Qemu);
+    let bare = Setup::new(Machine::Pc, 64);
+    refused_both_ways(&bare, "-device virtio-rng-pci", &["0000:00:02.0"]);
+    // The other one of the same bus.
+    let saved = Saved::new(&with(&bare, "-device virtio-rng-pci"), &Plan::check(16 * MIB), How::default());
+    let other = with(&bare, "-device virtio-balloon-pci");
+    refused(&saved, &other, &["0000:00:02.0", "virtio-rng", "virtio-balloon"]);
+}
+
+#[test]
+fn on_pci_behind_a_bridge() {
+    testkit::require!(Qemu);
+    let bridge = "-device pcie-root-port,id=r,chassis=1,addr=5.0";
+    let bare = with(&Setup::new(Machine::Q35, 64), bridge);
+    let plan = Plan::check(16 * MIB);
+    let more = with(&bare, &format!("{bridge} -device virtio-rng-pci,bus=r"));
+    let saved = Saved::new(&more, &plan, How::default());
+    refused(&saved, &bare, &["missing", "0000:00:05.0:00.0", "virtio-rng"]);
+    refused(&Saved::new(&bare, &plan, How::default()), &more, &["no state", "0000:00:05.0:00.0"]);
+}
+
+#[test]
+fn on_isa() {
+    testkit::require!(Qemu);
+    let parallel = "-chardev null,id=p -device isa-parallel,chardev=p";
+    refused_both_ways(&Setup::new(Machine::Pc, 64), parallel, &["isa-parallel"]);
+}
+
+#[test]
+fn on_usb() {
+    testkit::require!(Qemu);
+    let bare = with(&Setup::new(Machine::Pc, 64), "-device piix3-usb-uhci,id=u");
+    refused_both_ways(&bare, "-device piix3-usb-uhci,id=u -device usb-tablet,bus=u.0", &["usb-tablet"]);
+}
+
+#[test]
+fn on_virtio_mmio() {
+    testkit::require!(Qemu);
+    refused_both_ways(&Setup::new(Machine::Microvm, 64), "-device virtio-rng-device", &["virtio-rng-device"]);
+}
+
+/// What is compared raises no false alarm: devices of all kinds, behind bridges, on two root buses, and without state.
+#[test]
+fn the_same_ones_fit() {
+    testkit::require!(Qemu, Userfaultfd);
+    let pc = "-vga std -device pci-testdev -device edu -device isa-debug-exit -device i82801b11-bridge,id=b \
+        -chardev null,id=p -device isa-parallel,chardev=p -chardev null,id=s -device isa-serial,chardev=s -device isa-fdc,iobase=0x370 \
+        -device piix3-usb-uhci,id=u -device usb-hub,bus=u.0,port=1 -device usb-tablet,bus=u.0,port=1.1 \
+        -device usb-kbd,bus=u.0,port=2 -device qemu-xhci,id=x -blockdev null-co,node-name=d,read-zeroes=on \
+        -device usb-storage,drive=d,bus=x.0 -device pxb,bus_nr=128,id=q -device virtio-rng-pci,bus=q,addr=3";
+    let q35 = "-device pcie-root-port,id=r,chassis=1 -device virtio-rng-pci,bus=r -device virtio-keyboard-pci -device pvpanic-pci \
+        -device pxb-pcie,bus_nr=128,id=q -device pcie-root-port,bus=q,id=s,chassis=2 -device virtio-rng-pci,bus=s";
+    let microvm = "-device virtio-rng-device -device virtio-balloon-device -device virtio-serial-device \
+        -device virtio-keyboard-device";
+    for (machine, arguments) in [(Machine::Pc, pc), (Machine::Q35, q35), (Machine::Microvm, microvm)] {
+        let setup = with(&Setup::new(machine, 64), arguments);
+        let saved = Saved::new(&setup, &Plan::check(16 * MIB), How::default());
+        // A USB controller writes into memory while the machine runs.
+        let mut qemu = saved.waiting(&setup);
+        let figures = saved.load(&qemu, &["--paused"]).figures();
+        assert_eq!(figures["state"], "paused", "{figures}");
+        saved.is_whole(&mut qemu);
+    }
+}
+
+/// Not everything can be compared beforehand: what QEMU finds out itself ends it, before its guest was started.
+#[test]
+fn that_only_qemu_misses() {
+    testkit::require!(Qemu, Userfaultfd);
+    let controller = "-device virtio-scsi-pci -blockdev null-co,node-name=d,read-zeroes=on";
+    let bare = with(&Setup::new(Machine::Pc, 64), controller);
+    let more = with(&bare, &format!("{controller} -device scsi-hd,drive=d"));
+    let saved = Saved::new(&more, &Plan::check(16 * MIB), How::default());
+    let mut qemu = saved.waiting(&bare);
+    let ended = saved.load(&qemu, &[]);
+    let error = ended.error();
+    assert!(error.contains("standard error") && !error.contains("--recover"), "{error}");
+    assert!(!qemu.wait_exit().unwrap().success());
+    assert!(qemu.stderr().contains("scsi-disk"), "{}", qemu.stderr());
+    let ended = saved.load(&qemu, &["--recover"]);
+    assert!(ended.error().contains("QMP socket"), "{ended:?}");
+}
