@@ -63,7 +63,9 @@ impl Stream {
 
     /// Sends it to a QEMU. Bytes a second, from connecting until it says that it has everything.
     pub(super) fn sent(&self, image: &Image) -> Measured<f64> {
+        let warm = image.warm()?;
         let mut qemu = image.waiting()?;
+        drop(warm);
         let path = qemu.dir().join("incoming");
         qemu.set_capabilities(&[("postcopy-ram", true)])?;
         qemu.execute("migrate-incoming", json!({"uri": format!("unix:{}", path.display())}))?;
