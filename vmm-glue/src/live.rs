@@ -72,7 +72,8 @@ impl Drop for Held<'_> {
 /// Writes that go through the guest's memory as it is mapped here are caught, those of the caller's device models
 /// too. Not caught are those that go around it: direct I/O and `io_uring` in flight, DMA, other mappings of the same
 /// file, other processes. Stop and finish those in [`LiveOptions::with_drain`], or refuse there. As long as the
-/// snapshot is not complete, discard no memory (a balloon, `madvise`, `fallocate`): the snapshot fails if one is seen.
+/// snapshot is not complete, give memory back (a balloon) with [`GuestRam::discard`], which holds that off: the
+/// snapshot fails if a bare `madvise` or `fallocate` is seen.
 ///
 /// # Errors
 /// If anything fails: the guest goes on as it was, and there is no file, or the one that was there before.

@@ -94,7 +94,8 @@ impl LiveOptions {
     /// the mapping that the guest has may go on after [`LiveEvent::FreezePoint`], or when the call returns an error;
     /// whatever goes around that mapping only when the snapshot is complete.
     ///
-    /// Its time is part of the blackout. An error means that something could not be stopped: there is no snapshot
+    /// Its time is part of the blackout. Should the guest's memory become complete at that very moment, the guest goes on
+    /// for a moment, is stopped once more, and `drain` is called again. An error means that something could not be stopped: there is no snapshot
     /// then, and the guest goes on.
     #[must_use]
     pub fn with_drain(
