@@ -14,6 +14,7 @@ mod table;
 
 pub use bus::{Bus, Next};
 pub use exit::{FailedPage, VcpuError};
+pub(crate) use group::FOR_EVER;
 pub use group::{StopError, VcpuOptions, Vcpus};
 pub(crate) use launch::Launch;
 pub(crate) use table::Hold;

@@ -13,6 +13,7 @@ use std::time::Duration;
 use common::live::{self, Kind};
 use common::{PATIENCE, Signals};
 use kvm_ioctls::Kvm;
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::{Signal, raise};
 use page_source::PageCount;
@@ -179,20 +180,29 @@ fn memory_whose_writes_can_not_be_caught_is_refused_by_name() {
         vm_memory::FileOffset::new(file, 0)
     };
     let length = 4 << 20;
-    for (flags, file, what) in [
-        (libc::MAP_PRIVATE, Some(file()), "a private mapping of a file"),
-        (libc::MAP_SHARED, Some(on_disk(file())), "a mapping of a file on a disk"),
-        (libc::MAP_SHARED | libc::MAP_ANONYMOUS, None, "shared memory without a file"),
+    let in_memory = || {
+        let file = memfd_create("twice", MFdFlags::MFD_CLOEXEC).unwrap();
+        nix::unistd::ftruncate(&file, 4 << 20).unwrap();
+        vm_memory::FileOffset::new(file.into(), 0)
+    };
+    for (flags, file, mappings, what) in [
+        (libc::MAP_PRIVATE, Some(file()), 1, "a private mapping of a file"),
+        (libc::MAP_SHARED, Some(on_disk(file())), 1, "a mapping of a file on a disk"),
+        (libc::MAP_SHARED | libc::MAP_ANONYMOUS, None, 1, "shared memory without a file"),
+        (libc::MAP_SHARED, Some(in_memory()), 2, "a second mapping of the same part of a file"),
     ] {
-        let builder = vm_memory::mmap::MmapRegionBuilder::new_with_bitmap(length, ());
-        let builder = builder.with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE).with_mmap_flags(flags);
-        let builder = match file {
-            Some(file) => builder.with_file_offset(file),
-            None => builder,
+        let region = |number: u64| {
+            let builder = vm_memory::mmap::MmapRegionBuilder::new_with_bitmap(length, ());
+            let builder = builder.with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE).with_mmap_flags(flags);
+            let builder = match &file {
+                Some(file) => builder.with_file_offset(file.clone()),
+                None => builder,
+            };
+            let guest = vm_memory::GuestAddress(number << 24);
+            vm_memory::GuestRegionMmap::new(builder.build().unwrap(), guest).unwrap()
         };
-        let region = vm_memory::GuestRegionMmap::new(builder.build().unwrap(), vm_memory::GuestAddress(0)).unwrap();
-        let memory = Memory::from_regions(vec![region]).unwrap();
-        let ram = Arc::new(GuestRam::adopt(memory, |_| "ram".into()).unwrap());
+        let memory = Memory::from_regions((0..mappings).map(region).collect()).unwrap();
+        let ram = Arc::new(GuestRam::adopt(memory, |guest| format!("ram{guest}")).unwrap());
         let machine = vmm_glue::Machine::new(&Kvm::new().unwrap(), ram, MachineConfig::bare(1)).unwrap();
         let options = vmm_glue::VcpuOptions { paused: true, ..vmm_glue::VcpuOptions::default() };
         let vcpus = Vcpus::start(machine, Arc::new(Signals::default()), options).unwrap();

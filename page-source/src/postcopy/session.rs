@@ -19,6 +19,9 @@ use super::return_path::{Decoder, Message, ReturnPathError};
 use super::{Address, Opening, ServeError, Started};
 use crate::{Content, Feed, Layout, PageSink, PageSource, Urgency};
 
+/// No time limit: as long as nobody waits, and still a time that can be counted.
+const FOR_EVER: Duration = Duration::from_secs(1 << 32);
+
 /// How often it is checked that the source is alive.
 const LOOK: Duration = Duration::from_millis(500);
 /// The same, in messages, where they come without a pause.
@@ -82,7 +85,7 @@ impl<'a> Session<'a> {
 
     pub(super) fn open_fast(&self) -> Result<(), ServeError> {
         let shared = &self.outlet.shared;
-        let connector = Connector { shared, until: Instant::now() + self.outlet.options.patience };
+        let connector = Connector { shared, until: Instant::now() + self.outlet.options.patience.min(FOR_EVER) };
         let socket = connector.connect(self.address).map_err(|error| match error.kind() {
             ErrorKind::Interrupted => ServeError::Stopped { started: self.outlet.started() },
             _ => self.broken(&format!("a second one can't be made: {error}")),
@@ -192,7 +195,7 @@ impl<'a> Session<'a> {
         what: &'static str,
         mut is_it: impl FnMut(&Message) -> bool,
     ) -> Result<Message, ServeError> {
-        let until = Instant::now() + self.outlet.options.patience;
+        let until = Instant::now() + self.outlet.options.patience.min(FOR_EVER);
         let mut others = VecDeque::new();
         loop {
             match self.next(Some(until))? {

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
@@ -17,17 +18,26 @@ const METADATA: ByteLen = ByteLen(1 << 20);
 
 /// Whether every write to this memory can be caught.
 pub(super) fn memory(ram: &GuestRam) -> Result<(), LiveError> {
+    let mut ranges = Vec::new();
     for (number, piece) in ram.pieces().iter().enumerate() {
         let refused = |what| Err(LiveError::Memory { guest: piece.guest, what });
         match (piece.shared, ram.file_of(number)) {
             (false, None) => {}
             (true, None) => return refused("shared memory without a file"),
             (false, Some(_)) => return refused("a private mapping of a file"),
-            (true, Some((file, _))) if in_memory(file) => {}
+            (true, Some((file, offset))) if in_memory(file) => {
+                let of = file.metadata().map_err(LiveError::Populated)?;
+                ranges.push(((of.dev(), of.ino()), offset, offset.saturating_add(piece.run.len().0), piece.guest));
+            }
             (true, Some(_)) => return refused("a mapping of a file on a disk"),
         }
     }
-    Ok(())
+    // A write through one mapping is not seen by the protection of the other.
+    ranges.sort_unstable();
+    match ranges.windows(2).find(|pair| pair[0].0 == pair[1].0 && pair[1].1 < pair[0].2) {
+        Some(pair) => Err(LiveError::Memory { guest: pair[1].3, what: "a second mapping of the same part of a file" }),
+        None => Ok(()),
+    }
 }
 
 fn in_memory(file: &File) -> bool {

@@ -9,6 +9,7 @@ use uffd_engine::{FreezeStats, Frozen, FrozenError};
 use super::sink::LiveSink;
 use super::{Blackout, LiveError};
 use crate::GuestRam;
+use crate::vcpu::FOR_EVER;
 
 /// How often whoever waits looks whether the thread that saves still lives.
 const TICK: Duration = Duration::from_millis(100);
@@ -100,7 +101,7 @@ impl LiveSnapshot {
     /// Waits until it is over, one way or the other, for a limited time; `false` if it is not.
     #[must_use]
     pub fn wait_for(&self, limit: Duration) -> bool {
-        let deadline = Instant::now() + limit;
+        let deadline = Instant::now() + limit.min(FOR_EVER);
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             if self.sink.wait(left.min(TICK)).is_some() || !self.feed.alive() {

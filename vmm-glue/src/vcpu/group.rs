@@ -14,6 +14,9 @@ use super::table::{Group, Hold, StopHandle, Wanted, failure, stopped};
 use super::{Bus, VcpuError};
 use crate::{GuestRam, Host, Machine, MachineConfig, MachineState, StateError};
 
+/// No time limit: as long as nobody waits, and still a time that can be counted.
+pub(crate) const FOR_EVER: Duration = Duration::from_secs(1 << 32);
+
 /// How the threads are set up.
 #[derive(Clone, Debug)]
 pub struct VcpuOptions {
@@ -183,7 +186,7 @@ impl Vcpus {
     /// # Errors
     /// If they do not stop in time, or one of them has failed.
     pub fn wait_stopped(&self, limit: Duration) -> Result<(), StopError> {
-        let deadline = Instant::now() + limit;
+        let deadline = Instant::now() + limit.min(FOR_EVER);
         let mut table = self.group.table.lock();
         loop {
             if let Some(error) = failure(&table) {
