@@ -15,9 +15,11 @@ use super::channel::{Channel, Unreadable};
 use super::credit::Credit;
 use super::message::Message;
 
-/// The part of the window that the destination may still have to take when the next piece goes: so that it has
-/// something to do until that comes.
-const LOW: u64 = 4;
+/// The part of the window that the destination may still have to take when the next piece goes: it must have something
+/// to do until that comes, or it goes to sleep, and waking it costs more than the piece.
+const LOW: u64 = 2;
+/// On TCP a piece is such a part of the window.
+const PIECES: u64 = 4;
 /// More than what a message has beside its pages and their headers.
 const AROUND: u64 = 512;
 /// The header of a page.
@@ -67,7 +69,7 @@ impl Window {
     /// How many pages make a piece: on a unix socket as many as fit beside what may be under way already, on TCP so few
     /// that some are confirmed while others are under way.
     pub(super) fn piece(&self) -> PageCount {
-        let part = if self.credit.is_none() { self.size() - self.size() / LOW } else { self.size() / LOW };
+        let part = if self.credit.is_none() { self.size() - self.size() / LOW } else { self.size() / PIECES };
         PageCount((part.saturating_sub(AROUND) / (PAGE_SIZE + HEADER)).max(1))
     }
 

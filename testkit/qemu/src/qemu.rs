@@ -213,7 +213,7 @@ impl Qemu {
         }
     }
 
-    /// Gives the guest an order (`?`, `s` or `g`) and waits for its answer: passes and errors.
+    /// Gives the guest an order (`?`, `s`, `g` or `h`) and waits for its answer: passes and errors.
     ///
     /// # Errors
     /// If the guest does not answer.

@@ -9,7 +9,7 @@ use std::time::Duration;
 use testkit::require::Prerequisite;
 
 use self::destination::Habit;
-use self::image::{Image, place, room};
+use self::image::{Image, Rest, place, room};
 use self::stream::Stream;
 use super::{Bench, Measured};
 use crate::figure::{Figure, Goal, median};
@@ -36,9 +36,9 @@ pub(super) fn running(bench: &Bench) -> Measured {
         return Ok(Vec::new());
     }
     let dir = place(bench, 6 << 30)?;
-    let small = Image::make(dir.path(), 256)?;
-    let middle = Image::make(dir.path(), 1024)?;
-    let large = Image::make(dir.path(), 4096)?;
+    let small = Image::make(dir.path(), 256, Rest::Busy)?;
+    let middle = Image::make(dir.path(), 1024, Rest::Busy)?;
+    let large = Image::make(dir.path(), 4096, Rest::Busy)?;
     // A millisecond is soon lost to somebody else on the machine: the middle one of several counts.
     let several = |image: &Image| -> Measured<f64> {
         Ok(median((0..3).map(|_| image.fastload()).collect::<Measured<Vec<f64>>>()?))
@@ -57,17 +57,27 @@ pub(super) fn running(bench: &Bench) -> Measured {
 
 /// How fast memory arrives that nobody asked for.
 pub(super) fn push(bench: &Bench) -> Measured {
-    if !possible("qemu.push", 5) {
+    if !possible("qemu.push", 6) {
         return Ok(Vec::new());
     }
-    let dir = place(bench, 2 << 30)?;
-    let image = Image::make(dir.path(), 1024)?;
-    let stream = Stream::of(&image.path)?;
-    // Who shares a core with whom is the scheduler's choice, anew each time.
-    let pairs = interleave_times(15, || image.pushed(), || stream.sent(&image))?;
-    let pairs: Vec<_> = pairs.iter().map(|(ours, floor)| (ours / GIB, floor / GIB)).collect();
-    let how = "1 GiB into a QEMU, from connecting to its end; floor: the same pages as one stream, ready in memory";
-    Ok(vec![Figure::ratio("qemu.push", "GiB/s", &pairs, Goal::AtLeast(0.8)).measured(how)])
+    let dir = place(bench, 3 << 30)?;
+    let mut figures = Vec::new();
+    for (name, rest, goal, guest) in [
+        ("qemu.push", Rest::Idle, Goal::AtLeast(0.8), "is idle"),
+        ("qemu.push.busy", Rest::Busy, Goal::AtLeast(0.8), "takes a core for itself"),
+    ] {
+        let image = Image::make(dir.path(), 1024, rest)?;
+        let stream = Stream::of(&image.path)?;
+        // Who shares a core with whom is the scheduler's choice, anew each time.
+        let pairs = interleave_times(15, || image.pushed(), || stream.sent(&image))?;
+        let pairs: Vec<_> = pairs.iter().map(|(ours, floor)| (ours / GIB, floor / GIB)).collect();
+        let how = format!(
+            "1 GiB into a QEMU whose guest {guest}, from connecting to its end; floor: the same pages as one stream, \
+             ready in memory"
+        );
+        figures.push(Figure::ratio(name, "GiB/s", &pairs, goal).measured(how));
+    }
+    Ok(figures)
 }
 
 /// What a fault takes while everything else is being pushed.
@@ -76,7 +86,7 @@ pub(super) fn demand(bench: &Bench) -> Measured {
         return Ok(Vec::new());
     }
     let dir = place(bench, 2 << 30)?;
-    let image = Image::make(dir.path(), 1024)?;
+    let image = Image::make(dir.path(), 1024, Rest::Busy)?;
     let source = destination::Served::open(&image.path)?;
     let mut figures = Vec::new();
     for (preempt, limit) in [(false, 3.0), (true, 1.5)] {

@@ -10,6 +10,7 @@
 //! | `?` | | `? passes errors` |
 //! | `s` | stands still: writes nothing to memory, until `g` | `s passes errors` |
 //! | `g` | goes on | `g passes errors` |
+//! | `h` | halts its (one) processor for good, as an idle guest does | `h passes errors` |
 //!
 //! Both numbers are hexadecimal; a line feed ends the answer. When it has filled its memory it says `r passes errors`
 //! by itself.

@@ -173,10 +173,13 @@ impl Routines {
     fn write_obey(&mut self, a: &mut CodeAssembler, plan: &Plan) -> Result<(), IcedError> {
         let (mut follow, mut nothing, mut still, mut question) =
             (a.create_label(), a.create_label(), a.create_label(), a.create_label());
+        let (mut halt, mut halted) = (a.create_label(), a.create_label());
         a.set_label(&mut self.obey)?;
         a.test(rbx, rbx)?;
         a.jne(follow)?;
         received(a, nothing)?;
+        a.cmp(al, i32::from(b'h'))?;
+        a.je(halt)?;
         a.cmp(al, i32::from(b's'))?;
         a.jne(question)?;
         a.mov(status(field::HOLD), 1)?;
@@ -197,6 +200,13 @@ impl Routines {
         a.mov(edi, i32::from(b'g'))?;
         a.call(self.answer)?;
         a.jmp(nothing)?;
+        a.set_label(&mut halt)?;
+        a.mov(edi, i32::from(b'h'))?;
+        a.call(self.answer)?;
+        // Interrupts are off: nothing ends it.
+        a.set_label(&mut halted)?;
+        a.hlt()?;
+        a.jmp(halted)?;
         a.set_label(&mut question)?;
         a.mov(edi, i32::from(b'?'))?;
         a.call(self.answer)?;

@@ -36,7 +36,16 @@ pub(super) fn place(bench: &Bench, bytes: u64) -> Measured<TempDir> {
     Ok(tempfile::tempdir_in(if fits { shared } else { &bench.directory })?)
 }
 
-/// A snapshot of a guest that has filled its memory and stands still.
+/// What a guest does once it has filled its memory.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Rest {
+    /// It asks its serial port for orders, and takes a core for itself.
+    Busy,
+    /// It is halted, and takes none.
+    Idle,
+}
+
+/// A snapshot of a guest that has filled its memory and writes no more to it.
 pub(super) struct Image {
     pub(super) path: PathBuf,
     setup: Setup,
@@ -44,17 +53,20 @@ pub(super) struct Image {
 
 impl Image {
     /// Lets a guest fill its memory, and QEMU save it.
-    pub(super) fn make(dir: &Path, megabytes: u64) -> Measured<Image> {
+    pub(super) fn make(dir: &Path, megabytes: u64, rest: Rest) -> Measured<Image> {
         let setup = Setup::new(Machine::Pc, megabytes);
         let mut ranges = setup.machine.ram_ranges(setup.ram());
         ranges[0].0 = LOWEST;
         // The firmware's tables are at the end of what lies below 4 GiB.
         ranges[0].1 -= 4 << 20;
         let plan = Plan { ranges, stride: 1, stored: 1, step: 4096, ..Plan::check(setup.ram()) };
-        let path = dir.join(format!("{megabytes}.mr"));
+        let path = dir.join(format!("{megabytes}-{rest:?}.mr"));
         let mut qemu = Qemu::start(&setup, &plan.build())?;
         qemu.wait_ready()?;
-        qemu.order('s')?;
+        qemu.order(match rest {
+            Rest::Busy => 's',
+            Rest::Idle => 'h',
+        })?;
         qemu.save(&path, false, false)?;
         // Written back now, so that a disk is idle while something is measured.
         fs::File::open(&path)?.sync_all()?;
