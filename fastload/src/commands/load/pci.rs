@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, HashMap};
 use fastload_qmp::{Qmp, QmpError};
 use serde_json::{Value, json};
 
-use super::devices::Plugged;
-use crate::commands::{Failure, serving};
+use super::devices::{Plugged, Unlike};
+use crate::commands::serving;
 
 /// What the addresses on the machine's own root bus begin with. Those of other root buses (pxb) are not compared.
 const ROOT: &str = "0000:00:";
@@ -42,7 +42,7 @@ const VIRTIO: [(u64, &str); 12] = [
 ];
 
 /// Compares the functions on and below the machine's own root bus.
-pub(super) fn compare(qmp: &mut Qmp, sections: &[&str], plugged: &[Plugged]) -> Result<(), Failure> {
+pub(super) fn compare(qmp: &mut Qmp, sections: &[&str], plugged: &[Plugged]) -> Result<(), Unlike> {
     let mut saved: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
     for (address, device) in sections.iter().filter_map(|section| address(section)) {
         saved.entry(address).or_default().push(device);

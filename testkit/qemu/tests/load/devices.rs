@@ -4,7 +4,7 @@ use testkit_qemu::guest::Plan;
 use testkit_qemu::{Machine, Setup};
 
 use crate::MIB;
-use crate::refuse::refused;
+use crate::refuse::{refused, refused_with};
 use crate::support::{How, Saved};
 
 fn with(bare: &Setup, arguments: &str) -> Setup {
@@ -104,4 +104,34 @@ fn that_only_qemu_misses() {
     assert!(qemu.stderr().contains("scsi-disk"), "{}", qemu.stderr());
     let ended = saved.load(&qemu, &["--recover"]);
     assert!(ended.error().contains("QMP socket"), "{ended:?}");
+}
+
+/// There is a way round a comparison that is wrong: of the devices, and of nothing else.
+#[test]
+fn the_comparison_can_be_skipped() {
+    testkit::require!(Qemu, Userfaultfd);
+    let skip: &[&str] = &["--skip-device-check"];
+    let bare = Setup::new(Machine::Pc, 64);
+    let more = with(&bare, "-device virtio-rng-pci");
+    let saved = Saved::new(&bare, &Plan::check(16 * MIB), How::default());
+    // One without state, as far as QEMU knows.
+    refused(&saved, &more, &["no state", skip[0]]);
+    saved.loads_into(&more, skip);
+    // What else differs is refused as ever.
+    let others = [
+        (with(&Setup::new(Machine::Q35, 64), "-device virtio-rng-pci"), "-machine"),
+        (Setup { megabytes: 128, ..more.clone() }, "pc.ram"),
+        (Setup { cpus: 2, ..more.clone() }, "-smp 1"),
+        (with(&bare, "-device e1000"), "e1000.rom"),
+    ];
+    for (other, word) in others {
+        refused_with(&saved, &other, skip, &[word]);
+    }
+    // One that is really missing is found by QEMU.
+    let saved = Saved::new(&more, &Plan::check(16 * MIB), How::default());
+    refused(&saved, &bare, &["missing", skip[0]]);
+    let mut qemu = saved.waiting(&bare);
+    let ended = saved.load(&qemu, skip);
+    assert!(ended.error().contains("standard error"), "{ended:?}");
+    assert!(!qemu.wait_exit().unwrap().success());
 }
