@@ -5,6 +5,7 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use page_units::{BlockId, ByteLen, FileOffset, GuestAddr, Layout, PageCount, PageIndex};
 use vmstate::{Configuration, DeviceDesc, SectionEntry, SectionKind, Value, VmDesc, WalkError, walk};
@@ -28,6 +29,8 @@ pub struct Snapshot {
     pub(crate) blocks: Vec<BlockFile>,
     pub(crate) bitmaps: Vec<Option<Bitmap>>,
     pub(crate) sections: Vec<SectionEntry>,
+    /// Where the devices' are among them, by name and instance; made when it is first asked for.
+    pub(crate) by_device: OnceLock<Vec<usize>>,
     pub(crate) devices: Range<FileOffset>,
     pub(crate) end: FileOffset,
     pub(crate) vmdesc: Option<VmDesc>,
@@ -247,15 +250,25 @@ impl Snapshot {
         Ok(bytes)
     }
 
+    /// The first section of a device, found without a look at all of them.
+    fn device_section(&self, name: &str, instance: u32) -> Option<&SectionEntry> {
+        let key = |at: &usize| (self.sections[*at].name.as_str(), self.sections[*at].instance);
+        let sorted = self.by_device.get_or_init(|| {
+            let full = (0..self.sections.len()).filter(|at| self.sections[*at].kind == SectionKind::Full);
+            let mut sorted: Vec<usize> = full.collect();
+            sorted.sort_by_key(key);
+            sorted
+        });
+        let first = sorted.get(sorted.partition_point(|at| key(at) < (name, instance)))?;
+        (key(first) == (name, instance)).then(|| &self.sections[*first])
+    }
+
     /// The state of a device; `None` if there is no such section, or it is not described.
     ///
     /// # Errors
     /// If it can't be read.
     pub fn device(&self, name: &str, instance: u32) -> io::Result<Option<Device<'_>>> {
-        let entry = self
-            .sections
-            .iter()
-            .find(|entry| entry.kind == SectionKind::Full && entry.name == name && entry.instance == instance);
+        let entry = self.device_section(name, instance);
         let desc = self.vmdesc.as_ref().and_then(|vmdesc| vmdesc.device(name, instance));
         let (Some(entry), Some(desc)) = (entry, desc) else {
             return Ok(None);
