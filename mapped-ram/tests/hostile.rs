@@ -286,16 +286,16 @@ fn sections(path: &Path, names: impl Iterator<Item = u32>, description: &str) {
 fn many_sections_cost_no_more_each() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("file");
-    let devices: Vec<String> = (0..100_000).map(|at| format!(r#"{{"name": "d", "instance_id": {at}}}"#)).collect();
-    sections(&path, (0..100_000).rev(), &format!(r#"{{"devices": [{}]}}"#, devices.join(",")));
+    let devices: Vec<String> = (0..200_000).map(|at| format!(r#"{{"name": "d", "instance_id": {at}}}"#)).collect();
+    sections(&path, (0..200_000).rev(), &format!(r#"{{"devices": [{}]}}"#, devices.join(",")));
     let snapshot = Snapshot::open(&path).unwrap();
-    for at in 0..100_000 {
+    for at in 0..200_000 {
         let device = snapshot.device("d", at).unwrap().unwrap();
         assert_eq!((device.entry().instance, device.body().len()), (at, 0));
     }
-    assert!(snapshot.device("d", 100_000).unwrap().is_none() && snapshot.device("e", 0).unwrap().is_none());
+    assert!(snapshot.device("d", 200_000).unwrap().is_none() && snapshot.device("e", 0).unwrap().is_none());
 
-    let fields = vec![r#"{"size": 0}"#; 100_000].join(",");
+    let fields = vec![r#"{"size": 0}"#; 200_000].join(",");
     sections(
         &path,
         (0..500_000).map(|at| at % 3),
