@@ -288,7 +288,7 @@ fn hostile_descriptions_cost_little() {
 fn many_sections_cost_no_more_each() {
     let devices: Vec<String> =
         (0..100_000).map(|at| format!(r#"{{"name": "d{}", "instance_id": {}}}"#, at % 7, at / 7)).collect();
-    let twice = format!(r#"{{"name": "d0", "instance_id": 1, "vmsd_name": "second"}}"#);
+    let twice = r#"{"name": "d0", "instance_id": 1, "vmsd_name": "second"}"#;
     let text = format!(r#"{{"devices": [{}, {twice}]}}"#, devices.join(","));
     let desc = VmDesc::parse(text.as_bytes()).unwrap();
     assert_eq!(desc.devices().len(), 100_001);
