@@ -44,6 +44,38 @@ fn on_pci_behind_a_bridge() {
     refused(&Saved::new(&bare, &plan, How::default()), &more, &["no state", "0000:00:05.0:00.0"]);
 }
 
+/// The second root bus, and the third, which has no name, are told apart.
+#[test]
+fn on_pci_on_other_root_buses() {
+    testkit::require!(Qemu, Userfaultfd);
+    let plan = Plan::check(16 * MIB);
+    let pcie = "-device pxb-pcie,bus=pcie.0,addr=8,bus_nr=128,id=q -device pcie-root-port,bus=q,id=s,chassis=2 \
+        -device pxb-pcie,bus=pcie.0,addr=9,bus_nr=64 -device pcie-root-port,bus=pxb-pcie-bus.0,id=y,chassis=3";
+    let pci = "-device pxb,bus=pci.0,addr=8,bus_nr=128,id=s -device pxb,bus=pci.0,addr=9,bus_nr=64,id=y";
+    for (machine, buses) in [(Machine::Q35, pcie), (Machine::Pc, pci)] {
+        let bare = with(&Setup::new(machine, 64), buses);
+        let rng_on = |bus: &str| with(&bare, &format!("{buses} -device virtio-rng-pci,bus={bus},addr=0"));
+        let (on_s, on_y) = (Saved::new(&rng_on("s"), &plan, How::default()), rng_on("y"));
+        refused(&on_s, &bare, &["missing", "0000:80:08.0:00.0:00.0", "virtio-rng"]);
+        refused(&on_s, &on_y, &["missing", "0000:80:08.0:00.0:00.0"]);
+        refused(&Saved::new(&bare, &plan, How::default()), &on_y, &["no state", "0000:40:09.0:00.0:00.0"]);
+        let another = buses.replace("128", "130");
+        refused(
+            &on_s,
+            &with(&bare, &format!("{another} -device virtio-rng-pci,bus=s,addr=0")),
+            &["missing", "0000:80:08.0:00.0"],
+        );
+        // The same ones fit.
+        for saved in [on_s, Saved::new(&on_y, &plan, How::default())] {
+            let mut qemu = saved.waiting(&saved.setup);
+            let ended = saved.load(&qemu, &[]);
+            assert!(!ended.stderr.contains("not compared"), "{ended:?}");
+            assert_eq!(ended.figures()["state"], "running");
+            saved.is_whole(&mut qemu);
+        }
+    }
+}
+
 #[test]
 fn on_isa() {
     testkit::require!(Qemu);
