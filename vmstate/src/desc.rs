@@ -56,6 +56,8 @@ pub struct FieldDesc {
     pub index: Option<u64>,
     /// What an element consists of.
     pub nested: Nested,
+    /// Whether what is described in the field itself is all of an element.
+    inline_is_all: bool,
 }
 
 /// What an element of a field consists of.
@@ -148,6 +150,14 @@ impl StructDesc {
 }
 
 impl FieldDesc {
+    /// The one structure that is described in the field itself, if it is all of an element.
+    pub(crate) fn inline(&self) -> Option<&StructDesc> {
+        match &self.nested {
+            Nested::Inline(inner) if self.inline_is_all => inner.first(),
+            _ => None,
+        }
+    }
+
     /// How many elements.
     #[must_use]
     pub fn count(&self) -> u64 {

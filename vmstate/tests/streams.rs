@@ -270,7 +270,15 @@ fn hostile_descriptions_cost_little() {
     };
     let empty = r#""array_len": 18446744073709551615, "struct": {"vmsd_name": "e", "version": 1, "fields": []},"#;
     let desc = VmDesc::parse(field("0", empty).as_bytes()).unwrap();
-    assert!(walk(&[], FileOffset(0), &desc.devices()[0]).unwrap_err().to_string().contains("values"));
+    assert!(walk(&[], FileOffset(0), &desc.devices()[0]).unwrap_err().to_string().contains("without content"));
+    let few = r#""array_len": 1000, "struct": {"vmsd_name": "e", "version": 1, "fields": []},"#;
+    let desc = VmDesc::parse(field("0", few).as_bytes()).unwrap();
+    let value = walk(&[], FileOffset(0), &desc.devices()[0]).unwrap();
+    assert_eq!(value.field("f").unwrap().members().len(), 1000);
+    let one = r#""array_len": 2000000, "struct": {"vmsd_name": "e", "fields": [{"size": 1}]},"#;
+    let desc = VmDesc::parse(field("1", one).as_bytes()).unwrap();
+    let error = walk(&[0; 2_000_000], FileOffset(0), &desc.devices()[0]).unwrap_err();
+    assert!(error.to_string().contains("values"), "{error}");
     let desc = VmDesc::parse(field("18446744073709551615", r#""array_len": 2,"#).as_bytes()).unwrap();
     assert_eq!(desc.devices()[0].body_len(), None);
     assert!(walk(&[], FileOffset(0), &desc.devices()[0]).is_err());
@@ -306,6 +314,22 @@ fn many_sections_cost_no_more_each() {
     for _ in 0..1_000_000 {
         assert_eq!(desc.device("d", 0).unwrap().body_len(), Some(ByteLen(0)));
     }
+}
+
+/// What is described in a field itself, and is not all of it, is not looked through again for each element.
+#[test]
+fn many_elements_cost_no_more_each() {
+    let inline = vec![r#"{"size": 2}"#; 200_000].join(",");
+    let text = format!(
+        r#"{{"devices": [{{"name": "d", "fields": [{{"name": "a", "array_len": 200000, "size": 1, "struct":
+        {{"vmsd_name": "e", "fields": [{{"name": "i", "size": 1, "vmsd_name": "t", "fields": [{inline}]}}]}}}}]}}]}}"#
+    );
+    let desc = VmDesc::parse(text.as_bytes()).unwrap();
+    let body = vec![7; 200_000];
+    let value = walk(&body, FileOffset(0), &desc.devices()[0]).unwrap();
+    let elements = value.field("a").unwrap().members();
+    assert_eq!(elements.len(), 200_000);
+    assert!(elements.iter().all(|element| element.field("i").unwrap().bytes() == [7]));
 }
 
 /// Sections that started are found by their number, however many there are.

@@ -98,7 +98,10 @@ fn field(object: Object) -> Result<FieldDesc, String> {
         None if described.is_empty() => Nested::Nothing,
         None => Nested::Inline(described),
     };
-    Ok(FieldDesc { name, kind, size, array_len, index, nested })
+    // Found out once, however many elements there are.
+    let inline_is_all =
+        matches!(&nested, Nested::Inline(inner) if matches!(&**inner, [inner] if inner.wire_len() == Some(size)));
+    Ok(FieldDesc { name, kind, size, array_len, index, nested, inline_is_all })
 }
 
 /// One object, filled in its place.
