@@ -14,6 +14,9 @@ use crate::bitmap::{Bitmap, BitmapError};
 use crate::open::{self, Options};
 use crate::{Identity, OpenError, PageError, Warning};
 
+/// The most that goes into memory at once.
+const MAX_READ: ByteLen = ByteLen(1 << 30);
+
 /// A snapshot file in QEMU's mapped-ram format.
 ///
 /// Opening reads what describes the snapshot and none of its RAM; the bitmaps that tell stored pages from zero pages
@@ -237,15 +240,20 @@ impl Snapshot {
         &self.warnings
     }
 
-    /// Reads a part of the file.
+    /// Reads a part of the file: device state, which is a few MiB, or a few pages.
     ///
     /// # Errors
-    /// If it can't be read, or the file does not have it.
+    /// If it can't be read, the file does not have it, or it is more than 1 GiB: a sparse file can claim any length.
     pub fn read(&self, range: Range<FileOffset>) -> io::Result<Vec<u8>> {
         if range.start > range.end || range.end.0 > self.identity.size {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
-        let mut bytes = vec![0; (range.end - range.start).get()];
+        let length = range.end - range.start;
+        if length > MAX_READ {
+            let what = format!("{length} bytes at offset {}, more than {MAX_READ} at once", range.start);
+            return Err(io::Error::new(io::ErrorKind::InvalidData, what));
+        }
+        let mut bytes = vec![0; length.get()];
         self.file.read_exact_at(&mut bytes, range.start.0)?;
         Ok(bytes)
     }
@@ -266,7 +274,7 @@ impl Snapshot {
     /// The state of a device; `None` if there is no such section, or it is not described.
     ///
     /// # Errors
-    /// If it can't be read.
+    /// If it can't be [read](Snapshot::read).
     pub fn device(&self, name: &str, instance: u32) -> io::Result<Option<Device<'_>>> {
         let entry = self.device_section(name, instance);
         let desc = self.vmdesc.as_ref().and_then(|vmdesc| vmdesc.device(name, instance));

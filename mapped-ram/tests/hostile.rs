@@ -311,6 +311,29 @@ fn many_sections_cost_no_more_each() {
     }
 }
 
+/// A terabyte of device state that takes no room in the file takes none in memory.
+#[test]
+fn state_of_any_length_in_a_sparse_file() {
+    let directory = tempfile::tempdir().unwrap();
+    let (small, path) = (directory.path().join("small"), directory.path().join("file"));
+    let describe = |size: u64| format!(r#"{{"devices": [{{"name": "d", "fields": [{{"size": {size:20}}}]}}]}}"#);
+    sections(&small, std::iter::once(0), &describe(0));
+    let snapshot = Snapshot::open(&small).unwrap();
+    let body = snapshot.sections().last().unwrap().body.start.0;
+    let (bytes, text) = (std::fs::read(&small).unwrap(), describe(1 << 40));
+    let behind = [&bytes[usize::try_from(body).unwrap()..bytes.len() - text.len()], text.as_bytes()].concat();
+    let file = File::create(&path).unwrap();
+    file.write_all_at(&bytes[..usize::try_from(body).unwrap()], 0).unwrap();
+    file.write_all_at(&behind, body + (1 << 40)).unwrap();
+
+    let snapshot = Snapshot::open(&path).unwrap();
+    let entry = snapshot.sections().last().unwrap();
+    assert_eq!((entry.body.end - entry.body.start).0, 1 << 40);
+    for error in [snapshot.device("d", 0).unwrap_err(), snapshot.read(snapshot.tail()).unwrap_err()] {
+        assert!(error.to_string().contains("more than 1073741824 at once"), "{error}");
+    }
+}
+
 #[test]
 fn an_empty_configuration_is_no_snapshot() {
     let directory = tempfile::tempdir().unwrap();
