@@ -229,7 +229,7 @@ fn full_matrix(machine: Machine, megabytes: u64) {
     // A snapshot serves for all ways to load it, which `every` has one after the other.
     let mut last: Option<(String, Saved)> = None;
     for run in every().filter(|run| (run.machine, run.megabytes) == (machine, megabytes)) {
-        println!("{run:?}");
+        eprintln!("{run:?}");
         let key = format!("{:?} {}", run.save, run.at_work);
         let kept = last.take().filter(|(kept, _)| *kept == key);
         let (_, saved) = last.insert(kept.unwrap_or_else(|| (key, run.saved())));
