@@ -5,9 +5,11 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use mapped_ram::Snapshot;
+use mapped_ram::{Snapshot, Writer};
+use page_units::{ByteLen, Layout, PageSize, RamBlock};
 use serde_json::Value;
 use testkit::samples::{self, Sample};
+use vmstate::{Configuration, ConfigurationSubsection, Event, SectionHeader, StreamWriter};
 
 fn fastload(arguments: &[&str], paths: &[&Path]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_fastload"));
@@ -194,6 +196,29 @@ fn problems_are_found() {
     assert!(done(&["check"], &[&path]).contains("note: lengths disagree"));
     fs::write(&path, b"nothing of the kind").unwrap();
     assert!(refused(&["check"], &[&path]).contains("not a QEMU migration stream"));
+}
+
+/// A section that is there over and over is not decoded over and over.
+#[test]
+fn a_section_that_repeats_costs_no_more_each() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("file");
+    let mut tail = StreamWriter::new(Vec::new());
+    for id in 1000..101_000 {
+        let header = SectionHeader { id, name: "d".into(), instance: 0, version: 1 };
+        tail.event(&Event::SectionFull(header)).unwrap();
+        tail.event(&Event::Footer { id }).unwrap();
+    }
+    tail.event(&Event::Eof).unwrap();
+    let fields = vec![r#"{"size": 0}"#; 100_000].join(",");
+    let text = format!(r#"{{"devices": [{{"name": "d", "vmsd_name": "d", "fields": [{fields}]}}]}}"#);
+    tail.event(&Event::VmDesc(text.into_bytes())).unwrap();
+    let layout = Layout::new(vec![RamBlock::new("ram", ByteLen(4096), PageSize::SMALL).unwrap()]).unwrap();
+    let mut configuration = Configuration::new("m");
+    configuration.subsections.push(ConfigurationSubsection::Capabilities(vec!["mapped-ram".into()]));
+    Writer::create(&path, &configuration, layout).unwrap().finish(&tail.into_inner()).unwrap();
+    let said = refused(&["check"], &[&path]);
+    assert!(said.contains("is there twice") && said.contains("and 99998 more"), "{said}");
 }
 
 #[test]

@@ -74,7 +74,7 @@ pub fn snapshot(data: &[u8]) {
 pub fn vmdesc(data: &[u8]) {
     let Some((text, body)) = split(data) else { return };
     let Ok(vmdesc) = VmDesc::parse(text) else { return };
-    for device in &vmdesc.devices {
+    for device in vmdesc.devices() {
         let length = device.body_len();
         if let Ok(value) = walk(body, FileOffset(7), device) {
             assert_eq!(length, Some(ByteLen::of(body.len())));

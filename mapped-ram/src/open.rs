@@ -4,6 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::OnceLock;
 
 use page_units::{FileOffset, Layout};
 use vmstate::{Configuration, MAGIC, VERSION, kind};
@@ -58,6 +59,7 @@ pub(crate) fn open(path: &Path, options: &Options) -> Result<Snapshot, OpenError
         blocks,
         bitmaps,
         sections,
+        by_device: OnceLock::new(),
         devices,
         end,
         vmdesc,

@@ -5,6 +5,7 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use page_units::{BlockId, ByteLen, FileOffset, GuestAddr, Layout, PageCount, PageIndex};
 use vmstate::{Configuration, DeviceDesc, SectionEntry, SectionKind, Value, VmDesc, WalkError, walk};
@@ -12,6 +13,9 @@ use vmstate::{Configuration, DeviceDesc, SectionEntry, SectionKind, Value, VmDes
 use crate::bitmap::{Bitmap, BitmapError};
 use crate::open::{self, Options};
 use crate::{Identity, OpenError, PageError, Warning};
+
+/// The most that goes into memory at once.
+const MAX_READ: ByteLen = ByteLen(1 << 30);
 
 /// A snapshot file in QEMU's mapped-ram format.
 ///
@@ -28,6 +32,8 @@ pub struct Snapshot {
     pub(crate) blocks: Vec<BlockFile>,
     pub(crate) bitmaps: Vec<Option<Bitmap>>,
     pub(crate) sections: Vec<SectionEntry>,
+    /// Where the devices' are among them, by name and instance; made when it is first asked for.
+    pub(crate) by_device: OnceLock<Vec<usize>>,
     pub(crate) devices: Range<FileOffset>,
     pub(crate) end: FileOffset,
     pub(crate) vmdesc: Option<VmDesc>,
@@ -234,28 +240,43 @@ impl Snapshot {
         &self.warnings
     }
 
-    /// Reads a part of the file.
+    /// Reads a part of the file: device state, which is a few MiB, or a few pages.
     ///
     /// # Errors
-    /// If it can't be read, or the file does not have it.
+    /// If it can't be read, the file does not have it, or it is more than 1 GiB: a sparse file can claim any length.
     pub fn read(&self, range: Range<FileOffset>) -> io::Result<Vec<u8>> {
         if range.start > range.end || range.end.0 > self.identity.size {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
-        let mut bytes = vec![0; (range.end - range.start).get()];
+        let length = range.end - range.start;
+        if length > MAX_READ {
+            let what = format!("{length} bytes at offset {}, more than {MAX_READ} at once", range.start);
+            return Err(io::Error::new(io::ErrorKind::InvalidData, what));
+        }
+        let mut bytes = vec![0; length.get()];
         self.file.read_exact_at(&mut bytes, range.start.0)?;
         Ok(bytes)
+    }
+
+    /// The first section of a device, found without a look at all of them.
+    fn device_section(&self, name: &str, instance: u32) -> Option<&SectionEntry> {
+        let key = |at: &usize| (self.sections[*at].name.as_str(), self.sections[*at].instance);
+        let sorted = self.by_device.get_or_init(|| {
+            let full = (0..self.sections.len()).filter(|at| self.sections[*at].kind == SectionKind::Full);
+            let mut sorted: Vec<usize> = full.collect();
+            sorted.sort_by_key(key);
+            sorted
+        });
+        let first = sorted.get(sorted.partition_point(|at| key(at) < (name, instance)))?;
+        (key(first) == (name, instance)).then(|| &self.sections[*first])
     }
 
     /// The state of a device; `None` if there is no such section, or it is not described.
     ///
     /// # Errors
-    /// If it can't be read.
+    /// If it can't be [read](Snapshot::read).
     pub fn device(&self, name: &str, instance: u32) -> io::Result<Option<Device<'_>>> {
-        let entry = self
-            .sections
-            .iter()
-            .find(|entry| entry.kind == SectionKind::Full && entry.name == name && entry.instance == instance);
+        let entry = self.device_section(name, instance);
         let desc = self.vmdesc.as_ref().and_then(|vmdesc| vmdesc.device(name, instance));
         let (Some(entry), Some(desc)) = (entry, desc) else {
             return Ok(None);

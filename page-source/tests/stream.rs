@@ -234,6 +234,10 @@ fn hostile_streams_are_refused_with_their_offset() {
     refused(a().event(&Event::Eof).bytes(&[]).out.into_inner(), &["device state"]);
     let other = SectionHeader { id: 9, name: "dirty-bitmap".into(), instance: 0, version: 1 };
     refused(a().event(&Event::SectionStart(other)).finish(), &["dirty-bitmap"]);
+    let mut twice = DeviceWriter::new(3);
+    (0..2).for_each(|_| twice.push(Section::builder("cpu", 0, 1).u64s("regs", &[1]).build().unwrap()));
+    let twice = a().bytes(&twice.finish("pc-i440fx-10.0").unwrap()).out.into_inner();
+    refused(twice, &["second state of device \"cpu\" 0"]);
     // What may be there: the guest has stopped, the end of RAM.
     let switched = a().event(&Event::Command(Command::SwitchoverStart.encode().unwrap()));
     let switched = switched.event(&Event::SectionEnd { id: 2 }).bytes(&0x10u64.to_be_bytes()).footer();

@@ -26,7 +26,7 @@ fn generic_tools_can_walk_the_device_state() {
     assert_eq!(snapshot.configuration().machine, "vmm-glue");
     assert!(snapshot.warnings().is_empty(), "{:?}", snapshot.warnings());
     let described: Vec<_> =
-        snapshot.vmdesc().unwrap().devices.iter().map(|device| (&*device.name, device.instance)).collect();
+        snapshot.vmdesc().unwrap().devices().iter().map(|device| (&*device.name, device.instance)).collect();
     assert_eq!(described, [("vm-memory", 0), ("kvm-vm", 0), ("kvm-vcpu", 0), ("kvm-vcpu", 1)]);
     for (id, vcpu) in (0..).zip(&state.vcpus) {
         let device = snapshot.device("kvm-vcpu", id).unwrap().unwrap();

@@ -40,7 +40,7 @@ fn recoded(state: &MachineState) -> MachineState {
     let sections = state.sections().unwrap();
     let decode = |section: &Section, with: &mut dyn FnMut(&vmstate::Value<'_>)| {
         let desc = VmDesc::parse(section.description_of_one().as_bytes()).unwrap();
-        with(&walk(section.body(), FileOffset(0), &desc.devices[0]).unwrap());
+        with(&walk(section.body(), FileOffset(0), &desc.devices()[0]).unwrap());
     };
     let mut state = MachineState::default();
     decode(&sections[0], &mut |value| state.vm = VmState::from_section(value).unwrap());
@@ -257,7 +257,7 @@ fn what_this_host_lacks_is_refused_by_name() {
 fn unknown_versions_and_subsections_are_refused_by_name() {
     let refused = |section: Section| {
         let desc = VmDesc::parse(section.description_of_one().as_bytes()).unwrap();
-        let value = walk(section.body(), FileOffset(0), &desc.devices[0]).unwrap();
+        let value = walk(section.body(), FileOffset(0), &desc.devices()[0]).unwrap();
         VmState::from_section(&value).unwrap_err().to_string()
     };
     let newer = Section::builder("kvm-vm", 0, 2).bool("irqchip", false).build().unwrap();

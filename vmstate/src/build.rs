@@ -18,7 +18,7 @@ use crate::write::Put;
 ///     .build()?;
 ///
 /// let desc = VmDesc::parse(section.description_of_one().as_bytes())?;
-/// let cpu = walk(section.body(), FileOffset(0), &desc.devices[0])?;
+/// let cpu = walk(section.body(), FileOffset(0), &desc.devices()[0])?;
 /// assert_eq!(cpu.field("cs")?.field("base")?.as_u64()?, 0xffff_0000);
 /// assert!(cpu.field("example/cpu/nmi")?.field("pending")?.as_bool()?);
 /// # Ok::<(), Box<dyn std::error::Error>>(())

@@ -11,8 +11,9 @@ use page_units::ByteLen;
 pub struct VmDesc {
     /// The page size of the target in bytes, if it tells.
     pub page_size: Option<u64>,
-    /// In the order of the stream's FULL sections.
-    pub devices: Vec<DeviceDesc>,
+    devices: Vec<DeviceDesc>,
+    /// Where they are in `devices`, by name and instance.
+    sorted: Vec<usize>,
 }
 
 /// What one device's section consists of.
@@ -24,6 +25,7 @@ pub struct DeviceDesc {
     pub instance: u32,
     /// What is in it.
     pub state: StructDesc,
+    body_len: Option<ByteLen>,
 }
 
 /// Fields, then subsections.
@@ -54,6 +56,8 @@ pub struct FieldDesc {
     pub index: Option<u64>,
     /// What an element consists of.
     pub nested: Nested,
+    /// Whether what is described in the field itself is all of an element.
+    inline_is_all: bool,
 }
 
 /// What an element of a field consists of.
@@ -89,18 +93,44 @@ impl VmDesc {
         parse::parse(text)
     }
 
-    /// The description of a section.
+    fn new(page_size: Option<u64>, devices: Vec<DeviceDesc>) -> VmDesc {
+        let mut sorted: Vec<usize> = (0..devices.len()).collect();
+        // Stable: of two with the same name and instance the first one is found.
+        sorted.sort_by_key(|at| devices[*at].key());
+        VmDesc { page_size, devices, sorted }
+    }
+
+    /// All devices, in the order of the stream's FULL sections.
+    #[must_use]
+    pub fn devices(&self) -> &[DeviceDesc] {
+        &self.devices
+    }
+
+    /// The description of a section; if there are several, the first. Found without a look at all of them.
     #[must_use]
     pub fn device(&self, name: &str, instance: u32) -> Option<&DeviceDesc> {
-        self.devices.iter().find(|device| device.name == name && device.instance == instance)
+        let key = (name, instance);
+        let first = self.sorted.partition_point(|at| self.devices[*at].key() < key);
+        self.devices.get(*self.sorted.get(first)?).filter(|device| device.key() == key)
     }
 }
 
 impl DeviceDesc {
-    /// How many bytes the section's body has; `None` if the sizes don't add up to a number.
+    fn new(name: String, instance: u32, state: StructDesc) -> DeviceDesc {
+        // Once, however many sections say that they are this device's.
+        let body_len = state.wire_len().map(ByteLen);
+        DeviceDesc { name, instance, state, body_len }
+    }
+
+    fn key(&self) -> (&str, u32) {
+        (&self.name, self.instance)
+    }
+
+    /// How many bytes the section's body has, by the description that was read; `None` if the sizes don't add up to a
+    /// number.
     #[must_use]
     pub fn body_len(&self) -> Option<ByteLen> {
-        self.state.wire_len().map(ByteLen)
+        self.body_len
     }
 }
 
@@ -120,6 +150,14 @@ impl StructDesc {
 }
 
 impl FieldDesc {
+    /// The one structure that is described in the field itself, if it is all of an element.
+    pub(crate) fn inline(&self) -> Option<&StructDesc> {
+        match &self.nested {
+            Nested::Inline(inner) if self.inline_is_all => inner.first(),
+            _ => None,
+        }
+    }
+
     /// How many elements.
     #[must_use]
     pub fn count(&self) -> u64 {

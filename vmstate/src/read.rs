@@ -1,5 +1,6 @@
 //! Reading a stream.
 
+use std::collections::HashMap;
 use std::io::{Read, Seek, SeekFrom};
 
 use page_units::{ByteLen, FileOffset};
@@ -23,7 +24,7 @@ pub struct StreamReader<R> {
     wire: Wire<R>,
     state: State,
     nested: bool,
-    started: Vec<(u32, String)>,
+    started: HashMap<u32, String>,
 }
 
 #[derive(Debug)]
@@ -38,13 +39,13 @@ enum State {
 impl<R: Read> StreamReader<R> {
     /// A reader of a stream whose first byte is at `at` of the file.
     pub fn new(inner: R, at: FileOffset) -> StreamReader<R> {
-        StreamReader { wire: Wire::new(inner, at), state: State::Beginning, nested: false, started: Vec::new() }
+        StreamReader { wire: Wire::new(inner, at), state: State::Beginning, nested: false, started: HashMap::new() }
     }
 
     /// A reader of a stream without header: inside PACKAGED, or after a recovery. It may end without EOF, and may
     /// continue sections that began elsewhere.
     pub fn nested(inner: R, at: FileOffset) -> StreamReader<R> {
-        StreamReader { wire: Wire::new(inner, at), state: State::Parts, nested: true, started: Vec::new() }
+        StreamReader { wire: Wire::new(inner, at), state: State::Parts, nested: true, started: HashMap::new() }
     }
 
     /// The next part, or `None` after the last.
@@ -100,7 +101,7 @@ impl<R: Read> StreamReader<R> {
             }
             kind::START => {
                 let header = self.section_header()?;
-                self.started.push((header.id, header.name.clone()));
+                self.started.entry(header.id).or_insert_with(|| header.name.clone());
                 Event::SectionStart(header)
             }
             kind::FULL => Event::SectionFull(self.section_header()?),
@@ -177,7 +178,7 @@ impl<R: Read> StreamReader<R> {
     /// The name under which a section of that number started.
     #[must_use]
     pub fn section_name(&self, id: u32) -> Option<&str> {
-        self.started.iter().find(|(started, _)| *started == id).map(|(_, name)| name.as_str())
+        self.started.get(&id).map(String::as_str)
     }
 
     /// Where the next byte comes from.

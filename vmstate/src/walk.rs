@@ -7,6 +7,8 @@ use crate::{DeviceDesc, FieldDesc, Nested, StructDesc, kind};
 
 /// More values than any real device has: what a hostile description may cost.
 const MAX_VALUES: u32 = 1 << 20;
+/// The same of elements of arrays that take no byte of the section, so that nothing else limits them.
+const MAX_EMPTY: u32 = 1 << 10;
 
 /// Why a section is not what its description says.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -63,7 +65,7 @@ pub enum WalkError {
 /// # Errors
 /// If the body and the description do not fit.
 pub fn walk<'a>(body: &'a [u8], at: FileOffset, desc: &'a DeviceDesc) -> Result<Value<'a>, WalkError> {
-    let mut walker = Walker { body, base: at.0, at: 0, budget: MAX_VALUES };
+    let mut walker = Walker { body, base: at.0, at: 0, budget: MAX_VALUES, empty: MAX_EMPTY };
     let members = walker.members(&desc.state)?;
     walker.must_span(0, body.len() as u64, &desc.name)?;
     Ok(walker.value(&desc.name, "section", 0, Content::Struct { version: desc.state.version, members }))
@@ -75,6 +77,7 @@ struct Walker<'a> {
     /// Never more than the length of the body.
     at: u64,
     budget: u32,
+    empty: u32,
 }
 
 impl<'a> Walker<'a> {
@@ -112,10 +115,10 @@ impl<'a> Walker<'a> {
         let content = match &desc.nested {
             Nested::Struct(inner) => self.structs(desc, inner)?,
             Nested::Inline(inner) if is_list && desc.array_len.is_none() => self.list(desc, inner)?,
-            Nested::Inline(inner) => match inner.as_slice() {
+            Nested::Inline(_) => match desc.inline() {
+                Some(inner) => self.structs(desc, inner)?,
                 // What carries keys and markers around its parts, as a tree does, stays bytes.
-                [inner] if inner.wire_len() == Some(desc.size) => self.structs(desc, inner)?,
-                _ => self.plain(desc, length)?,
+                None => self.plain(desc, length)?,
             },
             Nested::Nothing => self.plain(desc, length)?,
         };
@@ -139,6 +142,13 @@ impl<'a> Walker<'a> {
         for _ in 0..count {
             self.spend(&desc.name)?;
             let start = self.at;
+            if desc.size == 0 {
+                self.empty = self.empty.checked_sub(1).ok_or_else(|| WalkError::Mismatch {
+                    field: desc.name.clone(),
+                    at: self.place(start),
+                    what: "more elements without content than any real device has",
+                })?;
+            }
             let content = self.one(desc, inner)?;
             elements.push(self.value(&desc.name, &desc.kind, start, content));
         }

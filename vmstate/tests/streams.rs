@@ -248,7 +248,7 @@ fn lists_repeat_their_keys() {
         {"name": "a", "index": 0, "type": "uint8", "size": 1}, {"name": "a", "type": "uint8", "size": 1}]}]}"#;
     let vmdesc = VmDesc::parse(text).unwrap();
     let body = [1, 10, 1, 11, 0, 20, 21];
-    let value = walk(&body, FileOffset(0), &vmdesc.devices[0]).unwrap();
+    let value = walk(&body, FileOffset(0), &vmdesc.devices()[0]).unwrap();
     let list = value.field("list").unwrap();
     let xs: Vec<u64> = list.members().iter().map(|e| e.field("x").unwrap().as_u64().unwrap()).collect();
     assert_eq!(xs, [10, 11]);
@@ -256,8 +256,8 @@ fn lists_repeat_their_keys() {
     let mut again = Vec::new();
     value.encode(&mut again);
     assert_eq!(again, body);
-    assert!(walk(&[1, 10, 0, 11, 0, 20, 21], FileOffset(0), &vmdesc.devices[0]).is_err());
-    assert!(walk(&body[..6], FileOffset(0), &vmdesc.devices[0]).is_err());
+    assert!(walk(&[1, 10, 0, 11, 0, 20, 21], FileOffset(0), &vmdesc.devices()[0]).is_err());
+    assert!(walk(&body[..6], FileOffset(0), &vmdesc.devices()[0]).is_err());
 }
 
 #[test]
@@ -270,10 +270,18 @@ fn hostile_descriptions_cost_little() {
     };
     let empty = r#""array_len": 18446744073709551615, "struct": {"vmsd_name": "e", "version": 1, "fields": []},"#;
     let desc = VmDesc::parse(field("0", empty).as_bytes()).unwrap();
-    assert!(walk(&[], FileOffset(0), &desc.devices[0]).unwrap_err().to_string().contains("values"));
+    assert!(walk(&[], FileOffset(0), &desc.devices()[0]).unwrap_err().to_string().contains("without content"));
+    let few = r#""array_len": 1000, "struct": {"vmsd_name": "e", "version": 1, "fields": []},"#;
+    let desc = VmDesc::parse(field("0", few).as_bytes()).unwrap();
+    let value = walk(&[], FileOffset(0), &desc.devices()[0]).unwrap();
+    assert_eq!(value.field("f").unwrap().members().len(), 1000);
+    let one = r#""array_len": 2000000, "struct": {"vmsd_name": "e", "fields": [{"size": 1}]},"#;
+    let desc = VmDesc::parse(field("1", one).as_bytes()).unwrap();
+    let error = walk(&[0; 2_000_000], FileOffset(0), &desc.devices()[0]).unwrap_err();
+    assert!(error.to_string().contains("values"), "{error}");
     let desc = VmDesc::parse(field("18446744073709551615", r#""array_len": 2,"#).as_bytes()).unwrap();
-    assert_eq!(desc.devices[0].body_len(), None);
-    assert!(walk(&[], FileOffset(0), &desc.devices[0]).is_err());
+    assert_eq!(desc.devices()[0].body_len(), None);
+    assert!(walk(&[], FileOffset(0), &desc.devices()[0]).is_err());
     for size in ["-1", "1.5", "\"1\"", "null", "18446744073709551616"] {
         assert!(VmDesc::parse(field(size, "").as_bytes()).is_err(), "{size}");
     }
@@ -281,6 +289,75 @@ fn hostile_descriptions_cost_little() {
     assert!(VmDesc::parse(deep.as_bytes()).is_err());
     let wide = format!("{{\"devices\": [{}0]}}", "0,".repeat(2 << 20));
     assert!(VmDesc::parse(wide.as_bytes()).is_err());
+}
+
+/// As large as a description may be: a look at all devices, or all fields of one, for each section would take hours.
+#[test]
+fn many_sections_cost_no_more_each() {
+    let devices: Vec<String> =
+        (0..100_000).map(|at| format!(r#"{{"name": "d{}", "instance_id": {}}}"#, at % 7, at / 7)).collect();
+    let twice = r#"{"name": "d0", "instance_id": 1, "vmsd_name": "second"}"#;
+    let text = format!(r#"{{"devices": [{}, {twice}]}}"#, devices.join(","));
+    let desc = VmDesc::parse(text.as_bytes()).unwrap();
+    assert_eq!(desc.devices().len(), 100_001);
+    for at in 0..100_000 {
+        let device = desc.device(&format!("d{}", at % 7), at / 7).unwrap();
+        assert!(std::ptr::eq(device, &raw const desc.devices()[at as usize]), "{at}: another, or the second of two");
+    }
+    for (name, instance) in [("d0", 1 << 20), ("d", 0), ("d7", 0), ("e", 0), ("", 0)] {
+        assert_eq!(desc.device(name, instance), None);
+    }
+
+    let fields = vec![r#"{"name": "f", "type": "uint8", "size": 0}"#; 100_000].join(",");
+    let text = format!(r#"{{"devices": [{{"name": "d", "vmsd_name": "d", "version": 1, "fields": [{fields}]}}]}}"#);
+    let desc = VmDesc::parse(text.as_bytes()).unwrap();
+    for _ in 0..1_000_000 {
+        assert_eq!(desc.device("d", 0).unwrap().body_len(), Some(ByteLen(0)));
+    }
+}
+
+/// What is described in a field itself, and is not all of it, is not looked through again for each element.
+#[test]
+fn many_elements_cost_no_more_each() {
+    let inline = vec![r#"{"size": 2}"#; 200_000].join(",");
+    let text = format!(
+        r#"{{"devices": [{{"name": "d", "fields": [{{"name": "a", "array_len": 200000, "size": 1, "struct":
+        {{"vmsd_name": "e", "fields": [{{"name": "i", "size": 1, "vmsd_name": "t", "fields": [{inline}]}}]}}}}]}}]}}"#
+    );
+    let desc = VmDesc::parse(text.as_bytes()).unwrap();
+    let body = vec![7; 200_000];
+    let value = walk(&body, FileOffset(0), &desc.devices()[0]).unwrap();
+    let elements = value.field("a").unwrap().members();
+    assert_eq!(elements.len(), 200_000);
+    assert!(elements.iter().all(|element| element.field("i").unwrap().bytes() == [7]));
+}
+
+/// Sections that started are found by their number, however many there are.
+#[test]
+fn many_sections_that_go_on() {
+    let mut out = StreamWriter::new(Vec::new());
+    let count = 60_000;
+    for id in 0..count {
+        let header = SectionHeader { id, name: "s".into(), instance: id, version: 1 };
+        out.event(&Event::SectionStart(header)).unwrap();
+        out.event(&Event::Footer { id }).unwrap();
+    }
+    for _ in 0..5 {
+        for id in (0..count).rev() {
+            out.event(&Event::SectionPart { id }).unwrap();
+            out.event(&Event::Footer { id }).unwrap();
+        }
+    }
+    let bytes = out.into_inner();
+    let mut from = StreamReader::nested(bytes.as_slice(), FileOffset(0));
+    let mut parts = 0;
+    while let Some(event) = from.next_event().unwrap() {
+        if let Event::SectionPart { id } = event.value {
+            assert_eq!(from.section_name(id), Some("s"));
+            parts += 1;
+        }
+    }
+    assert_eq!(parts, 5 * count);
 }
 
 proptest! {

@@ -12,6 +12,7 @@ use fastload_qmp::Qmp;
 use page_source::postcopy::{Options, Phase};
 use serde_json::json;
 
+use self::check::Compared;
 pub(crate) use self::qemu::Waiting;
 use super::serving::{self, Image};
 use crate::commands::Failure;
@@ -50,17 +51,29 @@ pub(crate) struct Load {
     /// Go on after a crash: bring a started guest the pages it still misses.
     #[arg(long)]
     recover: bool,
+    /// Load it even if the devices seem to differ: if they do, QEMU may end, or the guest may fail later. Machine type,
+    /// processors and RAM are compared all the same.
+    #[arg(long, conflicts_with = "recover")]
+    skip_device_check: bool,
     /// Print the figures as JSON.
     #[arg(long)]
     json: bool,
 }
 
 impl Load {
+    fn compared(&self) -> Compared {
+        match (self.recover, self.skip_device_check) {
+            (true, _) => Compared::Recovered,
+            (false, true) => Compared::NotDevices,
+            (false, false) => Compared::All,
+        }
+    }
+
     pub(crate) fn run(&self) -> Result<(), Failure> {
         let begun = Instant::now();
         let image = Image::open(&self.snapshot)?;
         let mut qmp = Qmp::connect(&self.qmp, PATIENCE)?;
-        let blocks = check::fits(&mut qmp, &image.snapshot, &self.snapshot, self.recover)?;
+        let blocks = check::fits(&mut qmp, &image.snapshot, &self.snapshot, self.compared())?;
         let paused = self.paused || !check::ran(&image.snapshot)?;
         // A guest to be recovered has what it was started with.
         let preempt = if self.recover { qemu::has_preempt(&qmp.capabilities()?) } else { self.preempt };

@@ -1,10 +1,11 @@
 //! `fastload repair`: bitmaps for files that QEMU wrote without.
 
+use std::collections::HashSet;
 use std::path::PathBuf;
 
 use mapped_ram::{Snapshot, Warning};
 use page_source::{FlatBlock, FlatFile};
-use vmstate::SectionKind;
+use vmstate::{SectionKind, VmDesc};
 
 use crate::commands::{Failure, convert};
 use crate::{contents, rewrite};
@@ -59,14 +60,12 @@ impl Repair {
 
 /// A device that is described but has no section; or the lack of any.
 fn missing_device(snapshot: &Snapshot) -> Option<String> {
-    let has = |name: &str, instance: u32| {
-        let mut sections = snapshot.sections().iter().filter(|section| section.kind == SectionKind::Full);
-        sections.any(|section| section.name == name && section.instance == instance)
-    };
-    let described = snapshot.vmdesc().map(|vmdesc| vmdesc.devices.as_slice()).unwrap_or_default();
+    let sections = snapshot.sections().iter().filter(|section| section.kind == SectionKind::Full);
+    let there: HashSet<(&str, u32)> = sections.map(|section| (section.name.as_str(), section.instance)).collect();
+    let described = snapshot.vmdesc().map(VmDesc::devices).unwrap_or_default();
     if described.is_empty() {
         return Some("(any at all)".to_owned());
     }
-    let missing = described.iter().find(|device| !has(&device.name, device.instance))?;
+    let missing = described.iter().find(|device| !there.contains(&(device.name.as_str(), device.instance)))?;
     Some(format!("\"{}\" {}", missing.name, missing.instance))
 }

@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
-    AddressFamily, SockFlag, SockType, SockaddrLike, SockaddrStorage, UnixAddr, connect, getsockopt, socket, sockopt,
+    AddressFamily, SockFlag, SockType, SockaddrLike, SockaddrStorage, UnixAddr, connect, getsockopt, setsockopt,
+    socket, sockopt,
 };
 
 use super::address::{Address, Socket};
@@ -21,6 +22,17 @@ use super::options::Shared;
 /// How often it is looked whether there is room in the queue of a unix socket, or a name is known: neither wakes a
 /// `poll`.
 const AGAIN: Duration = Duration::from_millis(10);
+
+/// How long a TCP connection may be idle before its peer is asked whether it is still there, how often it is asked
+/// again, and how often altogether.
+const IDLE: Duration = Duration::from_secs(10);
+const ASKED_AGAIN: Duration = Duration::from_secs(5);
+const ASKED: u32 = 10;
+
+/// How long a TCP peer may leave unconfirmed what was sent to it, or have no room for more (Linux `tcp(7)`,
+/// `TCP_USER_TIMEOUT`). Without, the system waits for a quarter of an hour. It applies to an idle connection as well, so
+/// the three above come to the same.
+const UNCONFIRMED: Duration = Duration::from_secs(60);
 
 /// Connects within a time limit, which [`Control::stop`](super::Control::stop) ends as well.
 pub(super) struct Connector<'a> {
@@ -83,6 +95,7 @@ impl Connector<'_> {
         }
         let socket = TcpStream::from(fd);
         socket.set_nodelay(true)?;
+        notice_its_end(&socket)?;
         Ok(Socket::Tcp(socket))
     }
 
@@ -147,4 +160,41 @@ impl Connector<'_> {
 
 fn open(family: AddressFamily) -> nix::Result<OwnedFd> {
     socket(family, SockType::Stream, SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC, None)
+}
+
+/// Lets the system find out that the peer's machine is gone: it says nothing when that happens.
+fn notice_its_end(socket: &TcpStream) -> io::Result<()> {
+    let seconds = |time: Duration| u32::try_from(time.as_secs()).unwrap_or(u32::MAX);
+    setsockopt(socket, sockopt::KeepAlive, &true)?;
+    setsockopt(socket, sockopt::TcpKeepIdle, &seconds(IDLE))?;
+    setsockopt(socket, sockopt::TcpKeepInterval, &seconds(ASKED_AGAIN))?;
+    setsockopt(socket, sockopt::TcpKeepCount, &ASKED)?;
+    let unconfirmed = u32::try_from(UNCONFIRMED.as_millis()).unwrap_or(u32::MAX);
+    Ok(setsockopt(socket, sockopt::TcpUserTimeout, &unconfirmed)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::super::options::Control;
+    use super::*;
+
+    #[test]
+    fn the_end_of_a_machine_is_noticed() {
+        let control = Control::new().unwrap();
+        let connector = Connector { shared: &control.shared, until: Instant::now() + Duration::from_secs(60) };
+        for host in ["127.0.0.1:0", "[::1]:0"] {
+            // A machine may be without IPv6.
+            let Ok(listener) = TcpListener::bind(host) else { continue };
+            let address = Address::Tcp(listener.local_addr().unwrap().to_string());
+            let Socket::Tcp(socket) = connector.connect(&address).unwrap() else { panic!("{address}") };
+            assert!(getsockopt(&socket, sockopt::KeepAlive).unwrap());
+            assert_eq!(getsockopt(&socket, sockopt::TcpKeepIdle).unwrap(), 10);
+            assert_eq!(getsockopt(&socket, sockopt::TcpKeepInterval).unwrap(), 5);
+            assert_eq!(getsockopt(&socket, sockopt::TcpKeepCount).unwrap(), 10);
+            assert_eq!(getsockopt(&socket, sockopt::TcpUserTimeout).unwrap(), 60_000);
+            assert!(socket.nodelay().unwrap());
+        }
+    }
 }

@@ -25,7 +25,7 @@ pub struct Options {
     /// How long the destination may be silent where it has nothing to do but answer (default: 60 s): while it is
     /// connected to, while it loads its devices and waits for no page, and when it was told that it has everything.
     /// What moves counts, however slowly. A guest that runs may be silent, and even take nothing, for as long as it
-    /// likes.
+    /// likes; over TCP its system has to answer, and to have room for something, once a minute.
     pub patience: Duration,
 }
 

@@ -1,5 +1,6 @@
 //! The device state: nothing in the stream tells how long a section is, until the description at its very end.
 
+use std::collections::HashSet;
 use std::io::{Cursor, Read};
 use std::ops::Range;
 
@@ -39,11 +40,15 @@ pub(super) fn check(bytes: &[u8], at: FileOffset) -> Result<(), ReadError> {
     };
     let vmdesc = VmDesc::parse(&text.value)?;
     let mut stream = StreamReader::nested(bytes, at);
-    let mut ended = false;
+    let (mut ended, mut seen) = (false, HashSet::new());
     while let Some(event) = stream.next_event()? {
         let here = event.range.start;
         match event.value {
             Event::SectionFull(header) => {
+                if !seen.insert((header.name.clone(), header.instance)) {
+                    let what = format!("a second state of device \"{}\" {}", header.name, header.instance);
+                    return Err(ReadError::Foreign { at: here, what });
+                }
                 let desc = vmdesc.device(&header.name, header.instance);
                 let length = desc.and_then(|desc| Some((desc, desc.body_len()?)));
                 let Some((desc, length)) = length else {

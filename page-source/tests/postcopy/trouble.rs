@@ -2,14 +2,16 @@
 
 use std::collections::HashMap;
 use std::io::{Read, Write};
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nix::sys::socket::{Backlog, listen};
+use nix::errno::Errno;
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, connect, listen, socket};
 use page_source::postcopy::return_path::Message;
 use page_source::postcopy::{Address, Options, Phase, ServeError, Server, Started};
 use page_source::{BlockId, PageSource};
@@ -21,14 +23,14 @@ use crate::door::Door;
 use crate::stub::{Habits, LIMIT, Stub};
 use crate::{Running, check, opening_with, options, oracle, small};
 
-/// Short, for destinations that never answer.
+/// For destinations that never say anything: nothing has to happen in this time.
+const AT_ONCE: Duration = Duration::from_millis(100);
+
+/// For destinations that answer, and then don't: enough for what they answer, on a busy machine too.
 const SOON: Duration = Duration::from_secs(1);
 
-fn impatient(change: impl FnOnce(&mut Options)) -> Options {
-    options(|options| {
-        options.patience = SOON;
-        change(options);
-    })
+fn waiting(patience: Duration) -> Options {
+    options(|options| options.patience = patience)
 }
 
 fn source() -> Arc<dyn PageSource> {
@@ -41,6 +43,14 @@ fn full(path: &Path) -> (UnixListener, Vec<UnixStream>) {
     listen(&listener, Backlog::new(0).unwrap()).unwrap();
     let waiting = vec![UnixStream::connect(path).unwrap()];
     (listener, waiting)
+}
+
+/// A connection that is asked for, and not waited for.
+fn under_way(address: SocketAddr) -> OwnedFd {
+    let fd = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_NONBLOCK, None).unwrap();
+    let asked = connect(fd.as_raw_fd(), &SockaddrStorage::from(address));
+    assert!(matches!(asked, Ok(()) | Err(Errno::EINPROGRESS)), "{asked:?}");
+    fd
 }
 
 #[test]
@@ -70,12 +80,12 @@ fn connecting_has_a_time_limit_and_can_be_stopped() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("in");
     let (listener, _waiting) = full(&path);
-    let error = Running::start(source(), impatient(|_| {}), Address::Unix(path.clone())).finish().unwrap_err();
+    let error = Running::start(source(), waiting(AT_ONCE), Address::Unix(path.clone())).finish().unwrap_err();
     assert!(matches!(error, ServeError::Connect { started: Started::No, .. }), "{error}");
     assert!(error.to_string().contains("another program") && !error.is_recoverable(), "{error}");
 
     // One whose guest waits is not lost.
-    let server = Server::new(source(), &HashMap::new(), impatient(|_| {})).unwrap();
+    let server = Server::new(source(), &HashMap::new(), waiting(AT_ONCE)).unwrap();
     let to = Address::Unix(path.clone());
     let error = Running::new(server, move |server| server.resume(&to)).finish().unwrap_err();
     assert!(matches!(error, ServeError::Connect { started: Started::Yes, .. }) && error.is_recoverable(), "{error}");
@@ -102,13 +112,9 @@ fn a_host_that_does_not_answer_is_given_up() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     listen(&listener, Backlog::new(0).unwrap()).unwrap();
     let address = listener.local_addr().unwrap();
-    let mut waiting = Vec::new();
-    while let Ok(stream) = std::net::TcpStream::connect_timeout(&address, SOON) {
-        waiting.push(stream);
-        assert!(waiting.len() < 100, "its queue never fills");
-    }
+    let _waiting: Vec<OwnedFd> = (0..8).map(|_| under_way(address)).collect();
     for to in [address.to_string(), format!("localhost:{}", address.port())] {
-        let error = Running::start(source(), impatient(|_| {}), Address::Tcp(to.clone())).finish().unwrap_err();
+        let error = Running::start(source(), waiting(AT_ONCE), Address::Tcp(to.clone())).finish().unwrap_err();
         assert!(matches!(error, ServeError::Connect { .. }), "{error}");
         let server = Running::start(source(), Options::default(), Address::Tcp(to));
         assert!(server.control.cancel());
@@ -184,33 +190,42 @@ fn a_silent_destination_is_given_up() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("in");
     let listener = UnixListener::bind(&path).unwrap();
-    let server = Running::start(source(), impatient(|_| {}), Address::Unix(path));
+    let server = Running::start(source(), waiting(AT_ONCE), Address::Unix(path));
     let (_main, _) = listener.accept().unwrap();
     let error = server.finish().unwrap_err();
     assert!(matches!(error, ServeError::Silent { started: Started::No, .. }), "{error}");
     assert!(!error.is_recoverable());
 
-    for (never_loads, tcp) in [(true, false), (true, true), (false, false), (false, true)] {
-        let dir = tempfile::tempdir().unwrap();
-        let (door, address) = if tcp { Door::tcp() } else { Door::unix(dir.path()) };
-        let stub = Stub::open(door, Habits { never_loads, never_ends: !never_loads, ..Habits::default() });
-        let error = Running::start(source(), impatient(|_| {}), address).finish().unwrap_err();
-        let expected = if never_loads { Started::Perhaps } else { Started::Yes };
-        assert!(matches!(error, ServeError::Silent { started, .. } if started == expected), "{error}");
-        assert!(error.is_recoverable());
-        assert_eq!(stub.finish().wrong, None);
-    }
-
     // One that is to be resumed.
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("in");
     let listener = UnixListener::bind(&path).unwrap();
-    let server = Server::new(source(), &HashMap::new(), impatient(|_| {})).unwrap();
+    let server = Server::new(source(), &HashMap::new(), waiting(AT_ONCE)).unwrap();
     let server = Running::new(server, move |server| server.resume(&Address::Unix(path)));
     let (mut main, _) = listener.accept().unwrap();
     let error = server.finish().unwrap_err();
     assert!(matches!(error, ServeError::Silent { started: Started::Yes, .. }), "{error}");
     assert!(main.read(&mut [0; 9]).is_ok());
+}
+
+#[test]
+fn one_that_falls_silent_is_given_up() {
+    let given_up = |never_loads: bool, tcp: bool| {
+        let dir = tempfile::tempdir().unwrap();
+        let (door, address) = if tcp { Door::tcp() } else { Door::unix(dir.path()) };
+        let stub = Stub::open(door, Habits { never_loads, never_ends: !never_loads, ..Habits::default() });
+        let error = Running::start(source(), waiting(SOON), address).finish().unwrap_err();
+        let expected = if never_loads { Started::Perhaps } else { Started::Yes };
+        assert!(matches!(error, ServeError::Silent { started, .. } if started == expected), "{error}");
+        assert!(error.is_recoverable());
+        assert_eq!(stub.finish().wrong, None);
+    };
+    // All of them wait at the same time.
+    thread::scope(|scope| {
+        for (never_loads, tcp) in [(true, false), (true, true), (false, false), (false, true)] {
+            scope.spawn(move || given_up(never_loads, tcp));
+        }
+    });
 }
 
 #[test]
@@ -220,11 +235,12 @@ fn one_that_runs_may_be_silent_for_as_long_as_it_likes() {
     let (door, address) = Door::unix(dir.path());
     let stub = Stub::open(door, Habits::default());
     let memory = Arc::new(MemorySource::new(Arc::clone(&oracle)));
-    let server = Running::start(memory, impatient(|options| options.background = false), address);
+    let server =
+        Running::start(memory, options(|options| (options.patience, options.background) = (SOON, false)), address);
     stub.wait("the package", |state| state.loaded);
     let (control, (to, ended)) = (server.control.clone(), mpsc::channel());
     let waiting = thread::spawn(move || to.send(server.finish()).unwrap());
-    let early = ended.recv_timeout(3 * SOON);
+    let early = ended.recv_timeout(SOON + SOON / 2);
     assert!(early.is_err(), "{early:?}");
     control.drain();
     ended.recv_timeout(LIMIT).unwrap().unwrap();

@@ -88,6 +88,8 @@ impl RamBlock {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Layout {
     blocks: Vec<RamBlock>,
+    /// Where they are in `blocks`, by name.
+    sorted: Vec<usize>,
 }
 
 impl Layout {
@@ -96,16 +98,16 @@ impl Layout {
     /// # Errors
     /// If two blocks have one name, there are more than `u32::MAX`, or their lengths add up to more than `u64::MAX`.
     pub fn new(blocks: Vec<RamBlock>) -> Result<Layout, LayoutError> {
-        let mut names: Vec<&str> = blocks.iter().map(RamBlock::name).collect();
-        names.sort_unstable();
-        if let Some(twice) = names.windows(2).find(|pair| pair[0] == pair[1]) {
-            return Err(LayoutError::DuplicateName { block: twice[0].to_owned() });
+        let mut sorted: Vec<usize> = (0..blocks.len()).collect();
+        sorted.sort_unstable_by_key(|at| blocks[*at].name());
+        if let Some(twice) = sorted.windows(2).find(|pair| blocks[pair[0]].name() == blocks[pair[1]].name()) {
+            return Err(LayoutError::DuplicateName { block: blocks[twice[0]].name().to_owned() });
         }
         let total = blocks.iter().try_fold(ByteLen(0), |sum, block| sum.checked_add(block.length()));
         if total.is_none() || u32::try_from(blocks.len()).is_err() {
             return Err(LayoutError::TooLarge);
         }
-        Ok(Layout { blocks })
+        Ok(Layout { blocks, sorted })
     }
 
     /// The blocks with their numbers.
@@ -125,10 +127,12 @@ impl Layout {
         self.blocks.get(block.0 as usize)
     }
 
-    /// The block of that name, with its number.
+    /// The block of that name, with its number. Found without a look at all of them.
     #[must_use]
     pub fn find(&self, name: &str) -> Option<(BlockId, &RamBlock)> {
-        self.iter().find(|(_, block)| block.name() == name)
+        let at = self.sorted.binary_search_by_key(&name, |at| self.blocks[*at].name()).ok()?;
+        let number = *self.sorted.get(at)?;
+        Some((BlockId(u32::try_from(number).ok()?), self.blocks.get(number)?))
     }
 
     /// All pages of a block.
@@ -207,6 +211,19 @@ mod tests {
         let half = (u64::MAX / 2 + 1) & !(PAGE_SIZE - 1);
         assert_eq!(Layout::new(vec![block("a", half), block("b", half)]), Err(LayoutError::TooLarge));
         assert!(PageSize::new(3 << 12).is_none() && PageSize::new(2048).is_none());
+    }
+
+    /// A look at all of them for each would take minutes.
+    #[test]
+    fn blocks_are_found_among_many() {
+        let name = |at: u32| format!("{}", at.wrapping_mul(0x9e37_79b9));
+        let block = |at: u32| RamBlock::new(name(at), ByteLen(4096), PageSize::SMALL).unwrap();
+        let layout = Layout::new((0..100_000).map(block).collect()).unwrap();
+        for at in 0..100_000 {
+            assert_eq!(layout.find(&name(at)).map(|(id, block)| (id, block.name())), Some((BlockId(at), &*name(at))));
+        }
+        assert!(layout.find("").is_none() && layout.find("x").is_none() && layout.find(&name(100_000)).is_none());
+        assert!(Layout::default().find("").is_none());
     }
 
     #[test]

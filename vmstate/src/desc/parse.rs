@@ -34,19 +34,19 @@ impl<'de> Visitor<'de> for Whole<'_> {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<VmDesc, A::Error> {
-        let mut desc = VmDesc { page_size: None, devices: Vec::new() };
+        let (mut page_size, mut devices) = (None, Vec::new());
         let mut found = false;
         while let Some(Text(key)) = map.next_key()? {
             match &*key {
-                "page_size" => desc.page_size = Some(map.next_value()?),
+                "page_size" => page_size = Some(map.next_value()?),
                 "devices" => {
                     found = true;
-                    map.next_value_seed(Each { budget: self.0, into: &mut desc.devices, make: device })?;
+                    map.next_value_seed(Each { budget: self.0, into: &mut devices, make: device })?;
                 }
                 _ => drop(map.next_value::<IgnoredAny>()?),
             }
         }
-        if found { Ok(desc) } else { Err(de::Error::custom("no list of devices")) }
+        if found { Ok(VmDesc::new(page_size, devices)) } else { Err(de::Error::custom("no list of devices")) }
     }
 }
 
@@ -82,7 +82,7 @@ fn only(mut described: Vec<StructDesc>) -> Result<Option<StructDesc>, String> {
 
 fn device(object: Object) -> Result<DeviceDesc, String> {
     let name = object.name.ok_or("a device without a name")?;
-    Ok(DeviceDesc { name, instance: object.instance, state: only(object.described)?.unwrap_or_default() })
+    Ok(DeviceDesc::new(name, object.instance, only(object.described)?.unwrap_or_default()))
 }
 
 fn structure(object: Object) -> Result<StructDesc, String> {
@@ -98,7 +98,10 @@ fn field(object: Object) -> Result<FieldDesc, String> {
         None if described.is_empty() => Nested::Nothing,
         None => Nested::Inline(described),
     };
-    Ok(FieldDesc { name, kind, size, array_len, index, nested })
+    // Found out once, however many elements there are.
+    let inline_is_all =
+        matches!(&nested, Nested::Inline(inner) if matches!(&**inner, [inner] if inner.wire_len() == Some(size)));
+    Ok(FieldDesc { name, kind, size, array_len, index, nested, inline_is_all })
 }
 
 /// One object, filled in its place.

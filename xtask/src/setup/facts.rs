@@ -80,8 +80,9 @@ fn effective_user() -> Option<u32> {
     line.split_ascii_whitespace().nth(1)?.parse().ok()
 }
 
-/// Whether bindgen will find a libclang: a shared library of that name in the directories that it looks in, and the
-/// compiler's own headers, which come in another package.
+/// Whether bindgen will find a libclang: a shared library of that name where `LIBCLANG_PATH` says, or else in the usual
+/// ones of the directories that it looks in (clang-sys, `build/common.rs`). The compiler's own headers, which come in
+/// another package, don't matter: `linux/userfaultfd.h` includes none of them.
 fn libclang() -> bool {
     if let Some(path) = std::env::var_os("LIBCLANG_PATH") {
         return Path::new(&path).is_file() || holds_libclang(Path::new(&path));

@@ -19,6 +19,8 @@ pub(super) fn check(snapshot: &Snapshot, findings: &mut Findings) {
         findings.devices += 1;
         if !seen.insert((name, instance)) {
             findings.problems.push(format!("device section \"{name}\" {instance} is there twice"));
+            // It would be the first one again.
+            continue;
         }
         if section.body.end - section.body.start > MAX_SECTION {
             findings.notes.push(format!("device section \"{name}\" {instance} is too long to be decoded"));
@@ -43,7 +45,8 @@ pub(super) fn check(snapshot: &Snapshot, findings: &mut Findings) {
         return;
     }
     if let Some(vmdesc) = snapshot.vmdesc() {
-        for device in vmdesc.devices.iter().filter(|device| !seen.contains(&(device.name.as_str(), device.instance))) {
+        for device in vmdesc.devices().iter().filter(|device| !seen.contains(&(device.name.as_str(), device.instance)))
+        {
             let (name, instance) = (&device.name, device.instance);
             findings.problems.push(format!("device \"{name}\" {instance} is described, but has no section"));
         }

@@ -13,13 +13,23 @@ use super::devices;
 use crate::commands::Failure;
 use crate::contents;
 
+/// What is compared beside machine type and RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Compared {
+    /// Processors and devices.
+    All,
+    /// Processors.
+    NotDevices,
+    /// Nothing: a guest that is to be recovered runs, and may have got or lost devices and processors since.
+    Recovered,
+}
+
 /// Compares machine type, RAM, processors and devices. The page sizes of the QEMU's RAM blocks.
-/// A guest that is to be recovered runs: it may have got or lost devices and processors since.
 pub(super) fn fits(
     qmp: &mut Qmp,
     snapshot: &Snapshot,
     path: &Path,
-    recover: bool,
+    compared: Compared,
 ) -> Result<HashMap<String, PageSize>, Failure> {
     let name = path.display();
     let (saved, machine) = (&snapshot.configuration().machine, qmp.machine()?);
@@ -27,7 +37,7 @@ pub(super) fn fits(
         return Err(format!("{name}: it was saved from a machine of type {saved}, but this QEMU is a {machine}: start it with -machine {saved}").into());
     }
     uuid(qmp, snapshot, path)?;
-    if !recover {
+    if compared != Compared::Recovered {
         processors(qmp, snapshot, path)?;
     }
     let blocks = qmp.ram_blocks()?;
@@ -37,7 +47,7 @@ pub(super) fn fits(
     if let Some(more) = blocks.iter().find(|block| block.used > 0 && snapshot.layout().find(&block.name).is_none()) {
         return Err(format!("{name}: this QEMU has a RAM block \"{}\" that the snapshot has not: it has a device too many, or memory under another name", more.name).into());
     }
-    if !recover {
+    if compared == Compared::All {
         devices::compare(qmp, snapshot).map_err(|reason| format!("{name}: {reason}"))?;
     }
     let size = |block: &GuestBlock| Some((block.name.clone(), PageSize::new(block.page_size)?));

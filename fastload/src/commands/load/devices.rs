@@ -12,7 +12,6 @@ use serde_json::json;
 use vmstate::SectionKind;
 
 use super::pci;
-use crate::commands::Failure;
 
 /// Where QEMU keeps the devices of the command line, with and without an id, and the machine's own.
 const CONTAINERS: [&str; 3] = ["/machine/peripheral", "/machine/peripheral-anon", "/machine/unattached"];
@@ -62,6 +61,23 @@ const VIRTIO: [(&str, &[&str]); 8] = [
     ),
 ];
 
+/// Why the devices are not found to be the same.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Unlike {
+    /// This is wrong with one of them.
+    #[error("{0} (--skip-device-check loads it without this comparison)")]
+    Device(String),
+    /// QEMU could not be asked.
+    #[error(transparent)]
+    Qmp(#[from] QmpError),
+}
+
+impl From<String> for Unlike {
+    fn from(what: String) -> Unlike {
+        Unlike::Device(what)
+    }
+}
+
 /// A device as QEMU lists it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Plugged {
@@ -71,7 +87,7 @@ pub(super) struct Plugged {
 }
 
 /// Compares what can be compared.
-pub(super) fn compare(qmp: &mut Qmp, snapshot: &Snapshot) -> Result<(), Failure> {
+pub(super) fn compare(qmp: &mut Qmp, snapshot: &Snapshot) -> Result<(), Unlike> {
     let full = snapshot.sections().iter().filter(|section| section.kind == SectionKind::Full);
     let names: Vec<&str> = full.map(|section| section.name.as_str()).collect();
     let plugged = plugged(qmp)?;
@@ -81,7 +97,7 @@ pub(super) fn compare(qmp: &mut Qmp, snapshot: &Snapshot) -> Result<(), Failure>
 }
 
 /// All devices that QEMU lists.
-fn plugged(qmp: &mut Qmp) -> Result<Vec<Plugged>, Failure> {
+fn plugged(qmp: &mut Qmp) -> Result<Vec<Plugged>, QmpError> {
     let mut all = Vec::new();
     for container in CONTAINERS {
         let list = match qmp.execute("qom-list", json!({"path": container})) {

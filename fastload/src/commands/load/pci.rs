@@ -1,15 +1,15 @@
 //! PCI functions of which the snapshot has state, and QEMU's own, by address.
 
+mod roots;
+
 use std::collections::{BTreeMap, HashMap};
 
 use fastload_qmp::{Qmp, QmpError};
 use serde_json::{Value, json};
 
-use super::devices::Plugged;
-use crate::commands::{Failure, serving};
-
-/// What the addresses on the machine's own root bus begin with. Those of other root buses (pxb) are not compared.
-const ROOT: &str = "0000:00:";
+use self::roots::{OTHER_HOSTS, OWN_ROOT, expanders, hosts, prefixes};
+use super::devices::{Plugged, Unlike};
+use crate::commands::serving;
 
 /// Types that have no state (QEMU 10.0: each saved once, but pxb-cxl, which is a pxb).
 const STATELESS: [&str; 10] = [
@@ -41,8 +41,8 @@ const VIRTIO: [(u64, &str); 12] = [
     (0x1048, "virtio-scsi"),
 ];
 
-/// Compares the functions on and below the machine's own root bus.
-pub(super) fn compare(qmp: &mut Qmp, sections: &[&str], plugged: &[Plugged]) -> Result<(), Failure> {
+/// Compares the functions on and below all root buses.
+pub(super) fn compare(qmp: &mut Qmp, sections: &[&str], plugged: &[Plugged]) -> Result<(), Unlike> {
     let mut saved: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
     for (address, device) in sections.iter().filter_map(|section| address(section)) {
         saved.entry(address).or_default().push(device);
@@ -51,45 +51,61 @@ pub(super) fn compare(qmp: &mut Qmp, sections: &[&str], plugged: &[Plugged]) -> 
         Err(QmpError::Refused { .. }) => return Ok(()), // a machine without PCI
         answer => answer?.as_array().cloned().unwrap_or_default(),
     };
-    let mut roots = buses.iter().filter(|bus| bus["bus"] == 0);
-    let (Some(root), None) = (roots.next(), roots.next()) else {
+    let Some(prefixes) = prefixes(&buses, &expanders(qmp, plugged)?) else {
         if !buses.is_empty() {
-            serving::note("the PCI devices are not compared: this machine has several root buses number 0");
+            serving::note(
+                "the PCI devices are not compared: this machine has several root buses, which are not told apart",
+            );
         }
         return Ok(());
     };
-    let mut now = on(root);
-    if saved.keys().any(|address| !address.starts_with(ROOT)) {
+    let mut now: Functions = buses.iter().zip(&prefixes).flat_map(|(bus, prefix)| on(bus, prefix)).collect();
+    let hosts = hosts(&prefixes, plugged);
+    if hosts.is_none() {
         serving::note("PCI devices on another root bus than the first are not compared");
-    }
-    let unlike = |(address, device): &(&String, &Option<&str>)| {
-        device.is_some_and(|device| saved.get(address.as_str()).is_some_and(|saved| !saved.contains(&device)))
-    };
-    if let Some((address, device)) = now.iter().find(unlike) {
-        let saved = saved.get(address.as_str()).map(|names| names.join(", ")).unwrap_or_default();
-        let device = device.unwrap_or_default();
-        return Err(format!("its device at PCI address {address} is {saved}, but this QEMU's is {device}: start it with the same devices, in the same order").into());
+        now.retain(|address, _| address.starts_with(OWN_ROOT));
+        saved.retain(|address, _| address.starts_with(OWN_ROOT));
     }
     // Behind a bridge QEMU lists nothing before the firmware has given the bus a number.
-    let bridges = root["devices"].as_array().into_iter().flatten().any(|device| !device["pci_bridge"].is_null());
-    let differ = saved.keys().filter(|address| address.starts_with(ROOT)).count() != now.len();
+    let mut devices = buses.iter().flat_map(|bus| bus["devices"].as_array().into_iter().flatten());
+    let bridges = devices.any(|device| !device["pci_bridge"].is_null());
     let mut stateless = Vec::new();
-    if bridges || differ {
-        for (address, kind) in behind(qmp, plugged)? {
+    if bridges || saved.len() != now.len() {
+        for (address, kind) in behind(qmp, plugged, hosts.as_ref())? {
             if STATELESS.contains(&kind) {
                 stateless.push(address.clone());
             }
             now.entry(address).or_insert(None);
         }
     }
-    let missing = saved.iter().find(|(address, _)| address.starts_with(ROOT) && !now.contains_key(**address));
-    if let Some((address, names)) = missing {
+    Ok(same(&saved, &now, &stateless)?)
+}
+
+/// Functions by address, and the section of those that are known by their number.
+type Functions = BTreeMap<String, Option<&'static str>>;
+
+fn same(saved: &BTreeMap<&str, Vec<&str>>, now: &Functions, stateless: &[String]) -> Result<(), String> {
+    let unlike = |(address, device): &(&String, &Option<&str>)| {
+        device.is_some_and(|device| saved.get(address.as_str()).is_some_and(|saved| !saved.contains(&device)))
+    };
+    if let Some((address, device)) = now.iter().find(unlike) {
+        let saved = saved.get(address.as_str()).map(|names| names.join(", ")).unwrap_or_default();
+        let device = device.unwrap_or_default();
+        return Err(format!(
+            "its device at PCI address {address} is {saved}, but this QEMU's is {device}: start it with the same devices, in the same order"
+        ));
+    }
+    if let Some((address, names)) = saved.iter().find(|(address, _)| !now.contains_key(**address)) {
         let device = names.join(", ");
-        return Err(format!("its device {device} at PCI address {address} is missing in this QEMU: start it with the same devices, in the same order").into());
+        return Err(format!(
+            "its device {device} at PCI address {address} is missing in this QEMU: start it with the same devices, in the same order"
+        ));
     }
     let more = now.keys().find(|address| !saved.contains_key(address.as_str()) && !stateless.contains(address));
     match more {
-        Some(address) => Err(format!("there is no state for the device that this QEMU has at PCI address {address}: start it with the same devices, in the same order").into()),
+        Some(address) => Err(format!(
+            "there is no state for the device that this QEMU has at PCI address {address}: start it with the same devices, in the same order"
+        )),
         None => Ok(()),
     }
 }
@@ -108,14 +124,14 @@ fn address(section: &str) -> Option<(&str, &str)> {
     (root && all).then_some((address, device))
 }
 
-/// The functions on a root bus, and the section of those that are known by their number.
-fn on(root: &Value) -> BTreeMap<String, Option<&'static str>> {
-    let functions = root["devices"].as_array().into_iter().flatten();
+/// The functions on a root bus.
+fn on(bus: &Value, prefix: &str) -> Functions {
+    let functions = bus["devices"].as_array().into_iter().flatten();
     let named = functions.map(|function| {
         let number = |name: &str| function[name].as_u64().unwrap_or(0);
         let id = |name: &str| function["id"][name].as_u64();
         let virtio = VIRTIO.iter().find(|(device, _)| id("vendor") == Some(0x1af4) && id("device") == Some(*device));
-        (format!("{ROOT}{:02x}.{:x}", number("slot"), number("function")), virtio.map(|(_, section)| *section))
+        (format!("{prefix}{:02x}.{:x}", number("slot"), number("function")), virtio.map(|(_, section)| *section))
     });
     named.collect()
 }
@@ -128,27 +144,42 @@ struct Function<'a> {
     slot: String,
 }
 
-/// The addresses of the PCI devices that QEMU lists, and their types. Those below another root bus are left out.
-fn behind<'a>(qmp: &mut Qmp, plugged: &'a [Plugged]) -> Result<Vec<(String, &'a str)>, QmpError> {
-    let mut get = |path: &str, property: &str| match qmp.execute("qom-get", json!({"path": path, "property": property}))
-    {
-        Err(QmpError::Refused { .. }) => Ok(Value::Null), // It has no such property.
-        answer => answer,
-    };
+/// The addresses of the PCI devices that QEMU lists, and their types. Those below another root bus are left out unless
+/// `hosts` tells which.
+fn behind<'a>(
+    qmp: &mut Qmp,
+    plugged: &'a [Plugged],
+    hosts: Option<&HashMap<&str, &str>>,
+) -> Result<Vec<(String, &'a str)>, QmpError> {
     let mut functions: HashMap<&str, Function<'a>> = HashMap::new();
     for device in plugged {
-        let Some(slot) = slot(&get(&device.path, "addr")?) else { continue };
-        let bus = get(&device.path, "parent_bus")?.as_str().unwrap_or_default().to_owned();
+        let Some(slot) = slot(&get(qmp, &device.path, "addr")?) else { continue };
+        let bus = get(qmp, &device.path, "parent_bus")?.as_str().unwrap_or_default().to_owned();
         functions.insert(&device.path, Function { kind: &device.kind, bus, slot });
     }
-    let other_roots: Vec<&str> =
-        plugged.iter().filter(|device| device.kind.starts_with("pxb")).map(|device| device.path.as_str()).collect();
-    let full = |path: &str| full_address(path, &functions, &other_roots);
+    let other_roots = plugged.iter().filter(|device| OTHER_HOSTS.contains(&device.kind.as_str()));
+    let roots: HashMap<&str, Option<&str>> = other_roots
+        .map(|device| (device.path.as_str(), hosts.and_then(|hosts| hosts.get(device.path.as_str()).copied())))
+        .collect();
+    let full = |path: &str| full_address(path, &functions, &roots);
     Ok(functions.iter().filter_map(|(path, function)| Some((full(path)?, function.kind))).collect())
 }
 
-/// The address with those of all bridges above (QEMU hw/pci/pci.c, `pcibus_get_dev_path`).
-fn full_address(path: &str, functions: &HashMap<&str, Function<'_>>, other_roots: &[&str]) -> Option<String> {
+/// A property of a device; null if it has none of that name.
+fn get(qmp: &mut Qmp, path: &str, property: &str) -> Result<Value, QmpError> {
+    match qmp.execute("qom-get", json!({"path": path, "property": property})) {
+        Err(QmpError::Refused { .. }) => Ok(Value::Null),
+        answer => answer,
+    }
+}
+
+/// The address with those of all bridges above (QEMU hw/pci/pci.c, `pcibus_get_dev_path`). `roots`: what it begins with
+/// below other bridges to the processors than the machine's own, where that is known.
+fn full_address(
+    path: &str,
+    functions: &HashMap<&str, Function<'_>>,
+    roots: &HashMap<&str, Option<&str>>,
+) -> Option<String> {
     let mut slots = Vec::new();
     let mut at = path;
     while let Some(function) = functions.get(at) {
@@ -161,7 +192,8 @@ fn full_address(path: &str, functions: &HashMap<&str, Function<'_>>, other_roots
     }
     slots.reverse();
     // What is above is the bridge to the processors.
-    (!other_roots.contains(&at)).then(|| format!("{ROOT}{}", slots.join(":")))
+    let prefix = roots.get(at).copied().unwrap_or(Some(OWN_ROOT))?;
+    Some(format!("{prefix}{}", slots.join(":")))
 }
 
 /// The property `addr`: eight times the slot and the function.
@@ -189,7 +221,7 @@ mod tests {
         let rng = json!({"vendor": 0x1af4, "device": 0x1005});
         let root = json!({"bus": 0, "devices": [{"slot": 28, "function": 1, "id": {}}, {"slot": 2, "function": 0, "id": rng}]});
         let expected = [("0000:00:02.0".to_owned(), Some("virtio-rng")), ("0000:00:1c.1".to_owned(), None)];
-        assert_eq!(on(&root), BTreeMap::from(expected));
+        assert_eq!(on(&root, OWN_ROOT), BTreeMap::from(expected));
     }
 
     #[test]
@@ -199,9 +231,16 @@ mod tests {
             ("/machine/peripheral/r", function("/machine/q35/pcie.0", 42)),
             ("/machine/peripheral-anon/device[0]", function("/machine/peripheral/r/r", 1)),
             ("/machine/peripheral/p", function("/machine/unattached/device[22]/p", 0)),
+            ("/machine/peripheral/q", function("/machine/unattached/device[9]/q", 8)),
+            ("/machine/peripheral/s", function("/machine/peripheral/q/q", 0)),
             ("/machine/peripheral/loop", function("/machine/peripheral/loop/x", 0)),
         ]);
-        let full = |path: &str| full_address(path, &functions, &["/machine/unattached/device[22]"]);
+        let roots = HashMap::from([
+            ("/machine/unattached/device[22]", None),
+            ("/machine/unattached/device[9]", Some("0000:80:08.0:")),
+        ]);
+        let full = |path: &str| full_address(path, &functions, &roots);
+        assert_eq!(full("/machine/peripheral/s").as_deref(), Some("0000:80:08.0:01.0:00.0"));
         assert_eq!(full("/machine/peripheral/r").as_deref(), Some("0000:00:05.2"));
         assert_eq!(full("/machine/peripheral-anon/device[0]").as_deref(), Some("0000:00:05.2:00.1"));
         assert_eq!(full("/machine/peripheral/p"), None);

@@ -4,7 +4,7 @@ use testkit_qemu::guest::Plan;
 use testkit_qemu::{Machine, Setup};
 
 use crate::MIB;
-use crate::refuse::refused;
+use crate::refuse::{refused, refused_with};
 use crate::support::{How, Saved};
 
 fn with(bare: &Setup, arguments: &str) -> Setup {
@@ -42,6 +42,38 @@ fn on_pci_behind_a_bridge() {
     let saved = Saved::new(&more, &plan, How::default());
     refused(&saved, &bare, &["missing", "0000:00:05.0:00.0", "virtio-rng"]);
     refused(&Saved::new(&bare, &plan, How::default()), &more, &["no state", "0000:00:05.0:00.0"]);
+}
+
+/// The second root bus, and the third, which has no name, are told apart.
+#[test]
+fn on_pci_on_other_root_buses() {
+    testkit::require!(Qemu, Userfaultfd);
+    let plan = Plan::check(16 * MIB);
+    let pcie = "-device pxb-pcie,bus=pcie.0,addr=8,bus_nr=128,id=q -device pcie-root-port,bus=q,id=s,chassis=2 \
+        -device pxb-pcie,bus=pcie.0,addr=9,bus_nr=64 -device pcie-root-port,bus=pxb-pcie-bus.0,id=y,chassis=3";
+    let pci = "-device pxb,bus=pci.0,addr=8,bus_nr=128,id=s -device pxb,bus=pci.0,addr=9,bus_nr=64,id=y";
+    for (machine, buses) in [(Machine::Q35, pcie), (Machine::Pc, pci)] {
+        let bare = with(&Setup::new(machine, 64), buses);
+        let rng_on = |bus: &str| with(&bare, &format!("{buses} -device virtio-rng-pci,bus={bus},addr=0"));
+        let (on_s, on_y) = (Saved::new(&rng_on("s"), &plan, How::default()), rng_on("y"));
+        refused(&on_s, &bare, &["missing", "0000:80:08.0:00.0:00.0", "virtio-rng"]);
+        refused(&on_s, &on_y, &["missing", "0000:80:08.0:00.0:00.0"]);
+        refused(&Saved::new(&bare, &plan, How::default()), &on_y, &["no state", "0000:40:09.0:00.0:00.0"]);
+        let another = buses.replace("128", "130");
+        refused(
+            &on_s,
+            &with(&bare, &format!("{another} -device virtio-rng-pci,bus=s,addr=0")),
+            &["missing", "0000:80:08.0:00.0"],
+        );
+        // The same ones fit.
+        for saved in [on_s, Saved::new(&on_y, &plan, How::default())] {
+            let mut qemu = saved.waiting(&saved.setup);
+            let ended = saved.load(&qemu, &[]);
+            assert!(!ended.stderr.contains("not compared"), "{ended:?}");
+            assert_eq!(ended.figures()["state"], "running");
+            saved.is_whole(&mut qemu);
+        }
+    }
 }
 
 #[test]
@@ -104,4 +136,34 @@ fn that_only_qemu_misses() {
     assert!(qemu.stderr().contains("scsi-disk"), "{}", qemu.stderr());
     let ended = saved.load(&qemu, &["--recover"]);
     assert!(ended.error().contains("QMP socket"), "{ended:?}");
+}
+
+/// There is a way round a comparison that is wrong: of the devices, and of nothing else.
+#[test]
+fn the_comparison_can_be_skipped() {
+    testkit::require!(Qemu, Userfaultfd);
+    let skip: &[&str] = &["--skip-device-check"];
+    let bare = Setup::new(Machine::Pc, 64);
+    let more = with(&bare, "-device virtio-rng-pci");
+    let saved = Saved::new(&bare, &Plan::check(16 * MIB), How::default());
+    // One without state, as far as QEMU knows.
+    refused(&saved, &more, &["no state", skip[0]]);
+    saved.loads_into(&more, skip);
+    // What else differs is refused as ever.
+    let others = [
+        (with(&Setup::new(Machine::Q35, 64), "-device virtio-rng-pci"), "-machine"),
+        (Setup { megabytes: 128, ..more.clone() }, "pc.ram"),
+        (Setup { cpus: 2, ..more.clone() }, "-smp 1"),
+        (with(&bare, "-device e1000"), "e1000.rom"),
+    ];
+    for (other, word) in others {
+        refused_with(&saved, &other, skip, &[word]);
+    }
+    // One that is really missing is found by QEMU.
+    let saved = Saved::new(&more, &Plan::check(16 * MIB), How::default());
+    refused(&saved, &bare, &["missing", skip[0]]);
+    let mut qemu = saved.waiting(&bare);
+    let ended = saved.load(&qemu, skip);
+    assert!(ended.error().contains("standard error"), "{ended:?}");
+    assert!(!qemu.wait_exit().unwrap().success());
 }

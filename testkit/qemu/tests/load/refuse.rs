@@ -8,8 +8,13 @@ use crate::support::{How, Saved, settings_are_back};
 
 /// The error names what is wrong, and the QEMU is as it was.
 pub(crate) fn refused(saved: &Saved, setup: &Setup, words: &[&str]) {
+    refused_with(saved, setup, &[], words);
+}
+
+/// The same with more arguments of `fastload load`.
+pub(crate) fn refused_with(saved: &Saved, setup: &Setup, more: &[&str], words: &[&str]) {
     let mut qemu = saved.waiting(setup);
-    let ended = saved.load(&qemu, &[]);
+    let ended = saved.load(&qemu, more);
     let error = ended.error();
     for word in words {
         assert!(error.contains(word), "{error}");
