@@ -13,6 +13,7 @@
 mod armed;
 mod fetch;
 mod frozen;
+mod huge_file;
 mod order;
 mod owner;
 mod pages;
@@ -24,3 +25,4 @@ mod writes;
 pub use armed::{FreezeError, FreezeOptions, Freezer};
 pub(crate) use frozen::Shared;
 pub use frozen::{FreezeStats, Frozen, FrozenError};
+pub use huge_file::HugeFile;
