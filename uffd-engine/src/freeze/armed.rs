@@ -144,6 +144,7 @@ impl Freezer {
     /// Nothing is being installed at the freeze point, and no discard read: a page is either there, and protected, or
     /// its content is that of the source.
     fn arm_with(&self, core: &Core, populated: &[PageRun]) -> Result<(), FreezeError> {
+        let _no_discards = core.discarding.write();
         loop {
             let mut gate = core.gate_alone();
             if !core.status.running() {

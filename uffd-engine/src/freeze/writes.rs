@@ -64,19 +64,29 @@ fn fail(shared: &Shared, what: &'static str, at: HostAddr, errno: Errno) {
 impl Shared {
     /// Memory was given back. What of it was not saved is lost to the snapshot.
     pub(crate) fn given_back(&self, start: HostAddr, end: HostAddr) {
-        for zone in &self.zones {
+        if let Some((start, end)) = self.unsaved(start, end) {
+            self.end(Err(FrozenError::Discarded { start, end }));
+        }
+    }
+
+    /// Whether something between two addresses is not saved yet.
+    pub(crate) fn needs(&self, start: HostAddr, end: HostAddr) -> bool {
+        self.unsaved(start, end).is_some()
+    }
+
+    /// Which part of a range, that of the first zone, is not saved as a whole.
+    fn unsaved(&self, start: HostAddr, end: HostAddr) -> Option<(HostAddr, HostAddr)> {
+        self.zones.iter().find_map(|zone| {
             let range = zone.region.range();
             let (from, to) = (start.max(range.start), end.min(range.end));
             if from >= to {
-                continue;
+                return None;
             }
             let unit = zone.granule.bytes().0;
             let first = ByteLen((from - range.start).0 / unit).get();
             let last = ByteLen((to - range.start).0.div_ceil(unit)).get();
-            if (first..last).any(|granule| !zone.saved.may_change(granule)) {
-                self.end(Err(FrozenError::Discarded { start: from, end: to }));
-            }
-        }
+            (first..last).any(|granule| !zone.saved.may_change(granule)).then_some((from, to))
+        })
     }
 
     /// An engine's handler, which holds its gate, serves a write. `false` if it has to be tried again after an event was
