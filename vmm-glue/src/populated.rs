@@ -3,20 +3,16 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
 use std::sync::OnceLock;
 
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
-use page_source::{PAGE_SHIFT, PageCount, PageIndex, PageRun};
-use uffd_engine::{Backing, HugeFile};
+use page_source::{HostAddr, PAGE_SHIFT, PageCount, PageRun};
+use uffd_engine::{Backing, HugeFile, PageTable};
 
 use crate::memory::{GuestRam, Piece};
-
-/// Present, or swapped out: bits 63 and 62 of an entry of `/proc/self/pagemap`
-/// (Linux Documentation/admin-guide/mm/pagemap.rst).
-const EXISTS: u64 = 3 << 62;
-const ENTRIES: usize = 8192;
 
 /// Finds the pages of guest memory that may be other than zero.
 #[derive(Debug)]
@@ -100,11 +96,22 @@ impl HugePiece<'_> {
     /// All pages that the file holds, of which some are known: about a microsecond for each of the others.
     fn look_up(&self, known: &[PageRun]) -> io::Result<Vec<PageRun>> {
         let asked = self.asked()?;
-        huge_pages(self.piece, |run| {
+        let mut runs: Vec<PageRun> = Vec::new();
+        let mut rest = self.piece.run;
+        while !rest.is_empty() {
+            let (run, after) = rest.split_at(Backing::Hugetlb.granule().pages());
+            rest = after;
             let near = known.get(known.partition_point(|known| known.end() <= run.first));
-            let at = (run.first - self.piece.run.first).to_bytes();
-            Ok(near.is_some_and(|known| known.contains(run.first)) || asked.holds(at)?)
-        })
+            let is_known = near.is_some_and(|known| known.contains(run.first));
+            if !is_known && !asked.holds((run.first - self.piece.run.first).to_bytes())? {
+                continue;
+            }
+            match runs.last_mut() {
+                Some(last) if last.end() == run.first => last.pages = PageCount(last.pages.0 + run.pages.0),
+                _ => runs.push(run),
+            }
+        }
+        Ok(runs)
     }
 }
 
@@ -131,59 +138,17 @@ fn in_file(piece: &Piece, file: &File, offset: u64) -> io::Result<Vec<PageRun>> 
     Ok(runs)
 }
 
-/// From this process's page table: right for private memory.
+/// From this process's page table: right for private memory, and, of huge pages of a file, for those that are mapped
+/// here.
 fn in_page_table(piece: &Piece) -> io::Result<Vec<PageRun>> {
-    if piece.backing == Backing::Hugetlb {
-        return huge_in_page_table(piece);
-    }
-    let pagemap = File::open("/proc/self/pagemap")?;
-    let mut runs: Vec<PageRun> = Vec::new();
-    let mut buffer = vec![0; 8 * ENTRIES];
-    let mut page = PageIndex(0);
-    while page.0 < piece.run.pages.0 {
-        let now = usize::try_from(piece.run.pages.0 - page.0).unwrap_or(ENTRIES).min(ENTRIES);
-        let at = ((piece.host.0 >> PAGE_SHIFT) + page.0) * 8;
-        pagemap.read_exact_at(&mut buffer[..8 * now], at)?;
-        for entry in buffer[..8 * now].as_chunks::<8>().0 {
-            if u64::from_le_bytes(*entry) & EXISTS != 0 {
-                let index = piece.run.first + PageCount(page.0);
-                match runs.last_mut() {
-                    Some(last) if last.end() == index => last.pages = PageCount(last.pages.0 + 1),
-                    _ => runs.push(PageRun::single(piece.run.block, index)),
-                }
-            }
-            page += PageCount(1);
-        }
-    }
-    Ok(runs)
-}
-
-/// The same for huge pages, of which the first entry tells for all.
-fn huge_in_page_table(piece: &Piece) -> io::Result<Vec<PageRun>> {
-    let pagemap = File::open("/proc/self/pagemap")?;
-    let mut entry = [0; 8];
-    huge_pages(piece, |run| {
-        let at = piece.host + (run.first - piece.run.first).to_bytes();
-        pagemap.read_exact_at(&mut entry, (at.0 >> PAGE_SHIFT) * 8)?;
-        Ok(u64::from_le_bytes(entry) & EXISTS != 0)
-    })
-}
-
-/// The huge pages of a piece that exist.
-fn huge_pages(piece: &Piece, mut exists: impl FnMut(PageRun) -> io::Result<bool>) -> io::Result<Vec<PageRun>> {
-    let huge = Backing::Hugetlb.granule().pages();
-    let mut runs: Vec<PageRun> = Vec::new();
-    let mut rest = piece.run;
-    while !rest.is_empty() {
-        let (run, after) = rest.split_at(huge.min(rest.pages));
-        rest = after;
-        if !exists(run)? {
-            continue;
-        }
-        match runs.last_mut() {
-            Some(last) if last.end() == run.first => last.pages = PageCount(last.pages.0 + run.pages.0),
-            _ => runs.push(run),
-        }
-    }
-    Ok(runs)
+    let table = PageTable::open()?;
+    let ranges = match piece.shared && piece.backing == Backing::Hugetlb {
+        true => table.mapped(piece.host, piece.run.len())?,
+        false => table.existing(piece.host, piece.run.len())?,
+    };
+    let run = |range: Range<HostAddr>| {
+        let first = piece.run.first + (range.start - piece.host).to_pages();
+        PageRun::new(piece.run.block, first, (range.end - range.start).to_pages())
+    };
+    Ok(ranges.into_iter().map(run).collect())
 }

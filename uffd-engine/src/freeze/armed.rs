@@ -11,7 +11,8 @@ use userfaultfd::RegisterMode;
 
 use super::frozen::{Frozen, FrozenError, Shared, Zone};
 use super::owner::Owner;
-use super::pages::{PageTable, Saved};
+use super::page_table::PageTable;
+use super::pages::Saved;
 use super::pool::Pool;
 use super::writes;
 use crate::core::Core;

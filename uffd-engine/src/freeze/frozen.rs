@@ -13,7 +13,8 @@ use page_source::{
 use parking_lot::{Condvar, Mutex, RwLock};
 
 use super::owner::Owner;
-use super::pages::{PageTable, Saved};
+use super::page_table::PageTable;
+use super::pages::Saved;
 use super::pool::Pool;
 use super::saver;
 use crate::EngineError;
