@@ -77,3 +77,55 @@ fn silence(descriptor: &Descriptor, page: &Scratch) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+    use std::time::Duration;
+
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    use nix::unistd::gettid;
+
+    use super::*;
+    use crate::Features;
+    use crate::sys::abi::Message;
+    use crate::sys::memory::give_back;
+
+    /// The kernel fills no page while a discard is unread: whoever rings must not be left behind.
+    #[test]
+    fn it_is_heard_while_a_discard_is_unread() {
+        testkit::require!(Userfaultfd);
+        let descriptor = Descriptor::create(Features::EVENT_REMOVE, Features::empty(), true).unwrap();
+        let bell = Doorbell::new(&descriptor, 1).unwrap();
+        let memory = Scratch::new(PAGE).unwrap();
+        descriptor.register(memory.addr(), PAGE, RegisterMode::MISSING).unwrap();
+        bell.joining();
+        let readable = || poll(&mut [PollFd::new(descriptor.fd(), PollFlags::POLLIN)], PollTimeout::NONE).unwrap();
+        let mut messages = [Message::default(); 8];
+        std::thread::scope(|scope| {
+            let discarding = scope.spawn(|| give_back(memory.addr(), PAGE, false).unwrap());
+            readable();
+            let (tell, heard) = channel();
+            let (tell_id, id) = channel();
+            let bell = &bell;
+            scope.spawn(move || {
+                tell_id.send(gettid()).unwrap();
+                bell.ring();
+                tell.send(()).unwrap();
+            });
+            let place = format!("/proc/self/task/{}/wchan", id.recv().unwrap());
+            while std::fs::read_to_string(&place).unwrap() != "handle_userfault" {
+                std::thread::yield_now();
+            }
+            // Faults are read before events: the ring alone, if there is room for one message.
+            assert_eq!(ops::read(descriptor.fd(), &mut messages[..1]), Ok(1));
+            assert!(bell.answer(&descriptor, HostAddr(messages[0].word1)));
+            let rung = heard.recv_timeout(Duration::from_secs(20));
+            assert!(!discarding.is_finished(), "its event is unread");
+            // Lets everybody go, whatever happened.
+            assert_eq!(ops::read(descriptor.fd(), &mut messages), Ok(1));
+            bell.left(&descriptor);
+            rung.unwrap();
+        });
+    }
+}

@@ -222,6 +222,8 @@ impl Drop for Engine {
         // Poison first: then nobody waits for a page any more, and nobody gets a wrong one.
         self.cancel();
         self.waiter.stop();
+        // On the supervisor's own thread, in the observer: nobody else wakes the loaders that are to end.
+        self.core.outstanding.wake();
         // The supervisor drops its own engine, in its observer: it goes on to its end then.
         let supervisor = self.supervisor.take().filter(|thread| thread.thread().id() != std::thread::current().id());
         for thread in self.threads.drain(..).chain(supervisor) {

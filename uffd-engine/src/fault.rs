@@ -337,7 +337,9 @@ impl Core {
             if !area.small() {
                 self.staging.settled(place, None);
             }
-            bump(&self.counters.removed, area.granule.0);
+            if was != State::Removed {
+                bump(&self.counters.removed, area.granule.0);
+            }
         }
         was
     }

@@ -14,6 +14,8 @@ pub enum PausePoint {
     FaultRead,
     /// A discard was announced, and a granule of it is not marked in the page map yet.
     Discarding,
+    /// A piece of a huge page has come, whose other pages are (or were) still missing.
+    Piece,
     /// Everything is there; the regions are still registered.
     Completing,
 }

@@ -8,6 +8,7 @@ use crate::EngineError;
 use crate::core::{Core, Place};
 use crate::install::{Claim, Content, stopped};
 use crate::options::FailurePolicy;
+use crate::pause::PausePoint;
 use crate::staging::{Added, Whole};
 use crate::state::State;
 use crate::stats::bump;
@@ -173,6 +174,7 @@ impl Core {
         let place = Place { area: number, granule };
         let alias = area.region.alias.map(|alias| alias + area.len_of(granule));
         let first = here.first - area.page(granule);
+        self.pauses.at(PausePoint::Piece);
         // What is put together in the file is written there: only by whoever has claimed it, as any install.
         let added = loop {
             let gate = alias.is_some().then(|| self.installing());

@@ -2,11 +2,11 @@
 
 mod common;
 
-use std::panic::panic_any;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 
+use common::refused::right_or_refused;
 use common::{Kind, Memory};
 use page_source::{
     BlockId, Feed, Layout, PageCount, PageIndex, PageRun, PageSink, PageSize, PageSource, RamBlock, SourceError, Span,
@@ -18,34 +18,11 @@ use testkit::hugepages::Overcommit;
 use testkit::late::LateSource;
 use testkit::oracle::Oracle;
 use testkit::source::MemorySource;
-use uffd_engine::{Background, Discards, Engine, EngineError, Event, FailurePolicy, Handlers, PausePoint, Wait};
+use uffd_engine::{Background, Discards, Engine, EngineError, Event, FailurePolicy, Handlers, Wait};
 
 fn oracle(seed: u64, pages: u64, stored: u8) -> Arc<Oracle> {
     let block = RamBlock::new("ram", PageCount(pages).to_bytes(), PageSize::SMALL).unwrap();
     Arc::new(Oracle::random(seed, Layout::new(vec![block]).unwrap(), stored))
-}
-
-/// Each page is the oracle's, or an error. Answers how many are errors.
-fn right_or_refused(memory: &Memory, oracle: &Oracle) -> u64 {
-    let mut refused = 0;
-    for run in memory.layout.runs() {
-        for page in run.iter() {
-            let one = PageRun::single(run.block, page);
-            match memory.read(run.block, page) {
-                Ok(bytes) => assert!(bytes == oracle.run(one), "{one} has wrong bytes"),
-                Err(error) => {
-                    assert_eq!(error.raw_os_error(), Some(libc::EFAULT), "{one}");
-                    refused += 1;
-                }
-            }
-        }
-    }
-    refused
-}
-
-fn touch_until_refused(memory: &Memory) {
-    let run = memory.layout.runs().next().unwrap();
-    assert!(run.iter().any(|page| memory.read(run.block, page).is_err()), "nothing was refused");
 }
 
 #[derive(Clone, Debug)]
@@ -163,46 +140,6 @@ fn with_a_lenient_policy_only_the_failed_pages_are_lost() {
 }
 
 #[test]
-fn a_handler_that_dies_at_any_point_fails_the_engine() {
-    testkit::require!(Userfaultfd);
-    for point in [PausePoint::FaultRead, PausePoint::Claimed, PausePoint::Installed] {
-        for (wait, discards) in
-            [(Wait::Block, Discards::Events), (Wait::Block, Discards::Announced), (Wait::Spin, Discards::Events)]
-        {
-            let oracle = oracle(3, 256, 255);
-            let memory = Memory::new(Kind::Anonymous, oracle.layout());
-            let engine = memory
-                .engine(Arc::new(MemorySource::new(Arc::clone(&oracle))))
-                .handlers(Handlers::threads(1).waiting(wait))
-                .discards(discards)
-                .background(Background::off())
-                .pauses(move |at| {
-                    if at == point {
-                        panic_any("injected");
-                    }
-                })
-                .start()
-                .unwrap();
-            touch_until_refused(&memory);
-            assert!(matches!(engine.wait(), Err(EngineError::ThreadDied(_))));
-            drop(engine);
-            right_or_refused(&memory, &oracle);
-        }
-    }
-}
-
-#[test]
-fn a_loader_that_dies_fails_the_engine() {
-    testkit::require!(Userfaultfd);
-    let oracle = oracle(4, 4096, 255);
-    let memory = Memory::new(Kind::Anonymous, oracle.layout());
-    let source = FaultySource::new(Arc::new(MemorySource::new(Arc::clone(&oracle))), 5, Fault::Panic);
-    let engine = memory.engine(Arc::new(source)).start().unwrap();
-    assert!(matches!(engine.wait(), Err(EngineError::ThreadDied(_))));
-    assert!(right_or_refused(&memory, &oracle) > 0);
-}
-
-#[test]
 fn a_slow_source_holds_up_nothing_but_its_own_pages() {
     testkit::require!(Userfaultfd);
     let oracle = oracle(5, 256, 255);
@@ -296,22 +233,6 @@ fn nothing_is_left_open() {
     }
     assert!(common::fd_count() < fds + 150 && tasks() < threads + 150);
     assert!(done.into_inner());
-}
-
-#[test]
-fn an_observer_that_panics_changes_nothing_else() {
-    testkit::require!(Userfaultfd);
-    for fault_at in [3, u64::MAX] {
-        let oracle = oracle(13, 512, 255);
-        let memory = Memory::new(Kind::Anonymous, oracle.layout());
-        let source = FaultySource::new(Arc::new(MemorySource::new(Arc::clone(&oracle))), fault_at, Fault::Error);
-        let background = Background::default().with_piece(PageCount(16));
-        let engine =
-            memory.engine(Arc::new(source)).background(background).observer(|_| panic_any("injected")).start().unwrap();
-        assert_eq!(engine.wait().is_ok(), fault_at == u64::MAX);
-        drop(engine);
-        right_or_refused(&memory, &oracle);
-    }
 }
 
 /// A source that can't vouch, at the end, for what it delivered.

@@ -9,44 +9,68 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 
+use common::discards::give_back;
+use common::refused::right_or_refused;
 use common::{Kind, Memory};
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use page_source::{BlockId, HostAddr, Layout, PageCount, PageIndex, PageRun, PageSize, PageSource, RamBlock};
 use testkit::faults::{Fault, FaultySource};
+use testkit::hugepages::Overcommit;
 use testkit::oracle::Oracle;
 use testkit::source::MemorySource;
 use uffd_engine::{Background, Backing, Descriptor, Engine, EngineError, Features, Region};
-use userfaultfd::{FeatureFlags, UffdBuilder};
+use userfaultfd::{FeatureFlags, RegisterMode, UffdBuilder};
 
 const PAGES: u64 = 2048;
+const HUGE_PAGES: u64 = 2 * PAGES / 512;
 const ROLE: &str = "UFFD_ENGINE_TEST_ROLE";
+const KIND: &str = "UFFD_ENGINE_TEST_KIND";
+const KINDS: [Kind; 3] = [Kind::Anonymous, Kind::MemfdShared, Kind::HugetlbShared];
 
+/// Two regions.
 fn oracle() -> Arc<Oracle> {
-    let block = RamBlock::new("ram", PageCount(PAGES).to_bytes(), PageSize::SMALL).unwrap();
-    Arc::new(Oracle::random(99, Layout::new(vec![block]).unwrap(), 128))
+    let block = |name| RamBlock::new(name, PageCount(PAGES).to_bytes(), PageSize::SMALL).unwrap();
+    Arc::new(Oracle::random(99, Layout::new(vec![block("low"), block("high")]).unwrap(), 128))
+}
+
+/// What a discard covers: whole granules.
+fn given_back(kind: Kind) -> PageRun {
+    PageRun::new(BlockId(1), PageIndex(0), PageCount(if kind == Kind::HugetlbShared { 512 } else { 16 }))
 }
 
 /// The other process: makes memory and a userfaultfd, hands that over, and then does what it is told, a line each.
 #[test]
 fn the_other_process() {
     let Some(path) = std::env::var_os(ROLE) else { return };
+    let kind = std::env::var(KIND).unwrap();
+    let kind = KINDS.into_iter().find(|one| format!("{one:?}") == kind).unwrap();
     let oracle = oracle();
-    let memory = Memory::new(Kind::Anonymous, oracle.layout());
+    let memory = Memory::new(kind, oracle.layout());
+    let (features, mode) = match kind {
+        Kind::MemfdShared => {
+            (Features::MISSING_SHMEM | Features::MINOR_SHMEM, RegisterMode::MISSING | RegisterMode::MINOR)
+        }
+        Kind::HugetlbShared => {
+            (Features::MISSING_HUGETLBFS | Features::MINOR_HUGETLBFS, RegisterMode::MISSING | RegisterMode::MINOR)
+        }
+        _ => (Features::empty(), RegisterMode::MISSING),
+    };
     let uffd = UffdBuilder::new()
         .close_on_exec(true)
         .non_blocking(true)
         .user_mode_only(false)
-        .require_features(FeatureFlags::EVENT_REMOVE)
+        .require_features(FeatureFlags::from_bits_retain((Features::EVENT_REMOVE | features).bits()))
         .create()
         .unwrap();
-    let map = &memory.maps[0];
-    uffd.register(map.as_ptr().cast(), map.size()).unwrap();
+    for map in &memory.maps {
+        uffd.register_with_mode(map.as_ptr().cast(), map.size(), mode).unwrap();
+    }
     let mut socket = UnixStream::connect(Path::new(&path)).unwrap();
     let fds = [uffd.as_raw_fd()];
-    let addr = memory.addr(BlockId(0)).0.to_be_bytes();
+    let addrs = [0, 1].map(|block| memory.addr(BlockId(block)).0.to_be_bytes());
     sendmsg::<()>(
         socket.as_raw_fd(),
-        &[IoSlice::new(&addr)],
+        &[IoSlice::new(addrs.as_flattened())],
         &[ControlMessage::ScmRights(&fds)],
         MsgFlags::empty(),
         None,
@@ -61,19 +85,13 @@ fn the_other_process() {
                 "equal".to_owned()
             }
             "discard" => {
-                discard(&memory);
-                let zero = memory.load(BlockId(0), PageIndex(3)).iter().all(|&byte| byte == 0);
-                format!("zero {zero}")
+                let run = given_back(kind);
+                give_back(&memory, run);
+                let zero = |page| memory.load(run.block, page).iter().all(|&byte| byte == 0);
+                format!("zero {}", run.iter().all(zero))
             }
             "count" => {
-                let mut refused = 0;
-                for page in 0..PAGES {
-                    match memory.read(BlockId(0), PageIndex(page)) {
-                        Ok(bytes) => assert!(bytes == oracle.run(PageRun::single(BlockId(0), PageIndex(page)))),
-                        Err(_) => refused += 1,
-                    }
-                }
-                format!("refused {}", refused > 0)
+                format!("refused {}", right_or_refused(&memory, &oracle) > 0)
             }
             other => panic!("unknown: {other}"),
         };
@@ -81,18 +99,10 @@ fn the_other_process() {
     }
 }
 
-#[expect(unsafe_code, reason = "a discard as a VMM does it")]
-fn discard(memory: &Memory) {
-    let at = usize::try_from(memory.addr(BlockId(0)).0).unwrap();
-    let at = std::ptr::NonNull::new(std::ptr::with_exposed_provenance_mut(at)).unwrap();
-    // SAFETY: pages of the test's own mapping, of which nothing is borrowed.
-    unsafe { nix::sys::mman::madvise(at, 16 * 4096, nix::sys::mman::MmapAdvise::MADV_DONTNEED) }.unwrap();
-}
-
 struct Peer {
     process: Child,
     socket: UnixStream,
-    region: Region,
+    regions: Vec<Region>,
     descriptor: Option<Descriptor>,
 }
 
@@ -104,22 +114,23 @@ impl Drop for Peer {
 }
 
 impl Peer {
-    fn start(oracle: &Oracle) -> Peer {
+    fn start(kind: Kind, oracle: &Oracle) -> Peer {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("socket");
         let listener = UnixListener::bind(&path).unwrap();
         let process = Command::new(std::env::current_exe().unwrap())
             .args(["the_other_process", "--exact"])
             .env(ROLE, &path)
+            .env(KIND, format!("{kind:?}"))
             .stdout(Stdio::null())
             .spawn()
             .unwrap();
         let (socket, _) = listener.accept().unwrap();
-        let mut addr = [0; 8];
+        let mut addrs = [[0; 8]; 2];
         let mut space = nix::cmsg_space!([i32; 1]);
         let mut fd = None;
         {
-            let mut slices = [IoSliceMut::new(&mut addr)];
+            let mut slices = [IoSliceMut::new(addrs.as_flattened_mut())];
             let flags = MsgFlags::MSG_CMSG_CLOEXEC;
             let message = recvmsg::<()>(socket.as_raw_fd(), &mut slices, Some(&mut space), flags).unwrap();
             for part in message.cmsgs().unwrap() {
@@ -129,15 +140,20 @@ impl Peer {
             }
         }
         let descriptor = Descriptor::handed_over(fd.unwrap(), Features::EVENT_REMOVE).unwrap();
-        let run = oracle.layout().run_of(BlockId(0)).unwrap();
-        let region = Region::new(HostAddr(u64::from_be_bytes(addr)), run, Backing::Anonymous);
-        Peer { process, socket, region, descriptor: Some(descriptor) }
+        let (backing, shared) = match kind {
+            Kind::MemfdShared => (Backing::Memfd, true),
+            Kind::HugetlbShared => (Backing::Hugetlb, true),
+            _ => (Backing::Anonymous, false),
+        };
+        let region = |(addr, run)| Region::new(HostAddr(u64::from_be_bytes(addr)), run, backing).with_shared(shared);
+        let regions = addrs.into_iter().zip(oracle.layout().runs()).map(region).collect();
+        Peer { process, socket, regions, descriptor: Some(descriptor) }
     }
 
     fn engine(&mut self, source: Arc<dyn PageSource>, background: Background) -> Engine {
         Engine::builder()
             .descriptor(self.descriptor.take().unwrap())
-            .region(self.region.clone())
+            .regions(self.regions.clone())
             .source(source)
             .background(background)
             .start()
@@ -160,55 +176,68 @@ fn owned(fd: i32) -> OwnedFd {
 
 #[test]
 fn every_byte_arrives_in_another_process() {
-    testkit::require!(Userfaultfd);
-    for background in [Background::off(), Background::default()] {
-        let complete = background != Background::off();
-        let oracle = oracle();
-        let mut peer = Peer::start(&oracle);
-        let engine = peer.engine(Arc::new(MemorySource::new(Arc::clone(&oracle))), background);
-        assert_eq!(peer.ask("compare"), "equal");
-        if complete {
-            engine.wait().unwrap();
+    testkit::require!(Userfaultfd, Hugepages);
+    let _pages = Overcommit::reserve(HUGE_PAGES).unwrap();
+    for kind in KINDS {
+        for background in [Background::off(), Background::default()] {
+            let complete = background != Background::off();
+            let oracle = oracle();
+            let mut peer = Peer::start(kind, &oracle);
+            let engine = peer.engine(Arc::new(MemorySource::new(Arc::clone(&oracle))), background);
+            assert_eq!(peer.ask("compare"), "equal", "{kind:?}");
+            if complete {
+                engine.wait().unwrap();
+            }
+            assert_eq!(peer.ask("discard"), "zero true", "{kind:?}");
         }
-        assert_eq!(peer.ask("discard"), "zero true");
     }
 }
 
 #[test]
 fn a_discard_in_another_process_is_seen() {
-    testkit::require!(Userfaultfd);
-    let oracle = oracle();
-    let mut peer = Peer::start(&oracle);
-    let source = Arc::new(MemorySource::new(Arc::clone(&oracle)));
-    let engine = peer.engine(source, Background::default().paused());
-    assert_eq!(peer.ask("discard"), "zero true");
-    engine.resume_background();
-    engine.wait().unwrap();
-    assert_eq!(engine.stats().removed_pages, 16);
-    assert!(engine.discard(PageRun::single(BlockId(0), PageIndex(0))).is_err(), "not ours to give back");
+    testkit::require!(Userfaultfd, Hugepages);
+    let _pages = Overcommit::reserve(HUGE_PAGES).unwrap();
+    for kind in KINDS {
+        let oracle = oracle();
+        let mut peer = Peer::start(kind, &oracle);
+        let source = Arc::new(MemorySource::new(Arc::clone(&oracle)));
+        let engine = peer.engine(source, Background::default().paused());
+        assert_eq!(peer.ask("discard"), "zero true", "{kind:?}");
+        engine.resume_background();
+        engine.wait().unwrap();
+        assert_eq!(engine.stats().removed_pages, given_back(kind).pages.0, "{kind:?}");
+        assert!(engine.discard(given_back(kind)).is_err(), "not ours to give back");
+    }
 }
 
 #[test]
 fn a_failure_poisons_memory_of_another_process() {
-    testkit::require!(Userfaultfd);
-    let oracle = oracle();
-    let mut peer = Peer::start(&oracle);
-    let source = FaultySource::new(Arc::new(MemorySource::new(Arc::clone(&oracle))), 4, Fault::Error);
-    let engine = peer.engine(Arc::new(source), Background::default().with_piece(PageCount(32)));
-    assert!(engine.wait().is_err());
-    drop(engine);
-    assert_eq!(peer.ask("count"), "refused true");
+    testkit::require!(Userfaultfd, Hugepages);
+    let _pages = Overcommit::reserve(HUGE_PAGES).unwrap();
+    for kind in KINDS {
+        let oracle = oracle();
+        let mut peer = Peer::start(kind, &oracle);
+        let source = FaultySource::new(Arc::new(MemorySource::new(Arc::clone(&oracle))), 4, Fault::Error);
+        let engine = peer.engine(Arc::new(source), Background::default().with_piece(PageCount(32)));
+        assert!(engine.wait().is_err(), "{kind:?}");
+        drop(engine);
+        assert_eq!(peer.ask("count"), "refused true", "{kind:?}");
+    }
 }
 
 #[test]
 fn a_process_that_dies_ends_its_engine() {
-    testkit::require!(Userfaultfd);
-    let oracle = oracle();
-    let mut peer = Peer::start(&oracle);
-    let source = Arc::new(MemorySource::new(Arc::clone(&oracle)));
-    let engine = peer.engine(source, Background::default().paused());
-    peer.process.kill().unwrap();
-    peer.process.wait().unwrap();
-    engine.resume_background();
-    assert!(matches!(engine.wait(), Err(EngineError::OwnerGone)));
+    testkit::require!(Userfaultfd, Hugepages);
+    let _pages = Overcommit::reserve(HUGE_PAGES).unwrap();
+    for kind in KINDS {
+        let oracle = oracle();
+        let mut peer = Peer::start(kind, &oracle);
+        let source = Arc::new(MemorySource::new(Arc::clone(&oracle)));
+        let engine = peer.engine(source, Background::default().paused());
+        peer.process.kill().unwrap();
+        peer.process.wait().unwrap();
+        engine.resume_background();
+        let ended = engine.wait();
+        assert!(matches!(ended, Err(EngineError::OwnerGone)), "{kind:?}: {ended:?}");
+    }
 }

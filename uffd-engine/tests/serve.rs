@@ -224,6 +224,25 @@ fn the_background_follows_the_faults() {
     memory.assert_equals(&oracle);
 }
 
+/// The pages after a fault are more than the huge page in which it was.
+#[test]
+fn the_background_follows_the_faults_in_huge_pages() {
+    testkit::require!(Userfaultfd, Hugepages);
+    let _pages = Overcommit::reserve(16).unwrap();
+    let oracle = Arc::new(Oracle::random(4, one_block(16 * 512), 255));
+    let memory = Memory::new(Kind::HugetlbPrivate, oracle.layout());
+    let order = Arc::new(Mutex::new(Vec::new()));
+    let source = Recording { inner: MemorySource::new(Arc::clone(&oracle)), order: Arc::clone(&order) };
+    let engine = memory.engine(Arc::new(source)).background(Background::default().paused()).start().unwrap();
+    memory.load(page_source::BlockId(0), PageIndex(5 * 512 + 100));
+    engine.resume_background();
+    engine.wait().unwrap();
+    let order: Vec<u64> = order.lock().iter().map(|&(page, _)| page.0 / 512).collect();
+    let right: Vec<u64> = (5..13).chain(0..5).chain(13..16).collect();
+    assert_eq!(order, right);
+    memory.assert_equals(&oracle);
+}
+
 /// Notes what is asked for.
 #[derive(Debug)]
 struct Recording {

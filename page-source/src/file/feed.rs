@@ -5,7 +5,8 @@ use std::io;
 use std::ops::ControlFlow;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use page_units::{BlockId, ByteLen, FileOffset, Layout, PAGE_SIZE, PageCount, PageIndex, PageRun};
@@ -15,8 +16,9 @@ use super::ahead::ReadAhead;
 use crate::zeros::{PAGE, deliver_without_zeros};
 use crate::{Content, Feed, Flow, PageBytes, PageSink, SinkError, SourceError, Span, Urgency};
 
-/// After how many demand requests the file is checked for changes.
-const CHECK_EVERY: u32 = 128;
+/// How old the latest check for changes may be when a page is served on demand: asking costs a good part of what serving
+/// the page costs.
+const CHECK_EVERY: Duration = Duration::from_micros(100);
 /// The most that is delivered in the background between two such checks, in pages: 8 MiB. Pieces end at multiples of
 /// it, so that no huge page is cut.
 const PIECE: u64 = 2048;
@@ -42,7 +44,9 @@ pub(crate) struct FileFeed<P> {
     places: Arc<P>,
     sink: Arc<dyn PageSink>,
     ahead: ReadAhead,
-    demands: AtomicU32,
+    started: Instant,
+    /// When the file was checked last: nanoseconds after the start.
+    checked: AtomicU64,
     stopped: AtomicBool,
     scan_for_zeros: bool,
 }
@@ -58,8 +62,15 @@ impl<P: Places> FileFeed<P> {
         scan_for_zeros: bool,
     ) -> Result<Box<dyn Feed>, SourceError> {
         places.mapped().verify()?;
-        let (demands, stopped) = (AtomicU32::new(0), AtomicBool::new(false));
-        Ok(Box::new(FileFeed { places, sink, ahead: ReadAhead::default(), demands, stopped, scan_for_zeros }))
+        Ok(Box::new(FileFeed {
+            places,
+            sink,
+            ahead: ReadAhead::default(),
+            started: Instant::now(),
+            checked: AtomicU64::new(0),
+            stopped: AtomicBool::new(false),
+            scan_for_zeros,
+        }))
     }
 
     fn name(&self, block: BlockId) -> &str {
@@ -186,16 +197,18 @@ impl<P: Places> FileFeed<P> {
         self.sink.failed(rest, error)
     }
 
-    /// Whether the file is known to have changed. Looks itself now and then (demand) or always (background).
+    /// Whether the file is known to have changed. Looks itself unless it just has (demand), or always (background).
     fn changed(&self, urgency: Urgency) -> Option<&'static str> {
         let mapped = self.places.mapped();
         let due = match urgency {
             Urgency::Background => true,
             Urgency::Demand => {
-                // Counting need not be exact, so it need not be one atomic operation.
-                let count = self.demands.load(Ordering::Relaxed).wrapping_add(1);
-                self.demands.store(count, Ordering::Relaxed);
-                count.is_multiple_of(CHECK_EVERY)
+                let now = u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX);
+                let due = u128::from(now - self.checked.load(Ordering::Relaxed).min(now)) >= CHECK_EVERY.as_nanos();
+                if due {
+                    self.checked.store(now, Ordering::Relaxed);
+                }
+                due
             }
         };
         if due { mapped.check().err() } else { mapped.known_change() }

@@ -42,10 +42,21 @@ impl<'scope, T: Send + 'scope> Thread<'scope, T> {
         self.wait_for(&libc::SYS_madvise.to_string());
     }
 
-    /// Its number of a system call is what `/proc` shows only of a thread that sleeps; `-1` is a fault.
+    /// Its number of a system call is what `/proc` shows only of a thread that sleeps; `-1` is a fault. It may sleep there
+    /// on its way, too, for a lock of the address space.
     fn wait_for(&self, call: &str) {
-        let path = format!("/proc/self/task/{}/syscall", self.id);
-        while std::fs::read_to_string(&path).unwrap().split_whitespace().next() != Some(call) {
+        let look = |what: &str| std::fs::read_to_string(format!("/proc/self/task/{}/{what}", self.id));
+        loop {
+            let before = look("syscall").unwrap();
+            let place = look("wchan").unwrap();
+            if before.split_whitespace().next() == Some(call)
+                && !place.contains("down_")
+                && !place.contains("rwsem")
+                && place != "0"
+                && look("syscall").unwrap() == before
+            {
+                return;
+            }
             assert!(!self.handle.is_finished(), "it was to be blocked in {call}");
             std::thread::yield_now();
         }

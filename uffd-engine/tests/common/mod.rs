@@ -4,6 +4,7 @@
 pub(crate) mod blocked;
 pub(crate) mod collector;
 pub(crate) mod discards;
+pub(crate) mod refused;
 pub(crate) mod scripted;
 
 use std::io::{self, IoSliceMut};
