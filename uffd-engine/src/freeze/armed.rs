@@ -117,6 +117,14 @@ impl Freezer {
         Ok(freezer)
     }
 
+    /// Calls `at` at each [`PausePoint`](crate::PausePoint) of frozen memory, on the thread that reaches it. For tests.
+    #[cfg(feature = "pause-points")]
+    #[must_use]
+    pub fn pauses(self, at: impl Fn(crate::PausePoint) + Send + Sync + 'static) -> Freezer {
+        self.shared.pauses.get_or_init(|| crate::pause::Pauses(Arc::new(at)));
+        self
+    }
+
     /// Write-protects what is populated. That moment is the freeze point; the caller has stopped everything that writes
     /// to the memory: vCPUs, device models, and I/O in flight that goes around the page tables (direct I/O,
     /// `io_uring`, DMA, other mappings of the same memory), which nothing here could catch.

@@ -10,6 +10,7 @@ use page_source::{ByteLen, HostAddr};
 use super::frozen::{FrozenError, Shared, Zone};
 use super::owner::Owner;
 use super::pool::Copied;
+use crate::PausePoint;
 use crate::core::Place;
 use crate::handler::bind;
 use crate::region::Backing;
@@ -174,9 +175,11 @@ fn write(shared: &Shared, number: usize, granule: usize) -> bool {
     }
     let Some(mut buffer) = shared.pool.take() else {
         shared.waits.fetch_add(1, Ordering::Relaxed);
+        shared.pause(PausePoint::PoolFull);
         zone.saved.give_back(granule);
         shared.parked.lock().push((number, granule));
         shared.wake_saver();
+        shared.pause(PausePoint::WriterWaits);
         return true;
     };
     read_granule(addr, buffer.bytes_mut());
@@ -185,6 +188,7 @@ fn write(shared: &Shared, number: usize, granule: usize) -> bool {
         shared.settle();
     }
     shared.write_faults.fetch_add(1, Ordering::Relaxed);
+    shared.pause(PausePoint::Copied);
     let first = shared.pool.push(Copied { area: number, granule, buffer });
     zone.saved.done(granule);
     if first {
