@@ -59,6 +59,9 @@ pub(crate) struct Core {
     /// Held shared from a claim to the end of its install; alone while memory is frozen and, with events, while they
     /// are read. In it, who has frozen the memory: installs are ordered with that.
     gate: RwLock<Option<Arc<Shared>>>,
+    /// Held shared by a discard that was announced, and alone, before the gate, while memory is frozen: neither happens
+    /// in the middle of the other.
+    pub(crate) discarding: RwLock<()>,
     /// Whether events are read.
     gated: bool,
     /// How many handlers there are: those that are about to start, and have not ended.
@@ -100,6 +103,7 @@ impl Core {
             policy,
             pauses,
             gate: RwLock::default(),
+            discarding: RwLock::default(),
             gated,
             handlers: Mutex::default(),
             readers: RwLock::default(),

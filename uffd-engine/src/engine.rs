@@ -51,6 +51,9 @@ pub enum DiscardError {
     /// Not (entirely) inside the engine's regions, or not whole granules.
     #[error("{0} is not inside the regions of this engine, in whole granules")]
     Outside(PageRun),
+    /// A live snapshot still needs what is there. Nothing has happened to it: try again when the snapshot is over.
+    #[error("a live snapshot that is being taken still needs the content of {0}")]
+    Frozen(PageRun),
     /// The memory belongs to another process, which discards for itself.
     #[error("the memory belongs to another process")]
     Foreign,
@@ -155,11 +158,12 @@ impl Engine {
     /// Gives pages back to the host: they read as zero from now on, whatever the snapshot holds. The one way to do so
     /// with [`Discards::Announced`](crate::Discards::Announced), and allowed with events too.
     ///
-    /// Waits for installs of these pages that are under way.
+    /// Waits for installs of these pages that are under way. While the memory is frozen [with this
+    /// engine](Engine::freezer) only pages are given back whose content is saved already.
     ///
     /// # Errors
-    /// If the pages are not whole granules of this engine's regions, the memory is another process's, or the system
-    /// refuses.
+    /// If the pages are not whole granules of this engine's regions, the memory is another process's, or some of them are
+    /// [frozen](DiscardError::Frozen): nothing has happened then. Or the system refuses.
     pub fn discard(&self, run: PageRun) -> Result<(), DiscardError> {
         if self.core.descriptor.foreign() {
             return Err(DiscardError::Foreign);
@@ -174,12 +178,20 @@ impl Engine {
         if covered != run.pages.0 || !parts.iter().all(whole) {
             return Err(DiscardError::Outside(run));
         }
+        // Until it is done no freeze begins.
+        let _discarding = self.core.discarding.read();
+        if let Some(frozen) = self.core.frozen() {
+            let needed = |&(area, part): &(usize, PageRun)| {
+                let area = &self.core.areas[area];
+                let start = area.addr(area.granule_of(part.first));
+                frozen.needs(start, start + part.len())
+            };
+            if parts.iter().any(needed) {
+                return Err(DiscardError::Frozen(run));
+            }
+        }
         for (number, part) in parts {
             let area = &self.core.areas[number];
-            if let Some(frozen) = self.core.frozen() {
-                let start = area.addr(area.granule_of(part.first));
-                frozen.given_back(start, start + part.len());
-            }
             let first = area.granule_of(part.first);
             let granules = page_source::ByteLen(part.pages.0 / area.granule.0).get();
             for granule in first..first + granules {

@@ -4,6 +4,7 @@ mod common;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use common::collector::{Collector, layout};
 use common::{Kind, Memory, PAGE};
@@ -11,7 +12,7 @@ use page_source::{BlockId, ByteLen, PageCount, PageIndex, PageRun, PageSink, Pag
 use testkit::gate::Gate;
 use testkit::hugepages::Overcommit;
 use testkit::oracle::Oracle;
-use uffd_engine::{FreezeOptions, Freezer, Frozen, FrozenError, Handlers};
+use uffd_engine::{FreezeOptions, Freezer, Frozen, FrozenError, Handlers, PausePoint};
 
 /// Fills what the oracle has content for: the rest stays a hole.
 fn populate(memory: &Memory, oracle: &Oracle) -> Vec<PageRun> {
@@ -200,6 +201,103 @@ fn memory_that_is_given_back_before_it_is_saved_fails_the_snapshot() {
     give_back(&memory);
     assert!(matches!(frozen.wait(), Err(FrozenError::Discarded { .. })), "{:?}", frozen.stats());
     assert!(memory.load(BlockId(0), PageIndex(3)).iter().all(|&byte| byte == 0));
+}
+
+/// Pages of one piece, each different, frozen with a pool of one buffer, which page 0 has; and what they were.
+fn tight(kind: Kind, pauses: impl Fn(PausePoint) + Send + Sync + 'static) -> (Memory, Frozen, Vec<Vec<u8>>) {
+    let oracle = Oracle::random(11, layout(&[64]), 255);
+    let memory = Memory::new(kind, oracle.layout());
+    let stored = populate(&memory, &oracle);
+    let before = copy_of(&memory, &stored);
+    let options = FreezeOptions { pool: ByteLen(1), handlers: Handlers::threads(1) };
+    let freezer = Freezer::prepare(memory.regions(), memory.layout.clone(), &options).unwrap();
+    let frozen = freezer.pauses(pauses).arm(&stored).unwrap();
+    (memory, frozen, before)
+}
+
+/// A handler has claimed a page, finds the pool full, and gives its claim back just when the thread that saves has come to
+/// that page and found it taken. That thread's buffer still has another page in it.
+#[test]
+fn a_claim_that_is_given_back_while_the_page_is_gathered() {
+    testkit::require!(Userfaultfd);
+    for kind in [Kind::Anonymous, Kind::MemfdShared] {
+        let (full, waits) = (Gate::closed(), Gate::closed());
+        // Page 0 is taken, and then page 5.
+        let taken = Gate::open_at_first();
+        let gates = (full.clone(), waits.clone(), taken.clone());
+        let (memory, frozen, before) = tight(kind, move |point| match point {
+            PausePoint::PoolFull => gates.0.enter(),
+            PausePoint::WriterWaits => gates.1.enter(),
+            PausePoint::NothingGathered => gates.2.enter(),
+            _ => {}
+        });
+        memory.store(BlockId(0), PageIndex(0), &[0xab; PAGE]);
+        std::thread::scope(|scope| {
+            let writer = scope.spawn(|| memory.store(BlockId(0), PageIndex(5), &[0xcd; PAGE]));
+            full.wait_for(1);
+            taken.close();
+            let sink = Collector::new(&memory.layout, None, u64::MAX);
+            let feed = frozen.start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
+            // At page 0, which is saved, and at page 5.
+            taken.wait_for(1);
+            taken.pass(1);
+            while taken.passed() == 0 {
+                std::thread::yield_now();
+            }
+            taken.wait_for(1);
+            full.open();
+            waits.wait_for(1);
+            taken.open();
+            waits.open();
+            assert!(sink.complete());
+            sink.assert_equals(&before);
+            writer.join().unwrap();
+            drop(feed);
+        });
+        assert!(memory.load(BlockId(0), PageIndex(5)).iter().all(|&byte| byte == 0xcd));
+        assert_eq!(frozen.stats().waits_for_pool, 1);
+    }
+}
+
+/// A handler has copied a page, and the thread that saves comes by before the copy is in the pool: it comes from there.
+#[test]
+fn a_page_whose_copy_is_under_way_is_not_missed() {
+    testkit::require!(Userfaultfd);
+    for kind in [Kind::Anonymous, Kind::MemfdShared] {
+        let (copied, taken) = (Gate::closed(), Gate::closed());
+        let gates = (copied.clone(), taken.clone());
+        let (memory, frozen, before) = tight(kind, move |point| match point {
+            PausePoint::Copied => gates.0.enter(),
+            PausePoint::NothingGathered => gates.1.enter(),
+            _ => {}
+        });
+        std::thread::scope(|scope| {
+            let writer = scope.spawn(|| memory.store(BlockId(0), PageIndex(9), &[0xcd; PAGE]));
+            copied.wait_for(1);
+            let sink = Collector::new(&memory.layout, None, u64::MAX);
+            let feed = frozen.start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
+            taken.wait_for(1);
+            taken.open();
+            // Everything else comes, and that page is waited for.
+            while frozen.stats().pages + frozen.stats().zero_pages < 63 {
+                std::thread::yield_now();
+            }
+            // What must not happen can only be waited for by the clock; what is right does not depend on it.
+            let until = Instant::now() + Duration::from_millis(50);
+            while Instant::now() < until && feed.alive() {
+                std::thread::yield_now();
+            }
+            let early = !feed.alive();
+            copied.open();
+            writer.join().unwrap();
+            assert!(!early, "it ended without a page");
+            assert!(sink.complete());
+            sink.assert_equals(&before);
+            drop(feed);
+        });
+        assert!(memory.load(BlockId(0), PageIndex(9)).iter().all(|&byte| byte == 0xcd));
+        assert_eq!(frozen.stats().write_faults, 1);
+    }
 }
 
 #[expect(unsafe_code, reason = "a discard as a VMM does it")]

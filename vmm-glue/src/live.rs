@@ -23,6 +23,7 @@ pub use self::handle::{LiveProgress, LiveReport, LiveSnapshot};
 pub use self::options::{LiveEvent, LiveOptions};
 use self::sink::LiveSink;
 use crate::memory::FreezeClaim;
+use crate::populated::Existing;
 use crate::save::FIRST_DEVICE;
 use crate::state::{Host, MachineState};
 use crate::vcpu::Hold;
@@ -97,6 +98,8 @@ pub(crate) fn take(
     let begun = Instant::now();
     let ram = vcpus.ram();
     check::memory(ram)?;
+    let existing = Existing::new(ram).map_err(LiveError::Populated)?;
+    existing.prepare().map_err(LiveError::Populated)?;
     let claim = FreezeClaim::new(ram).ok_or(LiveError::Busy)?;
     let freezer = freezer(ram, options, engine)?;
     let mut devices = DeviceWriter::new(FIRST_DEVICE);
@@ -104,14 +107,14 @@ pub(crate) fn take(
     let configuration = Configuration::new(options.machine.clone());
     let writer = Writer::create(path, &configuration, ram.layout().clone())?;
     if options.check_space {
-        check::space(ram, path, engine.map_or(PageCount(0), Engine::missing))?;
+        check::space(ram, &existing, path, engine.map_or(PageCount(0), Engine::missing))?;
     }
     let sink = Arc::new(LiveSink::new(writer, claim));
 
-    let (state, frozen, blackout) = match freeze(vcpus, host, freezer, options) {
+    let (state, frozen, blackout) = match freeze(vcpus, host, freezer, &existing, options) {
         // The last page came just before the freeze point: the memory is complete, and frozen without the engine.
         Err(LiveError::Freeze(FreezeError::EngineEnded)) => {
-            freeze(vcpus, host, self::freezer(ram, options, engine)?, options)
+            freeze(vcpus, host, self::freezer(ram, options, engine)?, &existing, options)
         }
         done => done,
     }?;
@@ -147,6 +150,7 @@ fn freeze(
     vcpus: &Vcpus,
     host: &Host,
     freezer: Freezer,
+    existing: &Existing<'_>,
     options: &LiveOptions,
 ) -> Result<(MachineState, uffd_engine::Frozen, Blackout), LiveError> {
     let begun = Instant::now();
@@ -162,7 +166,7 @@ fn freeze(
     let drain = lap();
     let state = vcpus.save_state(host)?;
     let saved = lap();
-    let populated = check::shared_pages(vcpus.ram()).map_err(LiveError::Populated)?;
+    let populated = existing.shared_pages().map_err(LiveError::Populated)?;
     let look_up = lap();
     let frozen = freezer.arm(&populated)?;
     let arm = lap();

@@ -3,25 +3,115 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
+use std::sync::OnceLock;
 
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
-use page_source::{PAGE_SHIFT, PageCount, PageIndex, PageRun};
-use uffd_engine::Backing;
+use page_source::{HostAddr, PAGE_SHIFT, PageCount, PageRun};
+use uffd_engine::{Backing, HugeFile, PageTable};
 
-use crate::memory::Piece;
+use crate::memory::{GuestRam, Piece};
 
-/// Present, or swapped out: bits 63 and 62 of an entry of `/proc/self/pagemap`
-/// (Linux Documentation/admin-guide/mm/pagemap.rst).
-const EXISTS: u64 = 3 << 62;
-const ENTRIES: usize = 8192;
+/// Finds the pages of guest memory that may be other than zero.
+#[derive(Debug)]
+pub(crate) struct Existing<'a> {
+    ram: &'a GuestRam,
+    huge: Vec<HugePiece<'a>>,
+}
 
-/// The pages of `piece` that may be other than zero.
-pub(crate) fn populated(piece: &Piece, file: Option<(&File, u64)>) -> io::Result<Vec<PageRun>> {
-    match file {
-        Some((file, offset)) if piece.backing == Backing::Memfd && piece.shared => in_file(piece, file, offset),
-        _ => in_page_table(piece),
+impl Existing<'_> {
+    pub(crate) fn new(ram: &GuestRam) -> io::Result<Existing<'_>> {
+        let pieces = ram.pieces().iter().enumerate();
+        let huge = pieces.filter_map(|(number, piece)| HugePiece::of(ram, number, piece)).collect::<io::Result<_>>()?;
+        Ok(Existing { ram, huge })
+    }
+
+    /// Makes now what may be needed when the guest stands still.
+    pub(crate) fn prepare(&self) -> io::Result<()> {
+        self.huge.iter().try_for_each(|huge| huge.asked().map(drop))
+    }
+
+    /// By piece.
+    pub(crate) fn pages(&self) -> io::Result<Vec<Vec<PageRun>>> {
+        self.look_up(|_| true)
+    }
+
+    /// Of shared memory alone.
+    pub(crate) fn shared_pages(&self) -> io::Result<Vec<PageRun>> {
+        Ok(self.look_up(|piece| piece.shared)?.concat())
+    }
+
+    fn look_up(&self, wanted: impl Fn(&Piece) -> bool) -> io::Result<Vec<Vec<PageRun>>> {
+        let pieces = self.ram.pieces().iter().enumerate();
+        let of = |(number, piece): (usize, &Piece)| match self.ram.file_of(number) {
+            _ if !wanted(piece) => Ok(Vec::new()),
+            Some((file, offset)) if piece.backing == Backing::Memfd && piece.shared => in_file(piece, file, offset),
+            _ => in_page_table(piece),
+        };
+        let mut pages = pieces.map(of).collect::<io::Result<Vec<_>>>()?;
+        // Huge pages may have been filled elsewhere, by another process or through another mapping. Then the file has more
+        // of them than are mapped here.
+        for huge in &self.huge {
+            let same = self.huge.iter().filter(|other| other.inode == huge.inode);
+            let known: u64 = same.flat_map(|same| &pages[same.number]).map(|run| run.len().0).sum();
+            if known != huge.file.metadata()?.blocks().saturating_mul(BLOCK) {
+                pages[huge.number] = huge.look_up(&pages[huge.number])?;
+            }
+        }
+        Ok(pages)
+    }
+}
+
+/// The unit of `st_blocks` (stat(2)): that of a file on hugetlbfs counts its pages, and nothing else.
+const BLOCK: u64 = 512;
+
+/// A piece of shared memory of huge pages.
+#[derive(Debug)]
+struct HugePiece<'a> {
+    number: usize,
+    piece: &'a Piece,
+    file: &'a File,
+    offset: u64,
+    inode: (u64, u64),
+    asked: OnceLock<HugeFile>,
+}
+
+impl HugePiece<'_> {
+    fn of<'a>(ram: &'a GuestRam, number: usize, piece: &'a Piece) -> Option<io::Result<HugePiece<'a>>> {
+        let (file, offset) = ram.file_of(number).filter(|_| piece.shared && piece.backing == Backing::Hugetlb)?;
+        let inode = file.metadata().map(|of| (of.dev(), of.ino()));
+        Some(inode.map(|inode| HugePiece { number, piece, file, offset, inode, asked: OnceLock::new() }))
+    }
+
+    fn asked(&self) -> io::Result<&HugeFile> {
+        if let Some(asked) = self.asked.get() {
+            return Ok(asked);
+        }
+        let made = HugeFile::new(self.file, self.offset, self.piece.run.len())?;
+        Ok(self.asked.get_or_init(|| made))
+    }
+
+    /// All pages that the file holds, of which some are known: about a microsecond for each of the others.
+    fn look_up(&self, known: &[PageRun]) -> io::Result<Vec<PageRun>> {
+        let asked = self.asked()?;
+        let mut runs: Vec<PageRun> = Vec::new();
+        let mut rest = self.piece.run;
+        while !rest.is_empty() {
+            let (run, after) = rest.split_at(Backing::Hugetlb.granule().pages());
+            rest = after;
+            let near = known.get(known.partition_point(|known| known.end() <= run.first));
+            let is_known = near.is_some_and(|known| known.contains(run.first));
+            if !is_known && !asked.holds((run.first - self.piece.run.first).to_bytes())? {
+                continue;
+            }
+            match runs.last_mut() {
+                Some(last) if last.end() == run.first => last.pages = PageCount(last.pages.0 + run.pages.0),
+                _ => runs.push(run),
+            }
+        }
+        Ok(runs)
     }
 }
 
@@ -48,49 +138,17 @@ fn in_file(piece: &Piece, file: &File, offset: u64) -> io::Result<Vec<PageRun>> 
     Ok(runs)
 }
 
-/// From this process's page table: right for private memory.
+/// From this process's page table: right for private memory, and, of huge pages of a file, for those that are mapped
+/// here.
 fn in_page_table(piece: &Piece) -> io::Result<Vec<PageRun>> {
-    if piece.backing == Backing::Hugetlb {
-        return huge_in_page_table(piece);
-    }
-    let pagemap = File::open("/proc/self/pagemap")?;
-    let mut runs: Vec<PageRun> = Vec::new();
-    let mut buffer = vec![0; 8 * ENTRIES];
-    let mut page = PageIndex(0);
-    while page.0 < piece.run.pages.0 {
-        let now = usize::try_from(piece.run.pages.0 - page.0).unwrap_or(ENTRIES).min(ENTRIES);
-        let at = ((piece.host.0 >> PAGE_SHIFT) + page.0) * 8;
-        pagemap.read_exact_at(&mut buffer[..8 * now], at)?;
-        for entry in buffer[..8 * now].as_chunks::<8>().0 {
-            if u64::from_le_bytes(*entry) & EXISTS != 0 {
-                let index = piece.run.first + PageCount(page.0);
-                match runs.last_mut() {
-                    Some(last) if last.end() == index => last.pages = PageCount(last.pages.0 + 1),
-                    _ => runs.push(PageRun::single(piece.run.block, index)),
-                }
-            }
-            page += PageCount(1);
-        }
-    }
-    Ok(runs)
-}
-
-/// The same for huge pages, of which the first entry tells for all.
-fn huge_in_page_table(piece: &Piece) -> io::Result<Vec<PageRun>> {
-    let pagemap = File::open("/proc/self/pagemap")?;
-    let huge = Backing::Hugetlb.granule().pages();
-    let mut runs: Vec<PageRun> = Vec::new();
-    let mut entry = [0; 8];
-    for page in (0..piece.run.pages.0).step_by(usize::try_from(huge.0).unwrap_or(1)) {
-        pagemap.read_exact_at(&mut entry, ((piece.host.0 >> PAGE_SHIFT) + page) * 8)?;
-        if u64::from_le_bytes(entry) & EXISTS == 0 {
-            continue;
-        }
-        let run = PageRun::new(piece.run.block, piece.run.first + PageCount(page), huge).intersect(piece.run);
-        match runs.last_mut() {
-            Some(last) if last.end() == run.first => last.pages = PageCount(last.pages.0 + run.pages.0),
-            _ => runs.push(run),
-        }
-    }
-    Ok(runs)
+    let table = PageTable::open()?;
+    let ranges = match piece.shared && piece.backing == Backing::Hugetlb {
+        true => table.mapped(piece.host, piece.run.len())?,
+        false => table.existing(piece.host, piece.run.len())?,
+    };
+    let run = |range: Range<HostAddr>| {
+        let first = piece.run.first + (range.start - piece.host).to_pages();
+        PageRun::new(piece.run.block, first, (range.end - range.start).to_pages())
+    };
+    Ok(ranges.into_iter().map(run).collect())
 }

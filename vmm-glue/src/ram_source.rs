@@ -10,6 +10,7 @@ use page_source::{
 };
 
 use crate::memory::GuestRam;
+use crate::populated::Existing;
 use crate::sys;
 
 /// So much is copied at a time.
@@ -42,8 +43,7 @@ impl RamSource {
     /// If the system does not say.
     pub fn new(ram: Arc<GuestRam>) -> std::io::Result<RamSource> {
         let mut populated = vec![Vec::new(); ram.layout().blocks().len()];
-        for (number, piece) in ram.pieces().iter().enumerate() {
-            let runs = crate::populated::populated(piece, ram.file_of(number))?;
+        for (piece, runs) in ram.pieces().iter().zip(Existing::new(&ram)?.pages()?) {
             if let Some(block) = usize::try_from(piece.run.block.0).ok().and_then(|block| populated.get_mut(block)) {
                 block.extend(runs);
             }

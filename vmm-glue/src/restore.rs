@@ -199,8 +199,7 @@ impl SavedVm {
     ) -> Result<Vm, RestoreError> {
         let launch = Launch::begin(kvm, host, bus, options.vcpus.clone())?;
         let mut clock = Clock::going_on(&self.steps);
-        let ram = Arc::new(GuestRam::allocate(&self.memory, options.backing)?);
-        launch.memory(Arc::clone(&ram));
+        let ram = memory(&launch, &self.memory, options)?;
         launch.machine(Arc::clone(&self.state))?;
         let sink = Arc::new(RamSink::new(Arc::clone(&ram), self.source.layout())?);
         clock.done(Step::Memory);
@@ -234,8 +233,7 @@ impl SavedVm {
     ) -> Result<Vm, RestoreError> {
         let launch = Launch::begin(kvm, host, bus, options.vcpus.clone())?;
         let mut clock = Clock::going_on(&self.steps);
-        let ram = Arc::new(GuestRam::allocate(&self.memory, options.backing)?);
-        launch.memory(Arc::clone(&ram));
+        let ram = memory(&launch, &self.memory, options)?;
         clock.done(Step::Memory);
         self.on_demand(launch, ram, options, configure, clock)
     }
@@ -300,6 +298,13 @@ impl SavedVm {
     }
 }
 
+/// Allocates the memory, and gives it to the VM that is being made.
+fn memory(launch: &Launch, specs: &[RamSpec], options: &RestoreOptions) -> Result<Arc<GuestRam>, RestoreError> {
+    let ram = Arc::new(GuestRam::allocate(specs, options.backing)?);
+    launch.memory(Arc::clone(&ram));
+    Ok(ram)
+}
+
 /// A handler on each of the cores that vCPUs are bound to.
 fn beside(cores: &[usize]) -> Handlers {
     let mut cores = cores.to_vec();
@@ -324,11 +329,7 @@ pub fn resume_on_demand(
     configure: impl FnOnce(Builder) -> Builder,
 ) -> Result<Vm, RestoreError> {
     let launch = Launch::begin(kvm, host, bus, options.vcpus.clone())?;
-    let (saved, ram) = SavedVm::read(path.as_ref(), kvm, host, |memory| {
-        let ram = Arc::new(GuestRam::allocate(memory, options.backing)?);
-        launch.memory(Arc::clone(&ram));
-        Ok(ram)
-    })?;
+    let (saved, ram) = SavedVm::read(path.as_ref(), kvm, host, |specs| memory(&launch, specs, options))?;
     let clock = Clock::going_on(&saved.steps);
     saved.on_demand(launch, ram, options, configure, clock)
 }

@@ -27,6 +27,8 @@ use vmm_glue::{
 struct Without {
     inner: Arc<dyn PageSource>,
     page: (BlockId, PageIndex),
+    /// Its file, which stays as it is while the guest runs from it.
+    _dir: tempfile::TempDir,
 }
 
 #[derive(Debug)]
@@ -98,7 +100,7 @@ fn restored_without(
     let piece = piece.unwrap();
     let page = (piece.run.block, piece.run.first + PageCount((guest - piece.guest).0 >> 12));
     let saved = SavedVm::open(&path, &kvm, &host).unwrap();
-    let saved = saved.with_source(|inner| Arc::new(Without { inner, page }));
+    let saved = saved.with_source(|inner| Arc::new(Without { inner, page, _dir: dir }));
     let events = Arc::new(Mutex::new(Vec::new()));
     let seen = Arc::clone(&events);
     let options = RestoreOptions::default()

@@ -4,7 +4,7 @@ mod common;
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use common::live::{self, Kind};
@@ -136,38 +136,45 @@ fn five_generations() {
 
 #[test]
 fn writes_of_device_models_are_caught() {
-    require!(Kvm, Userfaultfd);
+    require!(Kvm, Userfaultfd, Hugepages);
+    let _room = testkit::hugepages::Overcommit::reserve(16).unwrap();
     let dir = directory();
     let path = dir.path().join("live.mr");
-    for backing in [Backing::Anonymous, Backing::Memfd] {
+    for backing in [Backing::Anonymous, Backing::Memfd, Backing::Hugetlb] {
         let kind =
             Kind { privilege: Privilege::User, vcpus: 1, pattern: Pattern::Stride(1), backing, mib: 16, filled: 50 };
         let (vcpus, image, _) = live::boot(&kind, MachineConfig::bare(1));
         let page = GuestAddress(image.window_to_physical(image.window_len() - 4096));
         let still = Arc::new(Mutex::new(false));
+        let written = Arc::new(AtomicU64::new(0));
         let end = AtomicBool::new(false);
         std::thread::scope(|scope| {
             let _end = EndOnDrop(&end);
             // A device model: it writes the same number all over its page, except while it is to stand still.
             scope.spawn(|| {
-                let mut number = 0u64;
                 while !end.load(Ordering::Acquire) {
                     let still = still.lock();
                     if !*still {
-                        number += 1;
-                        let bytes = number.to_le_bytes().repeat(512);
+                        let bytes = (written.load(Ordering::Relaxed) + 1).to_le_bytes().repeat(512);
                         vcpus.ram().memory().write_slice(&bytes, page).unwrap();
+                        written.fetch_add(1, Ordering::Release);
                     }
                     drop(still);
                     std::thread::yield_now();
                 }
             });
-            vcpus.resume();
             let host = Host::probe(&Kvm::new().unwrap()).unwrap();
-            for _ in 0..10 {
+            for round in 0..10 {
+                vcpus.resume();
                 live::progress(&vcpus, &image, 100);
+                // Every other time nobody else writes.
+                let alone = round % 2 == 0;
+                if alone {
+                    vcpus.pause(PATIENCE).unwrap();
+                }
                 let taken = Arc::new(Mutex::new(Vec::new()));
                 let (stop, go, copy) = (Arc::clone(&still), Arc::clone(&still), Arc::clone(&taken));
+                let writes = Arc::clone(&written);
                 let options = LiveOptions::default()
                     .with_drain(move |ram| {
                         *stop.lock() = true;
@@ -177,10 +184,17 @@ fn writes_of_device_models_are_caught() {
                     .with_observer(move |event| {
                         let LiveEvent::FreezePoint { blackout } = event else { return };
                         assert!(*blackout > Duration::ZERO);
+                        let before = writes.load(Ordering::Acquire);
                         *go.lock() = false;
+                        // It writes, and nothing is saved yet.
+                        while writes.load(Ordering::Acquire) == before {
+                            std::thread::yield_now();
+                        }
                     });
-                snapshot_live(&vcpus, &host, &path, &options).unwrap().wait().unwrap();
+                let report = snapshot_live(&vcpus, &host, &path, &options).unwrap().wait().unwrap();
                 live::assert_same(&live::content_of(&path), &taken.lock());
+                let faults = report.stats.write_faults;
+                assert!(if alone { faults == 1 } else { faults > 0 }, "{backing:?}, round {round}: {report:?}");
             }
         });
     }

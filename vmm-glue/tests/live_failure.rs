@@ -3,8 +3,6 @@
 
 mod common;
 
-use std::io::Write;
-use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -15,14 +13,11 @@ use common::{PATIENCE, Signals};
 use kvm_ioctls::Kvm;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::resource::{Resource, setrlimit};
-use nix::sys::signal::{Signal, raise};
 use page_source::PageCount;
-use testkit::guest::{GuestImage, Pattern, Privilege};
+use testkit::guest::{Pattern, Privilege};
 use testkit::require;
 use vm_memory::Bytes;
-use vmm_glue::{
-    Backing, GuestRam, Host, LiveError, LiveOptions, LiveSnapshot, MachineConfig, Memory, Vcpus, snapshot_live,
-};
+use vmm_glue::{Backing, GuestRam, Host, LiveError, LiveOptions, MachineConfig, Memory, Vcpus, snapshot_live};
 
 const KIND: Kind = Kind {
     privilege: Privilege::User,
@@ -33,28 +28,8 @@ const KIND: Kind = Kind {
     filled: 80,
 };
 
-fn running(kind: &Kind) -> (Vcpus, GuestImage, Arc<Signals>) {
-    let (vcpus, image, bus) = live::boot(kind, MachineConfig::bare(kind.vcpus));
-    vcpus.resume();
-    live::progress(&vcpus, &image, 100);
-    (vcpus, image, bus)
-}
-
 fn host() -> Host {
     Host::probe(&Kvm::new().unwrap()).unwrap()
-}
-
-/// What is in a directory.
-fn names(directory: &Path) -> Vec<String> {
-    let entries = std::fs::read_dir(directory).unwrap();
-    entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
-}
-
-/// Waits until so many pages are saved.
-fn saved(snapshot: &LiveSnapshot, pages: u64) {
-    while snapshot.progress().saved < PageCount(pages) && !snapshot.wait_for(Duration::ZERO) {
-        std::thread::yield_now();
-    }
 }
 
 #[test]
@@ -64,24 +39,24 @@ fn cancelled_at_any_moment() {
     let path = dir.path().join("live.mr");
     for backing in [Backing::Anonymous, Backing::Memfd] {
         let kind = Kind { backing, vcpus: 2, ..KIND };
-        let (vcpus, image, bus) = running(&kind);
+        let (vcpus, image, bus) = live::running(&kind);
         let pages = vcpus.ram().layout().total().to_pages().0;
         for step in 0..=8 {
             // Cancelled in words, and by being dropped.
             let snapshot = snapshot_live(&vcpus, &host(), &path, &LiveOptions::default()).unwrap();
             assert_eq!(snapshot.progress().total, PageCount(pages));
-            saved(&snapshot, pages * step / 8);
+            live::saved(&snapshot, pages * step / 8);
             snapshot.cancel();
             match snapshot.wait() {
-                Err(LiveError::Cancelled) => assert_eq!(names(dir.path()), [""; 0], "step {step}"),
+                Err(LiveError::Cancelled) => assert_eq!(live::names(dir.path()), [""; 0], "step {step}"),
                 Ok(_) => std::fs::remove_file(&path).unwrap(),
                 Err(other) => panic!("{other}"),
             }
             let snapshot = snapshot_live(&vcpus, &host(), &path, &LiveOptions::default()).unwrap();
-            saved(&snapshot, pages * step / 8);
+            live::saved(&snapshot, pages * step / 8);
             drop(snapshot);
             let _ = std::fs::remove_file(&path);
-            assert_eq!(names(dir.path()), [""; 0], "step {step}");
+            assert_eq!(live::names(dir.path()), [""; 0], "step {step}");
             live::progress(&vcpus, &image, 10);
         }
         // One at once is always before the end.
@@ -101,7 +76,7 @@ fn whatever_fails_leaves_the_guest_and_the_last_file_alone() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("live.mr");
     std::fs::write(&path, "the one before").unwrap();
-    let (vcpus, image, bus) = running(&KIND);
+    let (vcpus, image, bus) = live::running(&KIND);
     let refused = |options: &LiveOptions| snapshot_live(&vcpus, &host(), &path, options).unwrap_err();
 
     let stubborn = LiveOptions::default().with_drain(|_| Err("a disk has direct I/O in flight".into()));
@@ -114,7 +89,7 @@ fn whatever_fails_leaves_the_guest_and_the_last_file_alone() {
 
     live::progress(&vcpus, &image, 10);
     assert_eq!(std::fs::read(&path).unwrap(), b"the one before");
-    assert_eq!(names(dir.path()), ["live.mr"]);
+    assert_eq!(live::names(dir.path()), ["live.mr"]);
     live::finish(&vcpus, &image, &bus, &KIND);
 }
 
@@ -124,7 +99,7 @@ fn memory_given_back_meanwhile_is_an_error() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("live.mr");
     // The guest stands still, so what is given back was not written to since.
-    let (vcpus, image, bus) = running(&KIND);
+    let (vcpus, image, bus) = live::running(&KIND);
     vcpus.pause(PATIENCE).unwrap();
     let page = image.window_to_physical(image.window_len() - 4096);
     let last = vcpus.ram().to_host(page_source::GuestAddr(page)).unwrap();
@@ -149,7 +124,7 @@ fn memory_given_back_meanwhile_is_an_error() {
     });
     let error = result.unwrap_err();
     assert!(matches!(error, LiveError::Frozen(uffd_engine::FrozenError::Discarded { .. })), "{error}");
-    assert_eq!(names(dir.path()), [""; 0]);
+    assert_eq!(live::names(dir.path()), [""; 0]);
     vcpus.ram().memory().write_slice(&content, page).unwrap();
     vcpus.resume();
     live::finish(&vcpus, &image, &bus, &KIND);
@@ -246,7 +221,7 @@ impl Drop for SmallDisk {
 #[test]
 fn a_full_disk() {
     require!(Kvm, Userfaultfd, Root);
-    let (vcpus, image, bus) = running(&KIND);
+    let (vcpus, image, bus) = live::running(&KIND);
     for kib in [64, 1024, 8000] {
         let disk = SmallDisk::mount(kib);
         let path = disk.0.path().join("live.mr");
@@ -259,7 +234,7 @@ fn a_full_disk() {
         };
         assert_eq!(why.raw_os_error(), Some(libc::ENOSPC), "{error}");
         assert!(offset.0 > 0 && error.to_string().contains(&offset.to_string()), "{error}");
-        assert_eq!(names(disk.0.path()), [""; 0]);
+        assert_eq!(live::names(disk.0.path()), [""; 0]);
         live::progress(&vcpus, &image, 10);
     }
     live::finish(&vcpus, &image, &bus, &KIND);
@@ -277,13 +252,13 @@ fn a_limit_on_the_length_of_files() {
         shell.args(["-c", "trap '' XFSZ; exec \"$0\" \"$@\""]).arg(std::env::current_exe().unwrap());
         let output = child(&mut shell, role, &path).output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        assert_eq!(names(dir.path()), [""; 0]);
+        assert_eq!(live::names(dir.path()), [""; 0]);
     }
 }
 
 /// Beyond the headers, but not beyond all pages; or beyond all pages, but not beyond the device state.
 fn limited(path: &Path, at_the_end: bool) {
-    let (vcpus, image, bus) = running(&KIND);
+    let (vcpus, image, bus) = live::running(&KIND);
     snapshot_live(&vcpus, &host(), path, &LiveOptions::default()).unwrap().wait().unwrap();
     let state = mapped_ram::Snapshot::open(path).unwrap().device_state().start.0;
     std::fs::remove_file(path).unwrap();
@@ -312,70 +287,6 @@ fn victim() {
     match role.as_str() {
         "limited" => limited(&path, false),
         "limited at the end" => limited(&path, true),
-        point => killed(&path, point),
+        other => panic!("{other}"),
     }
-}
-
-/// Takes a snapshot, leaves a copy of what it should be in `copy`, and kills itself.
-fn killed(path: &Path, point: &str) {
-    let die = || raise(Signal::SIGKILL).unwrap();
-    let (vcpus, _, _) = running(&KIND);
-    let copied = path.with_extension("copy");
-    let stopped = point == "stopped";
-    let options = LiveOptions::default().with_drain(move |ram| {
-        let mut file = std::fs::File::create(&copied).unwrap();
-        live::copy_of(ram).iter().for_each(|block| file.write_all(block).unwrap());
-        if stopped {
-            die();
-        }
-        Ok(())
-    });
-    let snapshot = snapshot_live(&vcpus, &host(), path, &options).unwrap();
-    let total = snapshot.progress().total.0;
-    match point {
-        "frozen" => {}
-        "saved" => saved(&snapshot, total),
-        "published" => drop(snapshot.wait().unwrap()),
-        pages => saved(&snapshot, total * pages.parse::<u64>().unwrap() / 1000),
-    }
-    die();
-}
-
-#[test]
-fn killed_at_twenty_points() {
-    require!(Kvm, Userfaultfd);
-    let mut points: Vec<String> = ["stopped", "frozen", "saved", "published"].map(String::from).into();
-    // Thousandths of all pages, sixteen of them, from one seed.
-    let mut random = 0x5eed_u64;
-    points.extend((0..16).map(|_| {
-        random = random.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
-        (random >> 33).rem_euclid(1000).to_string()
-    }));
-    let mut complete = 0;
-    for (number, point) in points.iter().enumerate() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("live.mr");
-        let before = number % 2 == 1;
-        if before {
-            std::fs::write(&path, "the one before").unwrap();
-        }
-        let output = child(&mut Command::new(std::env::current_exe().unwrap()), point, &path).output().unwrap();
-        let errors = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.signal(), Some(libc::SIGKILL), "point {point}: {errors}");
-        let others: Vec<_> = names(dir.path()).into_iter().filter(|name| name != "live.copy").collect();
-        assert!(others.is_empty() || others == ["live.mr"], "point {point}: {others:?}");
-        let found = std::fs::read(&path).ok();
-        if found.is_none() && !before || before && found.as_deref() == Some(b"the one before") {
-            assert_ne!(point, "published");
-            continue;
-        }
-        complete += 1;
-        let copy = std::fs::read(path.with_extension("copy")).unwrap();
-        assert!(live::content_of(&path).concat() == copy, "point {point}: a file that is not the freeze point");
-        // And a guest goes on from it.
-        let config = testkit::guest::GuestConfig { privilege: KIND.privilege, vcpus: 1 };
-        let (vm, image, bus) = live::restore(&path, Backing::Anonymous, config, true);
-        live::finish(vm.vcpus(), &image, &bus, &KIND);
-    }
-    assert!((1..points.len()).contains(&complete), "{complete} of {} files were complete", points.len());
 }

@@ -11,7 +11,8 @@ use userfaultfd::RegisterMode;
 
 use super::frozen::{Frozen, FrozenError, Shared, Zone};
 use super::owner::Owner;
-use super::pages::{PageTable, Saved};
+use super::page_table::PageTable;
+use super::pages::Saved;
 use super::pool::Pool;
 use super::writes;
 use crate::core::Core;
@@ -116,6 +117,14 @@ impl Freezer {
         Ok(freezer)
     }
 
+    /// Calls `at` at each [`PausePoint`](crate::PausePoint) of frozen memory, on the thread that reaches it. For tests.
+    #[cfg(feature = "pause-points")]
+    #[must_use]
+    pub fn pauses(self, at: impl Fn(crate::PausePoint) + Send + Sync + 'static) -> Freezer {
+        self.shared.pauses.get_or_init(|| crate::pause::Pauses(Arc::new(at)));
+        self
+    }
+
     /// Write-protects what is populated. That moment is the freeze point; the caller has stopped everything that writes
     /// to the memory: vCPUs, device models, and I/O in flight that goes around the page tables (direct I/O,
     /// `io_uring`, DMA, other mappings of the same memory), which nothing here could catch.
@@ -144,6 +153,7 @@ impl Freezer {
     /// Nothing is being installed at the freeze point, and no discard read: a page is either there, and protected, or
     /// its content is that of the source.
     fn arm_with(&self, core: &Core, populated: &[PageRun]) -> Result<(), FreezeError> {
+        let _no_discards = core.discarding.write();
         loop {
             let mut gate = core.gate_alone();
             if !core.status.running() {

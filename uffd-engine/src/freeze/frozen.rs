@@ -13,13 +13,14 @@ use page_source::{
 use parking_lot::{Condvar, Mutex, RwLock};
 
 use super::owner::Owner;
-use super::pages::{PageTable, Saved};
+use super::page_table::PageTable;
+use super::pages::Saved;
 use super::pool::Pool;
 use super::saver;
-use crate::EngineError;
 use crate::core::Place;
 use crate::region::Region;
 use crate::sys::memory::Scratch;
+use crate::{EngineError, PausePoint};
 
 /// A region with what of it is saved.
 #[derive(Debug)]
@@ -142,6 +143,8 @@ pub(crate) struct Shared {
     /// Something may have changed for the thread that saves.
     work: Mutex<bool>,
     work_arrived: Condvar,
+    #[cfg(feature = "pause-points")]
+    pub(crate) pauses: std::sync::OnceLock<crate::pause::Pauses>,
 }
 
 impl Shared {
@@ -174,8 +177,23 @@ impl Shared {
             started: AtomicBool::new(false),
             work: Mutex::default(),
             work_arrived: Condvar::new(),
+            #[cfg(feature = "pause-points")]
+            pauses: std::sync::OnceLock::new(),
         })
     }
+
+    /// Here a test can hold the thread.
+    #[cfg(feature = "pause-points")]
+    pub(crate) fn pause(&self, at: PausePoint) {
+        if let Some(pauses) = self.pauses.get() {
+            pauses.at(at);
+        }
+    }
+
+    /// Nothing.
+    #[cfg(not(feature = "pause-points"))]
+    #[inline(always)]
+    pub(crate) fn pause(&self, _: PausePoint) {}
 
     /// A granule of zeros, for the kernel to copy.
     pub(crate) fn zeros(&self) -> *const u8 {

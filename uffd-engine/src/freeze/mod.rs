@@ -13,8 +13,10 @@
 mod armed;
 mod fetch;
 mod frozen;
+mod huge_file;
 mod order;
 mod owner;
+mod page_table;
 mod pages;
 mod pool;
 mod saver;
@@ -24,3 +26,5 @@ mod writes;
 pub use armed::{FreezeError, FreezeOptions, Freezer};
 pub(crate) use frozen::Shared;
 pub use frozen::{FreezeStats, Frozen, FrozenError};
+pub use huge_file::HugeFile;
+pub use page_table::PageTable;

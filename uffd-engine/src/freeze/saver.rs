@@ -14,6 +14,7 @@ use super::order::{Order, PIECE};
 use super::owner::Owner;
 use super::pool::Copied;
 use super::whereabouts::{Whereabouts, fetched_at_a_time};
+use crate::PausePoint;
 use crate::sys::memory::{Scratch, read_granule};
 use crate::sys::ops;
 
@@ -141,6 +142,9 @@ impl Saver<'_> {
                 })?;
                 if end == at && zone.saved.take_hole(at) {
                     zeros(shared, self.sink, zone.pages(at, 1))?;
+                }
+                if end == at {
+                    shared.pause(PausePoint::NothingGathered);
                 }
                 // One that somebody else is at is in the pool soon, or nobody's again: the last look at each granule
                 // finds it.

@@ -10,6 +10,7 @@ use page_source::{ByteLen, HostAddr};
 use super::frozen::{FrozenError, Shared, Zone};
 use super::owner::Owner;
 use super::pool::Copied;
+use crate::PausePoint;
 use crate::core::Place;
 use crate::handler::bind;
 use crate::region::Backing;
@@ -64,19 +65,29 @@ fn fail(shared: &Shared, what: &'static str, at: HostAddr, errno: Errno) {
 impl Shared {
     /// Memory was given back. What of it was not saved is lost to the snapshot.
     pub(crate) fn given_back(&self, start: HostAddr, end: HostAddr) {
-        for zone in &self.zones {
+        if let Some((start, end)) = self.unsaved(start, end) {
+            self.end(Err(FrozenError::Discarded { start, end }));
+        }
+    }
+
+    /// Whether something between two addresses is not saved yet.
+    pub(crate) fn needs(&self, start: HostAddr, end: HostAddr) -> bool {
+        self.unsaved(start, end).is_some()
+    }
+
+    /// Which part of a range, that of the first zone, is not saved as a whole.
+    fn unsaved(&self, start: HostAddr, end: HostAddr) -> Option<(HostAddr, HostAddr)> {
+        self.zones.iter().find_map(|zone| {
             let range = zone.region.range();
             let (from, to) = (start.max(range.start), end.min(range.end));
             if from >= to {
-                continue;
+                return None;
             }
             let unit = zone.granule.bytes().0;
             let first = ByteLen((from - range.start).0 / unit).get();
             let last = ByteLen((to - range.start).0.div_ceil(unit)).get();
-            if (first..last).any(|granule| !zone.saved.may_change(granule)) {
-                self.end(Err(FrozenError::Discarded { start: from, end: to }));
-            }
-        }
+            (first..last).any(|granule| !zone.saved.may_change(granule)).then_some((from, to))
+        })
     }
 
     /// An engine's handler, which holds its gate, serves a write. `false` if it has to be tried again after an event was
@@ -164,9 +175,11 @@ fn write(shared: &Shared, number: usize, granule: usize) -> bool {
     }
     let Some(mut buffer) = shared.pool.take() else {
         shared.waits.fetch_add(1, Ordering::Relaxed);
+        shared.pause(PausePoint::PoolFull);
         zone.saved.give_back(granule);
         shared.parked.lock().push((number, granule));
         shared.wake_saver();
+        shared.pause(PausePoint::WriterWaits);
         return true;
     };
     read_granule(addr, buffer.bytes_mut());
@@ -175,6 +188,7 @@ fn write(shared: &Shared, number: usize, granule: usize) -> bool {
         shared.settle();
     }
     shared.write_faults.fetch_add(1, Ordering::Relaxed);
+    shared.pause(PausePoint::Copied);
     let first = shared.pool.push(Copied { area: number, granule, buffer });
     zone.saved.done(granule);
     if first {

@@ -5,10 +5,12 @@
 //! - [`ops`]: one function per ioctl, with what it did as a value;
 //! - [`open`]: a new descriptor, or the exact reason why there is none;
 //! - [`memory`]: zeroed tables, scratch mappings, discards;
+//! - [`mapping`]: a second mapping of a file;
 //! - [`scan`]: where in a page table there is something.
 #![expect(unsafe_code, reason = "system calls on raw addresses")]
 
 pub(crate) mod abi;
+pub(crate) mod mapping;
 pub(crate) mod memory;
 pub(crate) mod open;
 pub(crate) mod ops;

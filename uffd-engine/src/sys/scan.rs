@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::mem::size_of;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 
 use nix::errno::Errno;
@@ -29,15 +30,25 @@ struct Scan {
 
 /// `struct page_region`.
 #[repr(C)]
-#[derive(Default)]
-struct Found {
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Found {
     start: u64,
     end: u64,
     categories: u64,
 }
 
-const PAGE_IS_PRESENT: u64 = 1 << 3;
-const PAGE_IS_SWAPPED: u64 = 1 << 4;
+impl Found {
+    pub(crate) const NOTHING: Found = Found { start: 0, end: 0, categories: 0 };
+
+    pub(crate) fn range(&self) -> Range<HostAddr> {
+        HostAddr(self.start)..HostAddr(self.end)
+    }
+}
+
+/// `PAGE_IS_PRESENT`
+pub(crate) const PRESENT: u64 = 1 << 3;
+/// `PAGE_IS_SWAPPED`
+pub(crate) const SWAPPED: u64 = 1 << 4;
 const PAGEMAP_SCAN: u64 = ioc(READ | WRITE, b'f' as u64, 16, size_of::<Scan>());
 
 const _: () = {
@@ -45,25 +56,34 @@ const _: () = {
     assert!(PAGEMAP_SCAN == 0xC060_6610);
 };
 
-/// The first page between two addresses that is there, or is swapped out; `pagemap` is `/proc/self/pagemap`.
+/// Ranges of pages between two addresses that are of one of `categories`, as many as fit, of at most so many pages (0:
+/// any number), and where the search has ended; `pagemap` is `/proc/self/pagemap`.
 ///
 /// # Errors
 /// `ENOTTY` from a kernel that can't tell.
-pub(crate) fn first_present(pagemap: &File, start: HostAddr, end: HostAddr) -> nix::Result<Option<HostAddr>> {
-    let mut found = Found::default();
+pub(crate) fn scan<'a>(
+    pagemap: &File,
+    start: HostAddr,
+    end: HostAddr,
+    categories: u64,
+    found: &'a mut [Found],
+    most: u64,
+) -> nix::Result<(&'a [Found], HostAddr)> {
     let mut scan = Scan {
         size: size_of::<Scan>() as u64,
         start: start.0,
         end: end.0,
-        vec: (&raw mut found) as u64,
-        vec_len: 1,
-        max_pages: 1,
-        category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
-        return_mask: PAGE_IS_PRESENT,
+        vec: found.as_mut_ptr() as u64,
+        vec_len: found.len() as u64,
+        max_pages: most,
+        category_anyof_mask: categories,
+        // What is alike in it is one range.
+        return_mask: 0,
         ..Scan::default()
     };
-    // SAFETY: the structure this ioctl reads and writes, with the address of one `page_region`, which outlives the call;
-    // without PM_SCAN_WP_MATCHING it changes no page.
-    let regions = unsafe { libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN, &raw mut scan) };
-    Ok((Errno::result(regions)? > 0).then_some(HostAddr(found.start)))
+    // SAFETY: the structure this ioctl reads and writes, with the address and the length of an array of `page_region`
+    // that outlives the call; without PM_SCAN_WP_MATCHING it changes no page.
+    let ranges = unsafe { libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN, &raw mut scan) };
+    let ranges = usize::try_from(Errno::result(ranges)?).unwrap_or(0);
+    Ok((&found[..ranges.min(found.len())], HostAddr(scan.walk_end)))
 }

@@ -85,6 +85,14 @@ impl<'a> Guest<'a> {
         (frozen, self.model.lock().clone())
     }
 
+    /// These pages of the first block, and no others.
+    pub(crate) fn assert_memory_of(&self, pages: &[PageIndex]) {
+        for &page in pages {
+            let at = page.byte_offset().get();
+            assert!(self.memory.load(BlockId(0), page) == self.model.lock()[0][at..at + PAGE], "memory at page {page}");
+        }
+    }
+
     pub(crate) fn assert_memory(&self) {
         for (block, model) in (0..).map(BlockId).zip(&*self.model.lock()) {
             for (number, page) in model.chunks(PAGE).enumerate() {

@@ -1,17 +1,16 @@
 //! What can be known before a vCPU stops.
 
 use std::fs::File;
-use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
 use nix::sys::statvfs::statvfs;
-use page_source::{ByteLen, PageCount, PageRun};
+use page_source::{ByteLen, PageCount};
 
 use super::LiveError;
-use crate::memory::{GuestRam, Piece};
-use crate::populated::populated;
+use crate::memory::GuestRam;
+use crate::populated::Existing;
 
 /// For device state and headers, which nobody knows beforehand.
 const METADATA: ByteLen = ByteLen(1 << 20);
@@ -45,12 +44,9 @@ fn in_memory(file: &File) -> bool {
 }
 
 /// Whether what exists of the memory, and what is `missing` of it, fits where `path` is.
-pub(super) fn space(ram: &GuestRam, path: &Path, missing: PageCount) -> Result<(), LiveError> {
-    let mut pages = missing;
-    for (number, piece) in ram.pieces().iter().enumerate() {
-        let runs = populated(piece, ram.file_of(number)).map_err(LiveError::Populated)?;
-        pages = PageCount(pages.0 + runs.iter().map(|run| run.pages.0).sum::<u64>());
-    }
+pub(super) fn space(ram: &GuestRam, existing: &Existing<'_>, path: &Path, missing: PageCount) -> Result<(), LiveError> {
+    let runs = existing.pages().map_err(LiveError::Populated)?;
+    let pages = PageCount(missing.0 + runs.iter().flatten().map(|run| run.pages.0).sum::<u64>());
     // A bit for each page, whether it exists or not.
     let needed = ByteLen(pages.to_bytes().0 + ram.layout().total().to_pages().0 / 8 + METADATA.0);
     let directory = match path.parent() {
@@ -63,12 +59,4 @@ pub(super) fn space(ram: &GuestRam, path: &Path, missing: PageCount) -> Result<(
         return Err(LiveError::Space { path: path.into(), needed, available });
     }
     Ok(())
-}
-
-/// The pages of shared memory that exist; private memory knows its own.
-pub(super) fn shared_pages(ram: &GuestRam) -> io::Result<Vec<PageRun>> {
-    let shared = |(_, piece): &(usize, &Piece)| piece.shared;
-    let pieces = ram.pieces().iter().enumerate().filter(shared);
-    let runs = pieces.map(|(number, piece)| populated(piece, ram.file_of(number)));
-    runs.collect::<io::Result<Vec<_>>>().map(|runs| runs.concat())
 }

@@ -91,8 +91,10 @@ impl LiveOptions {
 
     /// `drain` is called on the calling thread when no vCPU runs any more and before memory is frozen. It lets device
     /// models, direct I/O and whatever else writes to the guest's memory come to rest. Device models that write through
-    /// the mapping that the guest has may go on after [`LiveEvent::FreezePoint`], or when the call returns an error;
-    /// whatever goes around that mapping only when the snapshot is complete.
+    /// the mapping that the guest has may go on after [`LiveEvent::FreezePoint`], or when the call returns an error. So
+    /// may direct I/O that is begun into that mapping then, since pinning its pages is a write to them; but not into
+    /// buffers that were registered before (`io_uring`). Whatever goes around that mapping may go on only when the
+    /// snapshot is complete.
     ///
     /// Its time is part of the blackout. Should the guest's memory become complete at that very moment, the guest goes on
     /// for a moment, is stopped once more, and `drain` is called again. An error means that something could not be stopped: there is no snapshot

@@ -72,7 +72,8 @@ impl GuestRam {
     /// again, which a device model answers only when they are [given back](Discard::Done) or it does not matter.
     ///
     /// Memory that is still being loaded has to know: with [`Discards::Events`](uffd_engine::Discards) it does, otherwise
-    /// use [`Engine::discard`](uffd_engine::Engine::discard), which is not held off.
+    /// use [`Engine::discard`](uffd_engine::Engine::discard), which is not held off but
+    /// [refused](uffd_engine::DiscardError::Frozen) while a live snapshot needs the memory.
     ///
     /// # Errors
     /// If this is not whole pages of one piece of the RAM, or the system refuses.

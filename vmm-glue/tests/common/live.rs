@@ -4,15 +4,16 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use kvm_ioctls::Kvm;
 use mapped_ram::Snapshot;
-use page_source::{BlockId, ByteLen, GuestAddr};
+use page_source::{BlockId, ByteLen, GuestAddr, PageCount};
 use parking_lot::Mutex;
 use testkit::guest::{GuestConfig, GuestImage, Operation, Oracle, Pattern, Privilege, Program, Signal, Walker};
 use vmm_glue::{
-    Backing, Bus, GuestRam, Host, LiveError, LiveOptions, LiveReport, Machine, MachineConfig, RamSpec, RestoreOptions,
-    SavedVm, VcpuOptions, Vcpus, Vm, snapshot_live,
+    Backing, Bus, GuestRam, Host, LiveError, LiveOptions, LiveReport, LiveSnapshot, Machine, MachineConfig, RamSpec,
+    RestoreOptions, SavedVm, VcpuOptions, Vcpus, Vm, snapshot_live,
 };
 
 use super::{PATIENCE, Signals};
@@ -260,4 +261,25 @@ pub fn finish(vcpus: &Vcpus, image: &GuestImage, bus: &Signals, kind: &Kind) {
         oracle.advance(vcpu, &mut Walker::new(program), u64::MAX);
     }
     oracle.compare(memory).unwrap();
+}
+
+/// A guest that runs.
+pub fn running(kind: &Kind) -> (Vcpus, GuestImage, Arc<Signals>) {
+    let (vcpus, image, bus) = boot(kind, MachineConfig::bare(kind.vcpus));
+    vcpus.resume();
+    progress(&vcpus, &image, 100);
+    (vcpus, image, bus)
+}
+
+/// What is in a directory.
+pub fn names(directory: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(directory).unwrap();
+    entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+}
+
+/// Waits until so many pages are saved.
+pub fn saved(snapshot: &LiveSnapshot, pages: u64) {
+    while snapshot.progress().saved < PageCount(pages) && !snapshot.wait_for(Duration::ZERO) {
+        std::thread::yield_now();
+    }
 }

@@ -1,0 +1,192 @@
+//! A process that is killed in the middle of a live snapshot: nothing half-written is ever taken for a snapshot.
+
+mod at_call;
+#[path = "../common/mod.rs"]
+mod common;
+
+use std::io::Write;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use at_call::Call;
+use common::live::{self, Kind};
+use kvm_ioctls::Kvm;
+use mapped_ram::Snapshot;
+use nix::sys::signal::{Signal, raise};
+use page_source::BlockId;
+use testkit::guest::{GuestConfig, Pattern, Privilege};
+use testkit::require;
+use vmm_glue::{Backing, Host, LiveEvent, LiveOptions, snapshot_live};
+
+const KIND: Kind = Kind {
+    privilege: Privilege::User,
+    vcpus: 1,
+    pattern: Pattern::Random,
+    backing: Backing::Anonymous,
+    mib: 16,
+    filled: 80,
+};
+
+/// All pages are written, and the file is made a whole: the kernel kills at the call that would begin each step.
+const FINISHING: [&str; 7] = ["ram end", "bitmap 0", "bitmap 1", "sync", "link", "rename", "sync name"];
+
+fn host() -> Host {
+    Host::probe(&Kvm::new().unwrap()).unwrap()
+}
+
+/// The call that begins a step of the end. `other` is a finished file of the same machine.
+fn call_of(step: &str, path: &Path, other: &Path) -> Call {
+    let other = Snapshot::open(other).unwrap();
+    let writes = |at: u64| Call { numbers: vec![libc::SYS_pwrite64], argument: Some((3, at, true)) };
+    let syncs = |is: bool| Call { numbers: vec![libc::SYS_fsync], argument: Some((0, unpublished(path), is)) };
+    let bitmap = |block| writes(other.block(BlockId(block)).unwrap().bitmap_offset.0);
+    match step {
+        "ram end" => {
+            let end = |(id, block): (u32, &page_source::RamBlock)| {
+                other.block(BlockId(id)).unwrap().pages_offset.0 + block.length().0
+            };
+            writes((0..).zip(other.layout().blocks()).map(end).max().unwrap())
+        }
+        "bitmap 0" => bitmap(0),
+        "bitmap 1" => bitmap(1),
+        "sync" => syncs(true),
+        "link" => Call { numbers: vec![libc::SYS_linkat], argument: None },
+        "rename" => Call { numbers: vec![libc::SYS_rename, libc::SYS_renameat, libc::SYS_renameat2], argument: None },
+        "sync name" => syncs(false),
+        other => panic!("{other}"),
+    }
+}
+
+/// The file that will have this name, as it was opened first: it has the lowest number.
+fn unpublished(path: &Path) -> u64 {
+    let directory = path.parent().unwrap();
+    let open = std::fs::read_dir("/proc/self/fd").unwrap().map(|entry| entry.unwrap().path());
+    let ours = |fd: &PathBuf| std::fs::read_link(fd).is_ok_and(|to| to.starts_with(directory));
+    open.filter(ours).map(|fd| fd.file_name().unwrap().to_str().unwrap().parse().unwrap()).min().unwrap()
+}
+
+/// Does nothing by itself: the test starts this program again with a role for it.
+#[test]
+fn victim() {
+    if let (Ok(point), Some(path)) = (std::env::var("LIVE_POINT"), std::env::var_os("LIVE_PATH")) {
+        killed(Path::new(&path), &point);
+    }
+}
+
+/// Takes a snapshot, leaves a copy of what it should be in `copy`, and is killed.
+fn killed(path: &Path, point: &str) {
+    let die = || raise(Signal::SIGKILL).unwrap();
+    let (vcpus, _, _) = live::running(&KIND);
+    let copied = path.with_extension("copy");
+    let stopped = point == "stopped";
+    let mut options = LiveOptions::default().with_drain(move |ram| {
+        let mut file = std::fs::File::create(&copied).unwrap();
+        live::copy_of(ram).iter().for_each(|block| file.write_all(block).unwrap());
+        if stopped {
+            die();
+        }
+        Ok(())
+    });
+    if FINISHING.contains(&point) {
+        let other = tempfile::NamedTempFile::new().unwrap();
+        snapshot_live(&vcpus, &host(), other.path(), &LiveOptions::default()).unwrap().wait().unwrap();
+        let (path, point) = (path.to_owned(), point.to_owned());
+        options = options.with_observer(move |event| {
+            let LiveEvent::FreezePoint { .. } = event else { return };
+            // The thread that saves is about to be started by this one.
+            at_call::die(&call_of(&point, &path, other.path()));
+        });
+    }
+    let snapshot = snapshot_live(&vcpus, &host(), path, &options).unwrap();
+    let total = snapshot.progress().total.0;
+    match point {
+        "frozen" => {}
+        "saved" => live::saved(&snapshot, total),
+        "published" => drop(snapshot.wait().unwrap()),
+        point if FINISHING.contains(&point) => {
+            let outcome = snapshot.wait();
+            panic!("{point}: {outcome:?}");
+        }
+        pages => live::saved(&snapshot, total * pages.parse::<u64>().unwrap() / 1000),
+    }
+    die();
+}
+
+/// Starts this program again to be killed; answers by what.
+fn victim_of(point: &str, path: &Path) -> Option<i32> {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", "victim", "--nocapture"]).env("LIVE_POINT", point).env("LIVE_PATH", path);
+    let output = command.output().unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.signal().is_some(), "point {point}: {errors}");
+    output.status.signal()
+}
+
+#[test]
+fn killed_at_twenty_points() {
+    require!(Kvm, Userfaultfd);
+    let mut points: Vec<String> = ["stopped", "frozen", "saved", "published"].map(String::from).into();
+    points.extend(FINISHING.map(String::from));
+    // Thousandths of all pages, from one seed.
+    let mut random = 0x5eed_u64;
+    points.extend((points.len()..20).map(|_| {
+        random = random.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
+        (random >> 33).rem_euclid(1000).to_string()
+    }));
+    let mut complete = 0;
+    for (number, point) in points.iter().enumerate() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("live.mr");
+        let before = number % 2 == 1;
+        if before {
+            std::fs::write(&path, "the one before").unwrap();
+        }
+        let finishing = FINISHING.contains(&point.as_str());
+        let signal = if finishing { libc::SIGSYS } else { libc::SIGKILL };
+        assert_eq!(victim_of(point, &path), Some(signal), "point {point}");
+        let mut others: Vec<_> = live::names(dir.path()).into_iter().filter(|name| name != "live.copy").collect();
+        if point == "rename" {
+            // It had a name for that moment, which is nobody's.
+            let left = others.iter().position(|name| name.starts_with(".live.mr.") && name.ends_with(".part"));
+            others.remove(left.unwrap());
+        }
+        assert!(others.is_empty() || others == ["live.mr"], "point {point}: {others:?}");
+        let found = std::fs::read(&path).ok();
+        let named = match (&found, before) {
+            (None, false) => false,
+            (found, true) if found.as_deref() == Some(b"the one before") => false,
+            _ => true,
+        };
+        if finishing || point == "published" {
+            assert_eq!(named, matches!(point.as_str(), "sync name" | "published"), "point {point}");
+        }
+        if !named {
+            continue;
+        }
+        complete += 1;
+        let copy = std::fs::read(path.with_extension("copy")).unwrap();
+        assert!(live::content_of(&path).concat() == copy, "point {point}: a file that is not the freeze point");
+        // And a guest goes on from it.
+        let config = GuestConfig { privilege: KIND.privilege, vcpus: 1 };
+        let (vm, image, bus) = live::restore(&path, Backing::Anonymous, config, true);
+        live::finish(vm.vcpus(), &image, &bus, &KIND);
+    }
+    assert!((2..points.len()).contains(&complete), "{complete} of {} files were complete", points.len());
+}
+
+/// What a killed process leaves under a temporary name goes away with the next snapshot.
+#[test]
+fn what_was_left_behind_goes_away() {
+    require!(Kvm, Userfaultfd);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("live.mr");
+    assert_eq!(victim_of("rename", &path), Some(libc::SIGSYS));
+    assert_eq!(live::names(dir.path()).len(), 2, "the copy, and a file without its name");
+    let (vcpus, image, bus) = live::running(&KIND);
+    live::snapshot(&vcpus, &path, &LiveOptions::default()).unwrap();
+    let mut names = live::names(dir.path());
+    names.sort();
+    assert_eq!(names, ["live.copy", "live.mr"]);
+    live::finish(&vcpus, &image, &bus, &KIND);
+}

@@ -1,0 +1,119 @@
+//! Live snapshots of memory that others use too: what they wrote before the freeze point is in the file.
+
+mod common;
+
+use std::fs::File;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+use std::sync::Arc;
+
+use common::{PATIENCE, Signals, live};
+use kvm_ioctls::Kvm;
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use testkit::hugepages::Overcommit;
+use testkit::require;
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestRegionMmap};
+use vmm_glue::{
+    GuestRam, Host, LiveOptions, Machine, MachineConfig, Memory, SaveOptions, VcpuOptions, Vcpus, save, snapshot_live,
+};
+
+const HUGE: u64 = 2 << 20;
+
+/// A mapping of its own of so many huge pages of a file.
+fn map(file: &File, first: u64, pages: u64) -> GuestRegionMmap {
+    let offset = FileOffset::new(file.try_clone().unwrap(), first * HUGE);
+    let builder = MmapRegionBuilder::new_with_bitmap(usize::try_from(pages * HUGE).unwrap(), ())
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(libc::MAP_SHARED)
+        .with_hugetlbfs(true)
+        .with_file_offset(offset);
+    GuestRegionMmap::new(builder.build().unwrap(), GuestAddress(first * HUGE)).unwrap()
+}
+
+/// vCPUs that do not run, with this memory.
+fn standing(memory: Memory) -> Vcpus {
+    let ram = Arc::new(GuestRam::adopt(memory, |guest| format!("ram{guest}")).unwrap());
+    let machine = Machine::new(&Kvm::new().unwrap(), ram, MachineConfig::bare(1)).unwrap();
+    let options = VcpuOptions { paused: true, ..VcpuOptions::default() };
+    Vcpus::start(machine, Arc::new(Signals::default()), options).unwrap()
+}
+
+fn host() -> Host {
+    Host::probe(&Kvm::new().unwrap()).unwrap()
+}
+
+/// What the file itself says, and no mapping of it.
+fn in_file(file: &File, blocks: &[(u64, u64)]) -> Vec<Vec<u8>> {
+    let read = |&(first, pages): &(u64, u64)| {
+        let mut bytes = vec![0; usize::try_from(pages * HUGE).unwrap()];
+        file.read_exact_at(&mut bytes, first * HUGE).unwrap();
+        bytes
+    };
+    blocks.iter().map(read).collect()
+}
+
+fn same(path: &Path, expected: &[Vec<u8>]) {
+    live::assert_same(&live::content_of(path), expected);
+}
+
+/// Huge pages that another mapping has filled, and that this one has never touched: its page table does not have them.
+#[test]
+fn huge_pages_that_were_never_mapped_here_are_saved() {
+    require!(Kvm, Userfaultfd, Hugepages);
+    let _room = Overcommit::reserve(32).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("live.mr");
+    // Of one file: two parts of it are the guest's, the last page is not.
+    let blocks = [(0, 8), (8, 7)];
+    for surplus in [false, true] {
+        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB;
+        let file = File::from(memfd_create("shared", flags).unwrap());
+        file.set_len(16 * HUGE).unwrap();
+        let regions = blocks.map(|(first, pages)| map(&file, first, pages));
+        let vcpus = standing(Memory::from_regions(regions.into()).unwrap());
+        let theirs = Memory::from_regions(vec![map(&file, 0, 16)]).unwrap();
+        let write = |memory: &Memory, page: u64, byte: u8| {
+            memory.write_slice(&[byte; 5000], GuestAddress(page * HUGE + 3000)).unwrap();
+        };
+        // Mapped here: 0 and 9. Filled there: 2, 3, 7, 8 and 12. There and zero: 5.
+        for page in [0, 9] {
+            write(vcpus.ram().memory(), page, 0x11);
+        }
+        for page in [2, 3, 7, 8, 12] {
+            write(&theirs, page, 0x22);
+        }
+        fallocate(&file, FallocateFlags::empty(), 5 << 21, 1 << 21).unwrap();
+        if surplus {
+            write(&theirs, 15, 0x33);
+        }
+        let before = in_file(&file, &blocks);
+        // Written through the guest's mapping from the freeze point on: pages mapped before, never mapped, and holes.
+        let (ram, changed) = (Arc::clone(vcpus.ram()), [0, 2, 5, 8, 11]);
+        let options = LiveOptions::default().with_observer(move |_| {
+            for page in changed {
+                ram.memory().write_slice(&[0x44; 5000], GuestAddress(page * HUGE + 3000)).unwrap();
+            }
+        });
+        let report = snapshot_live(&vcpus, &host(), &path, &options).unwrap().wait().unwrap();
+        assert!(report.stats.write_faults >= 3, "{report:?}");
+        same(&path, &before);
+
+        // And it goes on from there: what was written since is in the next one, with what others write until then.
+        write(&theirs, 13, 0x55);
+        let before = in_file(&file, &blocks);
+        assert!(changed.iter().all(|page| before.concat()[usize::try_from(page * HUGE).unwrap() + 4000] == 0x44));
+        snapshot_live(&vcpus, &host(), &path, &LiveOptions::default()).unwrap().wait().unwrap();
+        same(&path, &before);
+        // So does a snapshot of a guest that stands still.
+        write(&theirs, 14, 0x66);
+        let before = in_file(&file, &blocks);
+        vcpus.pause(PATIENCE).unwrap();
+        let saved = save(&vcpus, &host(), &path, &SaveOptions::default()).unwrap();
+        assert!(saved.stored.0 > 0 && saved.took.as_nanos() > 0);
+        same(&path, &before);
+        let pages = file.metadata().unwrap().blocks() * 512 / HUGE;
+        assert_eq!(pages, 11 + u64::from(surplus), "nothing else was allocated");
+    }
+}
