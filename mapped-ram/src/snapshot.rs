@@ -155,11 +155,18 @@ impl Snapshot {
     /// `None` if nothing is known yet, or nothing can be.
     #[must_use]
     pub fn known_run_at(&self, block: BlockId, first: PageIndex) -> Option<(bool, PageCount)> {
+        self.known_run_within(block, first, PageCount(u64::MAX))
+    }
+
+    /// As [`known_run_at`](Snapshot::known_run_at), but at most so many pages: what it costs does not depend on how many
+    /// there are.
+    #[must_use]
+    pub fn known_run_within(&self, block: BlockId, first: PageIndex, most: PageCount) -> Option<(bool, PageCount)> {
         if self.no_bitmaps {
             return None;
         }
         let bitmap = self.bitmaps.get(block.0 as usize)?.as_ref()?;
-        bitmap.known(first, PageCount(u64::MAX))
+        bitmap.known(first, most)
     }
 
     /// Whether the pages from `first` on are stored (or zero), and how many, at most `most`; reads as much of the

@@ -21,6 +21,9 @@ fn ram_of(snapshot: &Snapshot, bytes: &[u8], id: BlockId) -> Vec<u8> {
         // The repair of QEMU's empty bitmaps is not done here: such a file has no content.
         let Ok((stored, run)) = snapshot.load_run_at(id, page, PageCount(1 << 20)) else { return content };
         assert_eq!(snapshot.known_run_at(id, page), Some((stored, run)));
+        for most in [PageCount(1), PageCount(100), PageCount(1 << 40)] {
+            assert_eq!(snapshot.known_run_within(id, page, most), Some((stored, run.min(most))));
+        }
         if stored {
             let from = usize::try_from(snapshot.page_offset(id, page).unwrap().0).unwrap();
             let to = usize::try_from(page.byte_offset().0).unwrap();

@@ -25,6 +25,13 @@ pub trait PageSource: Debug + Send + Sync {
     /// A page outside the layout has no content: the span is then empty.
     fn run_at(&self, block: BlockId, first: PageIndex) -> Span;
 
+    /// As [`run_at`](PageSource::run_at), but at most so many pages: for whoever wants to know no more, in RAM of any
+    /// size.
+    fn run_within(&self, block: BlockId, first: PageIndex, most: PageCount) -> Span {
+        let span = self.run_at(block, first);
+        Span { pages: span.pages.min(most), ..span }
+    }
+
     /// Whether a page may be asked for again after it was delivered. A file: yes. A postcopy peer, which sends each
     /// page once: no.
     fn repeatable(&self) -> bool {

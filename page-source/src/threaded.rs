@@ -49,6 +49,10 @@ impl<S: PageSource> PageSource for Threaded<S> {
         self.source.run_at(block, first)
     }
 
+    fn run_within(&self, block: BlockId, first: PageIndex, most: PageCount) -> Span {
+        self.source.run_within(block, first, most)
+    }
+
     fn repeatable(&self) -> bool {
         self.source.repeatable()
     }

@@ -163,7 +163,7 @@ impl Core {
 
     fn is_zero(&self, origin: &Origin, place: Place) -> bool {
         let area = &self.areas[place.area];
-        let span = origin.source.run_at(area.block(), area.page(place.granule));
+        let span = origin.source.run_within(area.block(), area.page(place.granule), area.granule);
         span.content == page_source::Content::Zero && span.pages >= area.granule
     }
 

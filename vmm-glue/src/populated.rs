@@ -9,7 +9,7 @@ use std::sync::OnceLock;
 
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
-use page_source::{HostAddr, PAGE_SHIFT, PageCount, PageRun};
+use page_source::{FileOffset, HostAddr, PAGE_SHIFT, PageCount, PageRun};
 use uffd_engine::{Backing, HugeFile, PageTable};
 
 use crate::memory::{GuestRam, Piece};
@@ -89,7 +89,7 @@ impl HugePiece<'_> {
         if let Some(asked) = self.asked.get() {
             return Ok(asked);
         }
-        let made = HugeFile::new(self.file, self.offset, self.piece.run.len())?;
+        let made = HugeFile::new(self.file, FileOffset(self.offset), self.piece.run.len())?;
         Ok(self.asked.get_or_init(|| made))
     }
 

@@ -77,14 +77,18 @@ impl PageSource for MappedRam {
     }
 
     fn run_at(&self, block: BlockId, first: PageIndex) -> Span {
+        self.run_within(block, first, PageCount(u64::MAX))
+    }
+
+    fn run_within(&self, block: BlockId, first: PageIndex, most: PageCount) -> Span {
         let pages = self.layout().get(block).map_or(PageCount(0), RamBlock::pages);
         if first.0 >= pages.0 {
             return Span { content: Content::Unknown, pages: PageCount(0) };
         }
-        match self.inner.snapshot.known_run_at(block, first) {
+        match self.inner.snapshot.known_run_within(block, first, most) {
             Some((stored, pages)) => span(stored, pages),
             // How much is unknown is not known either.
-            None => Span { content: Content::Unknown, pages: PageCount(1) },
+            None => Span { content: Content::Unknown, pages: PageCount(1).min(most) },
         }
     }
 

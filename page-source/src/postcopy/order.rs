@@ -2,7 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
-use page_units::{BlockId, PageIndex, PageRun};
+use page_units::{BlockId, PageCount, PageIndex, PageRun};
 
 use super::pages::{BlockPages, Pages, run_of};
 use crate::{Content, PageSource};
@@ -91,7 +91,7 @@ fn spans(source: &dyn PageSource, id: BlockId, block: &BlockPages, first: u64, m
         if block.per_granule > 1 {
             break;
         }
-        span = source.run_at(id, PageIndex(start + length));
+        span = source.run_within(id, PageIndex(start + length), PageCount(most));
     }
     (0, (length / block.per_granule).max(1))
 }

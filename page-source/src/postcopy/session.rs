@@ -172,7 +172,7 @@ impl<'a> Session<'a> {
     }
 
     fn is_zero(&self, run: PageRun) -> bool {
-        let span = self.source.run_at(run.block, run.first);
+        let span = self.source.run_within(run.block, run.first, run.pages);
         span.content == Content::Zero && span.pages >= run.pages
     }
 

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 
 use nix::errno::Errno;
-use page_source::{ByteLen, PageSize};
+use page_source::{ByteLen, FileOffset, PageSize};
 use userfaultfd::RegisterMode;
 
 use crate::descriptor::Descriptor;
@@ -26,12 +26,12 @@ pub struct HugeFile {
 }
 
 impl HugeFile {
-    /// Maps `length` bytes of `file` from the byte `offset` on, both multiples of 2 MiB. Costs neither pages nor a
+    /// Maps `length` bytes of `file` from `offset` on, both multiples of 2 MiB. Costs neither pages nor a
     /// reservation of pages.
     ///
     /// # Errors
     /// If there is no userfaultfd that can do it (Linux 5.13), or this is no such file.
-    pub fn new(file: &File, offset: u64, length: ByteLen) -> io::Result<HugeFile> {
+    pub fn new(file: &File, offset: FileOffset, length: ByteLen) -> io::Result<HugeFile> {
         let descriptor = Descriptor::create(Backing::Hugetlb.features(), Features::empty(), true);
         let descriptor = descriptor.map_err(io::Error::other)?;
         let mapping = Mapping::new(file, offset, length)?;
@@ -75,7 +75,7 @@ mod tests {
         let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB;
         let file = File::from(memfd_create("asked", flags).unwrap());
         file.set_len(8 * HUGE).unwrap();
-        let asked = HugeFile::new(&file, HUGE, ByteLen(6 * HUGE)).unwrap();
+        let asked = HugeFile::new(&file, FileOffset(HUGE), ByteLen(6 * HUGE)).unwrap();
         let holds = || (0..6).map(|page| asked.holds(ByteLen(page * HUGE)).unwrap()).collect::<Vec<_>>();
         assert_eq!(holds(), [false; 6]);
         // Filled by the file itself: nobody has it mapped.
@@ -90,6 +90,6 @@ mod tests {
         fill(2, FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE);
         assert_eq!(holds(), [false, false, false, false, false, true]);
         assert!(asked.holds(ByteLen(6 * HUGE)).is_err() && asked.holds(ByteLen(1)).is_err());
-        assert!(HugeFile::new(&tempfile::tempfile().unwrap(), 0, ByteLen(HUGE)).is_err());
+        assert!(HugeFile::new(&tempfile::tempfile().unwrap(), FileOffset(0), ByteLen(HUGE)).is_err());
     }
 }

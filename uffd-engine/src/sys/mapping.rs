@@ -6,7 +6,7 @@ use std::num::NonZeroUsize;
 use std::ptr::NonNull;
 
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
-use page_source::{ByteLen, HostAddr};
+use page_source::{ByteLen, FileOffset, HostAddr};
 
 /// A shared, read-only mapping, unmapped when dropped. Nobody reads through it: only its page table is of use.
 #[derive(Debug)]
@@ -22,9 +22,9 @@ unsafe impl Sync for Mapping {}
 
 impl Mapping {
     /// `len` bytes of `file` from `offset` on. It takes no memory, and reserves none.
-    pub(crate) fn new(file: &File, offset: u64, len: ByteLen) -> io::Result<Mapping> {
+    pub(crate) fn new(file: &File, offset: FileOffset, len: ByteLen) -> io::Result<Mapping> {
         let len = NonZeroUsize::new(len.get()).ok_or(io::ErrorKind::InvalidInput)?;
-        let offset = i64::try_from(offset).map_err(io::Error::other)?;
+        let offset = i64::try_from(offset.0).map_err(io::Error::other)?;
         let flags = MapFlags::MAP_SHARED | MapFlags::MAP_NORESERVE;
         // SAFETY: a fresh mapping at an address of the kernel's choosing.
         let start = unsafe { mmap(None, len, ProtFlags::PROT_READ, flags, file, offset) }?;
