@@ -47,7 +47,10 @@ impl Existing<'_> {
         let pieces = self.ram.pieces().iter().enumerate();
         let of = |(number, piece): (usize, &Piece)| match self.ram.file_of(number) {
             _ if !wanted(piece) => Ok(Vec::new()),
-            Some((file, offset)) if piece.backing == Backing::Memfd && piece.shared => in_file(piece, file, offset),
+            // What nobody has touched here is what the file holds, or another process has written.
+            Some(_) if !piece.shared => Ok(vec![piece.run]),
+            None if piece.shared => Ok(vec![piece.run]),
+            Some((file, offset)) if piece.backing == Backing::Memfd => in_file(piece, file, offset),
             _ => in_page_table(piece),
         };
         let mut pages = pieces.map(of).collect::<io::Result<Vec<_>>>()?;

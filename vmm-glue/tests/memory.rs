@@ -2,8 +2,17 @@
 
 mod common;
 
-use page_source::{BlockId, ByteLen, GuestAddr, Layout, PageIndex, PageSize, RamBlock};
-use vm_memory::{Bytes, GuestAddress};
+use std::fs::File;
+use std::sync::Arc;
+
+use nix::sys::wait::{WaitStatus, waitpid};
+use nix::unistd::{ForkResult, fork};
+use page_source::{
+    BlockId, ByteLen, FlatBlock, FlatSink, GuestAddr, HostAddr, Layout, PageIndex, PageSize, PumpOptions, RamBlock,
+    pump,
+};
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestRegionMmap};
 use vmm_glue::{Backing, GuestRam, Memory, RamSource, RamSpec};
 
 /// A page that is touched may bring a whole huge page, where the system is set up so.
@@ -68,20 +77,76 @@ fn regions_of_a_vmm_are_adopted() {
     assert_eq!(names, ["ram@0x0", "ram@0x100000000"]);
     assert!(ram.pieces().iter().all(|piece| piece.backing == Backing::Anonymous && !piece.shared));
     // Only what was touched exists.
-    let source = RamSource::new(std::sync::Arc::new(ram)).unwrap();
+    let source = RamSource::new(Arc::new(ram)).unwrap();
     assert!((1..=HUGE).contains(&source.populated().0), "{:?}", source.populated());
 }
 
 #[test]
 fn looking_for_pages_does_not_make_any() {
     for backing in [Backing::Anonymous, Backing::Memfd] {
-        let ram = std::sync::Arc::new(GuestRam::allocate(&[RamSpec::pc("ram", ByteLen(5 << 30))], backing).unwrap());
+        let ram = Arc::new(GuestRam::allocate(&[RamSpec::pc("ram", ByteLen(5 << 30))], backing).unwrap());
         for at in [0, (3 << 30) - 4096, 4 << 30, (6 << 30) - 1] {
             ram.memory().write_obj(7u8, GuestAddress(at)).unwrap();
         }
-        let populated = || RamSource::new(std::sync::Arc::clone(&ram)).unwrap().populated().0;
+        let populated = || RamSource::new(Arc::clone(&ram)).unwrap().populated().0;
         let first = populated();
         assert!((4..=4 * HUGE).contains(&first), "{first} pages of {backing:?}");
         assert_eq!(populated(), first, "{backing:?}");
+    }
+}
+
+/// Another process, which has inherited the mapping, writes there.
+#[expect(unsafe_code, reason = "no other process has this memory")]
+fn store_elsewhere(at: HostAddr, byte: u8) {
+    let at: *mut u8 = std::ptr::with_exposed_provenance_mut(usize::try_from(at.0).unwrap());
+    // SAFETY: the child does nothing but store a byte and end, neither of which takes a lock.
+    match unsafe { fork() }.unwrap() {
+        ForkResult::Child => {
+            // SAFETY: a byte of the test's own mapping, which nobody else uses now.
+            unsafe { at.write_volatile(byte) };
+            // SAFETY: it always ends the process.
+            unsafe { libc::_exit(0) }
+        }
+        ForkResult::Parent { child } => {
+            let ended = waitpid(child, None).unwrap();
+            assert_eq!(ended, WaitStatus::Exited(child, 0));
+        }
+    }
+}
+
+/// Of a private mapping of a file, what nobody has touched is what the file holds; of shared memory without a file, what
+/// another process has written.
+#[test]
+fn what_was_never_touched_here_is_saved_too() {
+    const LEN: usize = 1 << 20;
+    let dir = tempfile::tempdir().unwrap();
+    let content: Vec<u8> = (0..LEN).map(|at| u8::try_from(at / 4096 % 251).unwrap() + 1).collect();
+    let of_file = || {
+        let path = dir.path().join("content");
+        std::fs::write(&path, &content).unwrap();
+        FileOffset::new(File::options().read(true).write(true).open(path).unwrap(), 0)
+    };
+    for (flags, file) in [(libc::MAP_PRIVATE, Some(of_file())), (libc::MAP_SHARED | libc::MAP_ANONYMOUS, None)] {
+        let mut expected = if file.is_some() { content.clone() } else { vec![0; LEN] };
+        let builder = MmapRegionBuilder::new_with_bitmap(LEN, ());
+        let builder = builder.with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE).with_mmap_flags(flags);
+        let builder = if let Some(file) = file { builder.with_file_offset(file) } else { builder };
+        let region = GuestRegionMmap::new(builder.build().unwrap(), GuestAddress(0)).unwrap();
+        let memory = Memory::from_regions(vec![region]).unwrap();
+        memory.write_slice(b"hello", GuestAddress(5 * 4096 + 7)).unwrap();
+        expected[5 * 4096 + 7..][..5].copy_from_slice(b"hello");
+        let ram = Arc::new(GuestRam::adopt(memory, |_| "ram".into()).unwrap());
+        if flags & libc::MAP_SHARED != 0 {
+            store_elsewhere(ram.pieces()[0].host + ByteLen(9 * 4096), 0x77);
+            expected[9 * 4096] = 0x77;
+        }
+        let source = RamSource::new(ram).unwrap();
+        let path = dir.path().join("saved");
+        let block = RamBlock::new("ram", ByteLen(LEN as u64), PageSize::SMALL).unwrap();
+        let blocks = FlatBlock::concatenated(vec![block]).unwrap();
+        let sink = Arc::new(FlatSink::create(&path, &blocks).unwrap());
+        pump(&source, sink.clone(), &PumpOptions::default()).unwrap();
+        sink.outcome().unwrap();
+        assert!(std::fs::read(&path).unwrap() == expected, "{flags:#x}");
     }
 }
