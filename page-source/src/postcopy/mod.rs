@@ -17,6 +17,7 @@
 
 mod address;
 mod assembly;
+mod bits;
 mod channel;
 mod connect;
 mod credit;

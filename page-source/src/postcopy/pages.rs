@@ -4,43 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use page_units::{BlockId, Layout, PageIndex, PageRun};
 
-/// A bitmap that many threads change.
-#[derive(Debug)]
-pub(super) struct Bits(Vec<AtomicU64>);
-
-impl Bits {
-    fn new(bits: u64) -> Bits {
-        Bits((0..bits.div_ceil(64)).map(|_| AtomicU64::new(0)).collect())
-    }
-
-    fn word(&self, at: u64) -> Option<&AtomicU64> {
-        self.0.get(usize::try_from(at / 64).ok()?)
-    }
-
-    pub(super) fn get(&self, at: u64) -> bool {
-        self.word(at).is_some_and(|word| word.load(Ordering::SeqCst) >> (at % 64) & 1 == 1)
-    }
-
-    /// Sets a bit; whether it was clear.
-    pub(super) fn set(&self, at: u64) -> bool {
-        self.set_some(at, 1 << (at % 64)) != 0
-    }
-
-    /// The 64 bits among which is `at`.
-    pub(super) fn among(&self, at: u64) -> u64 {
-        self.word(at).map_or(0, |word| word.load(Ordering::SeqCst))
-    }
-
-    /// Sets the bits of the mask, of the 64 among which is `at`; those that were clear.
-    pub(super) fn set_some(&self, at: u64, mask: u64) -> u64 {
-        self.word(at).map_or(0, |word| mask & !word.fetch_or(mask, Ordering::SeqCst))
-    }
-
-    /// Clears the bits of the mask, of the 64 among which is `at`; those that were set.
-    pub(super) fn clear_some(&self, at: u64, mask: u64) -> u64 {
-        self.word(at).map_or(0, |word| mask & word.fetch_and(!mask, Ordering::SeqCst))
-    }
-}
+use super::bits::Bits;
 
 /// The granules of one RAM block.
 #[derive(Debug)]
@@ -85,8 +49,7 @@ impl BlockPages {
     }
 
     fn has_unanswered(&self) -> bool {
-        let load = |word: &AtomicU64| word.load(Ordering::SeqCst);
-        self.wanted.0.iter().zip(&self.sent.0).any(|(wanted, sent)| load(wanted) & !load(sent) != 0)
+        self.wanted.has_some_outside(&self.sent)
     }
 }
 
