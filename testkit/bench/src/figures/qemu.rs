@@ -64,7 +64,7 @@ pub(super) fn push(bench: &Bench) -> Measured {
     let mut figures = Vec::new();
     for (name, rest, goal, guest) in [
         ("qemu.push", Rest::Idle, Goal::AtLeast(0.8), "is idle"),
-        ("qemu.push.busy", Rest::Busy, Goal::AtLeast(0.8), "takes a core for itself"),
+        ("qemu.push.busy", Rest::Busy, Goal::None, "takes a core for itself"),
     ] {
         let image = Image::make(dir.path(), 1024, rest)?;
         let stream = Stream::of(&image.path)?;
