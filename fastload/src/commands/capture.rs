@@ -26,7 +26,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// mapped-ram), and so do `fastload load` and `fastload serve`. Disks are not part of it.
 ///
 /// The file appears under its name when it is complete and safe on the disk, replacing what was there, or not at all. A
-/// capture that fails or is cancelled (Ctrl-C) leaves the guest running.
+/// capture that fails or is cancelled (Ctrl-C, SIGTERM, SIGHUP) leaves the guest running.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:
   qemu-system-x86_64 ... -qmp unix:/run/vm.qmp,server=on,wait=off &

@@ -33,7 +33,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 If `fastload load` is killed after the guest was started, the guest waits for the pages it misses, until:
   fastload load vm.snap --qmp /run/vm.qmp --recover
-Ctrl-C once the guest runs sends the rest, then ends; a second Ctrl-C leaves at once.")]
+Ctrl-C (or SIGTERM, or SIGHUP) once the guest runs sends the rest, then ends; a second one leaves at once.")]
 pub(crate) struct Load {
     /// A file that QEMU saved with the capability mapped-ram.
     snapshot: PathBuf,
@@ -45,7 +45,7 @@ pub(crate) struct Load {
     /// Leave the guest paused.
     #[arg(long, conflicts_with = "recover")]
     paused: bool,
-    /// Send only what the guest asks for, until Ctrl-C.
+    /// Send only what the guest asks for, until Ctrl-C (or SIGTERM, or SIGHUP).
     #[arg(long)]
     no_background: bool,
     /// Answer requests on a second connection (QEMU 8.0 and later).

@@ -21,6 +21,8 @@ use crate::{output, parse};
   qemu-system-x86_64 ... -global migration.x-postcopy-ram=on -incoming unix:/run/vm.in &
   fastload serve vm.snap --to unix:/run/vm.in
 
+Ctrl-C (or SIGTERM, or SIGHUP) once the guest runs sends the rest, then ends; a second one leaves at once.
+
 After a crash of `fastload serve` the guest waits. Tell its QEMU through QMP where to listen, and go on:
   {\"execute\": \"migrate-recover\", \"arguments\": {\"uri\": \"unix:/run/vm.in2\"}}
   fastload serve vm.snap --to unix:/run/vm.in2 --recover")]
@@ -32,7 +34,7 @@ pub(crate) struct Serve {
     /// Where QEMU listens: unix:PATH or tcp:HOST:PORT.
     #[arg(long, value_name = "ADDRESS")]
     to: Address,
-    /// Send only what the guest asks for, until Ctrl-C.
+    /// Send only what the guest asks for, until Ctrl-C (or SIGTERM, or SIGHUP).
     #[arg(long)]
     no_background: bool,
     /// Answer requests on a second connection. QEMU has the capability postcopy-preempt on.

@@ -1,6 +1,7 @@
 //! What `serve` and `load` have in common: cutting a snapshot into a stream, and watching a server at work.
 
 use std::collections::HashMap;
+use std::io::Write as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -111,7 +112,7 @@ fn new_bar(total: u64) -> ProgressBar {
     bar
 }
 
-/// The first Ctrl-C sends the rest, if the guest may have been started; the second leaves.
+/// The first Ctrl-C, SIGTERM or SIGHUP sends the rest, if the guest may have been started; the second leaves.
 fn interrupts(control: Control, recover: String) -> Result<(), Failure> {
     let before = AtomicBool::new(false);
     let handler = move || {
@@ -120,7 +121,7 @@ fn interrupts(control: Control, recover: String) -> Result<(), Failure> {
         } else if !control.cancel() {
             // QEMU has all that it takes to start the guest, and may have done so.
             control.drain();
-            note(&format!("sending the rest; Ctrl-C again leaves the guest waiting, until: {recover}"));
+            note(&format!("sending the rest; Ctrl-C again (or SIGTERM) leaves the guest waiting, until: {recover}"));
         }
     };
     Ok(ctrlc::set_handler(handler)?)
@@ -219,9 +220,9 @@ pub(crate) fn quoted(path: &Path) -> String {
     if !text.is_empty() && text.chars().all(plain) { text } else { format!("'{}'", text.replace('\'', r"'\''")) }
 }
 
-/// Something that people want to know, beside the result.
+/// Something that people want to know, beside the result. If nobody can hear it, as after a hangup, the work goes on.
 pub(crate) fn note(text: &str) {
-    eprintln!("fastload: {text}");
+    let _ = writeln!(std::io::stderr(), "fastload: {text}");
 }
 
 #[cfg(test)]

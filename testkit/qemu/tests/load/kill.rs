@@ -188,6 +188,22 @@ fn ctrl_c_drains_and_the_second_one_tells_how_to_recover() {
 }
 
 #[test]
+fn other_requests_to_end_drain_as_ctrl_c_does() {
+    testkit::require!(Qemu, Userfaultfd);
+    let setup = Setup::new(Machine::Pc, 64);
+    let saved = Saved::new(&setup, &Plan::check(60 * MIB), How::default());
+    for signal in [Signal::SIGTERM, Signal::SIGHUP] {
+        let mut qemu = saved.waiting(&setup);
+        let server = Fastload::start(saved.load_arguments(&qemu, &["--no-background"])).unwrap();
+        known_as_started(&mut qemu);
+        server.signal(signal).unwrap();
+        let figures = server.finish().unwrap().figures();
+        assert!(figures["background_pages"].as_u64().unwrap() * 4096 > 40 * MIB, "{signal}: {figures}");
+        saved.is_whole(&mut qemu);
+    }
+}
+
+#[test]
 fn a_snapshot_that_changes_meanwhile_is_never_taken_for_complete() {
     testkit::require!(Qemu, Userfaultfd);
     let setup = Setup::new(Machine::Pc, 64);
