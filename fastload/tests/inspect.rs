@@ -92,6 +92,15 @@ fn devices_offsets_and_refusals() {
         let path = sample.unpack(directory.path()).unwrap();
         assert!(refused(&inspect(&path, &["--json"])).contains("plain migration stream"));
     }
+    // One of our own, so that there always is one.
+    let mut out = vmstate::StreamWriter::new(Vec::new());
+    out.event(&vmstate::Event::Header).unwrap();
+    out.event(&vmstate::Event::Configuration(vmstate::Configuration::new("pc-i440fx-10.0"))).unwrap();
+    out.event(&vmstate::Event::Eof).unwrap();
+    let path = directory.path().join("plain");
+    std::fs::write(&path, out.into_inner()).unwrap();
+    let said = refused(&inspect(&path, &["--json"]));
+    assert!(said.contains("plain migration stream") && said.contains("pc-i440fx-10.0"), "{said}");
 }
 
 #[test]
