@@ -32,7 +32,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 If `fastload load` is killed after the guest was started, the guest waits for the pages it misses, until:
   fastload load vm.snap --qmp /run/vm.qmp --recover
-Ctrl-C once the guest runs sends the rest, then ends; a second Ctrl-C leaves at once.")]
+Ctrl-C (or SIGTERM, SIGHUP) once the guest runs sends the rest, then ends; a second one leaves at once.")]
 pub(crate) struct Load {
     /// A file that QEMU saved with the capability mapped-ram.
     snapshot: PathBuf,
