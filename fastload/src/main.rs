@@ -4,6 +4,7 @@
 
 mod commands;
 mod contents;
+mod offset;
 mod output;
 mod parse;
 mod rewrite;

@@ -242,3 +242,17 @@ fn page_range(page: u64) -> std::ops::Range<usize> {
     let start = usize::try_from(page * 4096).unwrap();
     start..start + 4096
 }
+
+#[test]
+fn a_snapshot_at_an_offset_is_opened_where_it_is_said_to_be() {
+    let sample = samples::stripped().into_iter().find(|sample| sample.name.contains("offset-unaligned")).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let path = sample.unpack(dir.path()).unwrap();
+    let at = |base| {
+        MappedRam::open_with(&path, &mapped_ram::Options { base: Some(page_source::FileOffset(base)), damaged: false })
+    };
+    let (told, found) = (at(0x1234).unwrap(), MappedRam::open(&path).unwrap());
+    assert_eq!(told.snapshot().base().0, 0x1234);
+    assert_eq!(told.layout(), found.layout());
+    assert!(matches!(at(0), Err(SourceError::Open { .. })));
+}

@@ -6,12 +6,12 @@ mod pages;
 use std::fmt::Write as _;
 use std::path::PathBuf;
 
-use mapped_ram::{Options, Snapshot, Warning};
-use page_units::FileOffset;
+use mapped_ram::Warning;
 use serde::Serialize;
 
 use crate::commands::Failure;
-use crate::{contents, output, parse};
+use crate::offset::Offset;
+use crate::{contents, output};
 
 /// Verify everything that can be verified of a snapshot file.
 ///
@@ -34,9 +34,8 @@ pub(crate) struct Check {
     /// Print JSON, and no progress bar.
     #[arg(long)]
     json: bool,
-    /// Where the stream begins in the file, in bytes: decimal or 0x, with an optional suffix k, M or G.
-    #[arg(long, value_name = "N", value_parser = parse::bytes)]
-    offset: Option<u64>,
+    #[command(flatten)]
+    offset: Offset,
 }
 
 /// What was found.
@@ -55,8 +54,7 @@ struct Findings {
 
 impl Check {
     pub(crate) fn run(&self) -> Result<(), Failure> {
-        let options = Options { base: self.offset.map(FileOffset), damaged: true };
-        let snapshot = Snapshot::open_with(&self.file, &options)?;
+        let snapshot = self.offset.open_damaged(&self.file)?;
         let mut findings = Findings {
             file: self.file.clone(),
             machine: snapshot.configuration().machine.clone(),

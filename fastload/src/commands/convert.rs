@@ -7,6 +7,7 @@ use mapped_ram::{OpenErrorKind, Snapshot};
 use page_source::{FlatBlock, FlatFile, MappedRam};
 
 use crate::commands::Failure;
+use crate::offset::Offset;
 use crate::rewrite;
 
 /// Write a snapshot again: as a clean mapped-ram file, as flat memory, or flat memory as mapped-ram.
@@ -16,6 +17,7 @@ use crate::rewrite;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   fastload convert old.snap new.snap                      the same snapshot, without stale bytes, at offset 0
+  fastload convert big.file new.snap --offset 2M          of a snapshot that begins behind 2 MiB of something else
   fastload convert vm.snap memory --to flat               all RAM blocks, one after the other; prints their offsets
   fastload convert memory vm.snap --template old.snap     flat memory back into a file that QEMU loads, with the
                                                           machine type, RAM blocks and device state of old.snap")]
@@ -28,8 +30,10 @@ pub(crate) struct Convert {
     #[arg(long, value_enum, default_value_t = Format::MappedRam)]
     to: Format,
     /// A mapped-ram file. The input is then flat memory: the template's RAM blocks, one after the other.
-    #[arg(long, value_name = "SNAPSHOT")]
+    #[arg(long, value_name = "SNAPSHOT", conflicts_with = "offset")]
     template: Option<PathBuf>,
+    #[command(flatten)]
+    offset: Offset,
     /// Print JSON, and no progress bar.
     #[arg(long)]
     json: bool,
@@ -70,7 +74,7 @@ impl Convert {
     }
 
     fn snapshot(&self) -> Result<Snapshot, Failure> {
-        Snapshot::open(&self.input).map_err(|error| match error.kind {
+        self.offset.open(&self.input).map_err(|error| match error.kind {
             OpenErrorKind::NotAStream { .. } => {
                 format!("{error}; if it is flat memory, name a --template for the rest of the snapshot").into()
             }

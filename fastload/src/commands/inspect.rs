@@ -5,11 +5,9 @@ mod tree;
 
 use std::path::PathBuf;
 
-use mapped_ram::{Options, Snapshot};
-use page_units::FileOffset;
-
 use crate::commands::Failure;
-use crate::{output, parse};
+use crate::offset::Offset;
+use crate::output;
 
 /// Show what is in a snapshot file.
 ///
@@ -31,15 +29,13 @@ pub(crate) struct Inspect {
     /// Print the decoded state of the device sections of this name, e.g. `cpu` or `0000:00:02.0/virtio-net`.
     #[arg(long, value_name = "NAME")]
     device: Option<String>,
-    /// Where the stream begins in the file, in bytes: decimal or 0x, with an optional suffix k, M or G.
-    #[arg(long, value_name = "N", value_parser = parse::bytes)]
-    offset: Option<u64>,
+    #[command(flatten)]
+    offset: Offset,
 }
 
 impl Inspect {
     pub(crate) fn run(&self) -> Result<(), Failure> {
-        let options = Options { base: self.offset.map(FileOffset), damaged: true };
-        let snapshot = Snapshot::open_with(&self.file, &options)?;
+        let snapshot = self.offset.open_damaged(&self.file)?;
         let text = match &self.device {
             Some(name) => tree::show(&snapshot, name, self.json)?,
             None => {

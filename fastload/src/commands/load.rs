@@ -16,6 +16,7 @@ use self::check::Compared;
 pub(crate) use self::qemu::Waiting;
 use super::serving::{self, Image};
 use crate::commands::Failure;
+use crate::offset::Offset;
 use crate::output;
 
 /// How long QEMU may take for one QMP command.
@@ -36,6 +37,8 @@ Ctrl-C (or SIGTERM, SIGHUP) once the guest runs sends the rest, then ends; a sec
 pub(crate) struct Load {
     /// A file that QEMU saved with the capability mapped-ram.
     snapshot: PathBuf,
+    #[command(flatten)]
+    offset: Offset,
     /// QEMU's QMP socket, which no other program may hold meanwhile.
     #[arg(long, value_name = "PATH")]
     qmp: PathBuf,
@@ -71,7 +74,7 @@ impl Load {
 
     pub(crate) fn run(&self) -> Result<(), Failure> {
         let begun = Instant::now();
-        let image = Image::open(&self.snapshot)?;
+        let image = Image::open(&self.snapshot, &self.offset)?;
         let mut qmp = Qmp::connect(&self.qmp, PATIENCE)?;
         let blocks = check::fits(&mut qmp, &image.snapshot, &self.snapshot, self.compared())?;
         let paused = self.paused || !check::ran(&image.snapshot)?;
@@ -87,8 +90,8 @@ impl Load {
         } else {
             Waiting::listen(&mut qmp, &self.qmp, preempt, paused)?
         };
-        let recover =
-            format!("fastload load {} --qmp {} --recover", serving::quoted(&self.snapshot), serving::quoted(&self.qmp));
+        let (file, offset, socket) = (serving::quoted(&self.snapshot), self.offset.words(), serving::quoted(&self.qmp));
+        let recover = format!("fastload load {file}{offset} --qmp {socket} --recover");
         let connecting = Instant::now();
         let paused = waiting.paused;
         let mut running: Option<Instant> = None;

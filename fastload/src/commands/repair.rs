@@ -8,6 +8,7 @@ use page_source::{FlatBlock, FlatFile};
 use vmstate::{SectionKind, VmDesc};
 
 use crate::commands::{Failure, convert};
+use crate::offset::Offset;
 use crate::{contents, rewrite};
 
 /// Rebuild the bitmaps of a file that QEMU saved with background-snapshot and mapped-ram.
@@ -26,6 +27,8 @@ pub(crate) struct Repair {
     input: PathBuf,
     /// The file to write.
     output: PathBuf,
+    #[command(flatten)]
+    offset: Offset,
     /// Print JSON, and no progress bar.
     #[arg(long)]
     json: bool,
@@ -36,7 +39,7 @@ impl Repair {
         rewrite::refuse_same(&self.input, &self.output)?;
         let name = self.input.display();
         // Opening it reads the device sections, the end mark and the description, and fails if one is not whole.
-        let snapshot = Snapshot::open(&self.input).map_err(|error| format!("{error}: this can't be repaired"))?;
+        let snapshot = self.offset.open(&self.input).map_err(|error| format!("{error}: this can't be repaired"))?;
         if !snapshot.lacks_bitmaps() {
             return Err(format!("{name}: its bitmaps were written, there is nothing to repair").into());
         }

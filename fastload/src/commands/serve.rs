@@ -9,6 +9,7 @@ use serde_json::json;
 
 use super::serving::{self, Fate, Image};
 use crate::commands::Failure;
+use crate::offset::Offset;
 use crate::{output, parse};
 
 /// Feed a waiting QEMU from a snapshot: its guest runs at once and gets its memory as it needs it.
@@ -26,6 +27,8 @@ After a crash of `fastload serve` the guest waits. Tell its QEMU through QMP whe
 pub(crate) struct Serve {
     /// A file that QEMU saved with the capability mapped-ram.
     snapshot: PathBuf,
+    #[command(flatten)]
+    offset: Offset,
     /// Where QEMU listens: unix:PATH or tcp:HOST:PORT.
     #[arg(long, value_name = "ADDRESS")]
     to: Address,
@@ -48,7 +51,7 @@ pub(crate) struct Serve {
 
 impl Serve {
     pub(crate) fn run(&self) -> Result<(), Failure> {
-        let image = Image::open(&self.snapshot)?;
+        let image = Image::open(&self.snapshot, &self.offset)?;
         if let Some((name, _)) = self.page_size.iter().find(|(name, _)| image.snapshot.layout().find(name).is_none()) {
             return Err(format!("{}: it has no RAM block \"{name}\"", self.snapshot.display()).into());
         }
@@ -58,8 +61,9 @@ impl Serve {
         options.preempt = self.preempt;
         let server = image.server(&page_sizes, options)?;
         let recover = format!(
-            "(QMP migrate-recover, then) fastload serve {} --to ADDRESS --recover{}",
+            "(QMP migrate-recover, then) fastload serve {}{} --to ADDRESS --recover{}",
             serving::quoted(&self.snapshot),
+            self.offset.words(),
             if self.preempt { " --preempt" } else { "" },
         );
         let mut told = self.json || self.recover;

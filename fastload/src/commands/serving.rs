@@ -16,6 +16,7 @@ use vmstate::{IGNORE_SHARED, SectionKind};
 
 use super::Failure;
 use crate::contents;
+use crate::offset::Offset;
 
 /// How often the progress bar moves.
 const TICK: Duration = Duration::from_millis(50);
@@ -32,8 +33,8 @@ pub(crate) struct Image {
 }
 
 impl Image {
-    pub(crate) fn open(path: &Path) -> Result<Image, Failure> {
-        let snapshot = Arc::new(Snapshot::open(path)?);
+    pub(crate) fn open(path: &Path, offset: &Offset) -> Result<Image, Failure> {
+        let snapshot = Arc::new(offset.open(path)?);
         let configuration = snapshot.configuration().clone();
         if configuration.has_capability(IGNORE_SHARED) {
             let path = path.display();

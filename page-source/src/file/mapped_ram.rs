@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use mapped_ram::{PageError, Snapshot};
+use mapped_ram::{Options, PageError, Snapshot};
 use page_units::{BlockId, ByteLen, FileOffset, Layout, PageCount, PageIndex, RamBlock};
 
 use super::{FileFeed, MappedFile, Places};
@@ -34,8 +34,18 @@ impl MappedRam {
     /// # Errors
     /// If it is not a complete mapped-ram file, or can't be mapped.
     pub fn open(path: impl AsRef<Path>) -> Result<MappedRam, SourceError> {
+        MappedRam::open_with(path, &Options::default())
+    }
+
+    /// Opens the file at `path`, e.g. one in which the snapshot begins at an offset, behind something else.
+    ///
+    /// Pages that a damaged file lacks fail when they are asked for.
+    ///
+    /// # Errors
+    /// If it is not a mapped-ram file that `options` allow, has no bitmaps, or can't be mapped.
+    pub fn open_with(path: impl AsRef<Path>, options: &Options) -> Result<MappedRam, SourceError> {
         let path = path.as_ref();
-        let snapshot = Snapshot::open(path)
+        let snapshot = Snapshot::open_with(path, options)
             .map_err(|error| SourceError::Open { path: path.to_owned(), reason: error.kind.to_string() })?;
         MappedRam::new(Arc::new(snapshot))
     }

@@ -1,0 +1,51 @@
+//! Where a snapshot begins in its file: an argument of all commands that read one.
+
+use std::path::Path;
+
+use mapped_ram::{OpenError, Options, Snapshot};
+use page_units::FileOffset;
+
+use crate::parse;
+
+/// The argument, and what it means for opening the file.
+#[derive(Clone, Debug, Default, clap::Args)]
+pub(crate) struct Offset {
+    /// Where the snapshot begins in its file, in bytes, as in QEMU's `file:...,offset=N`: decimal or 0x, with an
+    /// optional suffix k, M or G. Not needed if that is in the first MiB, where it is looked for.
+    #[arg(long, value_name = "N", value_parser = parse::bytes)]
+    offset: Option<u64>,
+}
+
+impl Offset {
+    /// Opens a file that has to be complete.
+    pub(crate) fn open(&self, path: &Path) -> Result<Snapshot, OpenError> {
+        self.open_with(path, false)
+    }
+
+    /// Opens a file to look into it, also if it is damaged.
+    pub(crate) fn open_damaged(&self, path: &Path) -> Result<Snapshot, OpenError> {
+        self.open_with(path, true)
+    }
+
+    fn open_with(&self, path: &Path, damaged: bool) -> Result<Snapshot, OpenError> {
+        Snapshot::open_with(path, &Options { base: self.offset.map(FileOffset), damaged })
+    }
+
+    /// The words of a command line that say the same, after a space; nothing if there is nothing to say.
+    pub(crate) fn words(&self) -> String {
+        self.offset.map(|offset| format!(" --offset {offset:#x}")).unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_words_mean_the_same_offset() {
+        assert_eq!(Offset::default().words(), "");
+        let words = Offset { offset: Some(0x20_1234) }.words();
+        let number = words.strip_prefix(" --offset ").unwrap();
+        assert_eq!(parse::bytes(number), Ok(0x20_1234));
+    }
+}
