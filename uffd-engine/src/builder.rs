@@ -19,6 +19,7 @@ use crate::region::{self, Region};
 use crate::staging::Staging;
 use crate::supervisor::{Observer, Supervisor, stay_open};
 use crate::sys::abi::Features;
+use crate::turned_away::Hold;
 use crate::{Engine, StartError};
 
 /// The options of an engine. See [`Engine::builder`].
@@ -152,14 +153,23 @@ impl Builder {
     ///
     /// # Errors
     /// If it can't: nothing is registered then, and the memory is as it was. With a descriptor from elsewhere, which is
-    /// closed then, what is missing is poisoned before, if the source or a thread can't be started; if the options are
-    /// wrong it is not, and reads as zero unless its owner has kept a copy of the descriptor.
+    /// closed then, what is missing of the regions is poisoned before.
     pub fn start(self) -> Result<Engine, StartError> {
+        let hold = Hold::on(self.descriptor.as_ref(), &self.regions);
+        let started = self.start_now();
+        if let (Err(_), Some(hold)) = (&started, hold) {
+            hold.poison();
+        }
+        started
+    }
+
+    fn start_now(self) -> Result<Engine, StartError> {
         let source = self.source.ok_or(StartError::Incomplete("an engine needs a source of pages"))?;
         if self.regions.is_empty() {
             return Err(StartError::Incomplete("an engine needs a region to serve"));
         }
         region::check(&self.regions, source.layout())?;
+        handler::check_cores(self.handlers.cores.iter().flatten().chain(&self.background.cores))?;
         let (descriptor, made_here) = match self.descriptor {
             Some(descriptor) => (descriptor, false),
             None => (open(&self.regions, self.discards, self.handlers.wait)?, true),

@@ -39,7 +39,7 @@ pub enum OpenError {
     Handover(#[source] io::Error),
 }
 
-/// Why an engine can't start. Nothing was registered then.
+/// Why an engine can't start. Nothing is registered then; of memory that was handed over, what is missing is poisoned.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum StartError {
@@ -79,6 +79,9 @@ pub enum StartError {
         #[source]
         error: io::Error,
     },
+    /// No thread may run there.
+    #[error("no thread can be bound to core {0}: it does not exist, or this process may not use it")]
+    Core(usize),
     /// The builder lacks something.
     #[error("{0}")]
     Incomplete(&'static str),

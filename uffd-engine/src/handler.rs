@@ -12,12 +12,12 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::unistd::Pid;
 use page_source::HostAddr;
 
-use crate::EngineError;
 use crate::core::Core;
 use crate::doorbell::Doorbell;
 use crate::fault::Origin;
 use crate::sys::abi::{Message, UFFD_EVENT_PAGEFAULT, UFFD_EVENT_REMOVE, UFFD_EVENT_UNMAP};
 use crate::sys::ops;
+use crate::{EngineError, StartError};
 
 /// So many messages are read at a time at most.
 const BATCH: usize = 64;
@@ -213,6 +213,27 @@ pub(crate) fn bind(cpu: Option<usize>) {
     if let Err(errno) = set.set(cpu).and_then(|()| sched_setaffinity(Pid::from_raw(0), &set)) {
         log::warn!("binding a thread of the engine to core {cpu} failed: {errno}");
     }
+}
+
+/// Whether threads can be bound to all of these cores. What a thread may use is seldom more than what it uses now, and the
+/// kernel tells: it leaves out what it does not grant.
+pub(crate) fn check_cores<'a>(cores: impl Iterator<Item = &'a usize>) -> Result<(), StartError> {
+    let Some(before) = affinity() else { return Ok(()) };
+    let mut wanted = before;
+    let mut beyond = Vec::new();
+    for &core in cores {
+        if !before.is_set(core).unwrap_or(false) {
+            wanted.set(core).map_err(|_| StartError::Core(core))?;
+            beyond.push(core);
+        }
+    }
+    if beyond.is_empty() || sched_setaffinity(Pid::from_raw(0), &wanted).is_err() {
+        return Ok(());
+    }
+    let granted = affinity();
+    set_affinity(Some(before));
+    let refused = |core: &usize| granted.is_some_and(|granted| !granted.is_set(*core).unwrap_or(false));
+    beyond.into_iter().find(refused).map_or(Ok(()), |core| Err(StartError::Core(core)))
 }
 
 /// The cores that this thread may run on.

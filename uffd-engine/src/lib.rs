@@ -32,6 +32,7 @@ mod stats;
 mod status;
 mod supervisor;
 mod sys;
+mod turned_away;
 mod waiting;
 
 pub use builder::Builder;

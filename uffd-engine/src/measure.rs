@@ -8,7 +8,7 @@ use page_source::{
     RamBlock, SourceError, Span, Urgency,
 };
 
-use crate::handler::{affinity, bind, set_affinity};
+use crate::handler::{affinity, bind, check_cores, set_affinity};
 use crate::sys::memory::Scratch;
 use crate::{Background, Backing, Discards, Engine, Handlers, Region, StartError, Wait};
 
@@ -43,6 +43,7 @@ impl Handlers {
             tries.push(Handlers::on_cores([other]));
             tries.push(Handlers::on_cores([other]).waiting(Wait::Spin));
         }
+        check_cores(cores.iter().chain(&other))?;
         let before = affinity();
         bind(cores.first().copied());
         let measured = tries.into_iter().map(try_out).collect::<Result<Vec<_>, _>>();

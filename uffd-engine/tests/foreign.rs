@@ -18,7 +18,7 @@ use testkit::faults::{Fault, FaultySource};
 use testkit::hugepages::Overcommit;
 use testkit::oracle::Oracle;
 use testkit::source::MemorySource;
-use uffd_engine::{Background, Backing, Descriptor, Engine, EngineError, Features, Region};
+use uffd_engine::{Background, Backing, Descriptor, Engine, EngineError, Features, Region, StartError};
 use userfaultfd::{FeatureFlags, RegisterMode, UffdBuilder};
 
 const PAGES: u64 = 2048;
@@ -221,6 +221,23 @@ fn a_failure_poisons_memory_of_another_process() {
         let engine = peer.engine(Arc::new(source), Background::default().with_piece(PageCount(32)));
         assert!(engine.wait().is_err(), "{kind:?}");
         drop(engine);
+        assert_eq!(peer.ask("count"), "refused true", "{kind:?}");
+    }
+}
+
+/// Its owner goes on when the descriptor is closed.
+#[test]
+fn an_engine_that_can_not_be_made_leaves_no_zeros_behind() {
+    testkit::require!(Userfaultfd, Hugepages);
+    let _pages = Overcommit::reserve(HUGE_PAGES).unwrap();
+    for kind in KINDS {
+        let oracle = oracle();
+        let mut peer = Peer::start(kind, &oracle);
+        let builder = Engine::builder().descriptor(peer.descriptor.take().unwrap()).regions(peer.regions.clone());
+        let source = Arc::new(MemorySource::new(Arc::clone(&oracle)));
+        // The first region twice.
+        let started = builder.region(peer.regions[0].clone()).source(source).start();
+        assert!(matches!(started, Err(StartError::Region { .. })), "{started:?}");
         assert_eq!(peer.ask("count"), "refused true", "{kind:?}");
     }
 }

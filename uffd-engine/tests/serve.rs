@@ -289,3 +289,23 @@ fn arrangements_of_handlers_are_measured_and_work() {
         engine.wait().unwrap();
     }
 }
+
+#[test]
+fn cores_that_do_not_exist_are_refused() {
+    testkit::require!(Userfaultfd);
+    let oracle = Arc::new(Oracle::random(5, one_block(8), 255));
+    let memory = Memory::new(Kind::Anonymous, oracle.layout());
+    let allowed = nix::sched::sched_getaffinity(nix::unistd::Pid::from_raw(0)).unwrap();
+    for core in [1000, 100_000] {
+        for (handlers, background) in [
+            (Handlers::on_cores([core]), Background::default()),
+            (Handlers::default(), Background::default().on_cores([core])),
+        ] {
+            let builder = memory.engine(Arc::new(MemorySource::new(Arc::clone(&oracle))));
+            let started = builder.handlers(handlers).background(background).start();
+            assert!(matches!(started, Err(uffd_engine::StartError::Core(refused)) if refused == core), "{started:?}");
+        }
+        assert!(Handlers::measure(&[core], None).is_err() && Handlers::measure(&[], Some(core)).is_err());
+    }
+    assert_eq!(nix::sched::sched_getaffinity(nix::unistd::Pid::from_raw(0)).unwrap(), allowed);
+}

@@ -145,7 +145,8 @@ fn a_resume_that_fails_leaves_nothing_behind() {
     let host = Host::probe(&kvm).unwrap();
     let bus = Arc::new(Signals::default());
     let resume = |path: &Path, options: &RestoreOptions| {
-        resume_on_demand(path, &kvm, &host, Arc::clone(&bus) as _, options, |engine| engine).map(drop)
+        let configure = |engine: Builder| engine.handlers(Handlers::default());
+        resume_on_demand(path, &kvm, &host, Arc::clone(&bus) as _, options, configure).map(drop)
     };
     let options = RestoreOptions::default();
     let missing = resume(&dir.path().join("missing"), &options);

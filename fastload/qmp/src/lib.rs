@@ -21,3 +21,8 @@ mod reader;
 pub use client::{Event, Qmp};
 pub use error::QmpError;
 pub use facts::{Capabilities, GuestBlock, parse_ram_blocks};
+
+/// The examples of the README.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+mod readme {}

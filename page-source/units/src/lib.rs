@@ -21,3 +21,8 @@ mod unit;
 pub use layout::{BlockId, Layout, LayoutError, PageSize, RamBlock};
 pub use run::PageRun;
 pub use unit::{ByteLen, FileOffset, GuestAddr, HostAddr, PAGE_SHIFT, PAGE_SIZE, PageCount, PageIndex};
+
+/// The examples of the README.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+mod readme {}

@@ -39,8 +39,9 @@ fn main() -> ExitCode {
 /// Whether all goals were reached.
 fn run(cli: &Cli) -> Result<bool, Box<dyn Error + Send + Sync>> {
     let groups: Vec<_> = GROUPS.iter().filter(|group| selected(group, &cli.names)).collect();
-    if groups.is_empty() {
-        return Err(format!("there is no figure named {}", cli.names.join(", ")).into());
+    let unknown = |name: &&String| !GROUPS.iter().any(|group| selected(group, std::slice::from_ref(*name)));
+    if let Some(name) = cli.names.iter().find(unknown) {
+        return Err(format!("there is no figure whose name begins with {name}; --list names them").into());
     }
     if cli.list {
         groups.iter().flat_map(|group| group.names).for_each(|name| println!("{name}.*"));
@@ -48,10 +49,17 @@ fn run(cli: &Cli) -> Result<bool, Box<dyn Error + Send + Sync>> {
     }
     let [near, far] = bench::sys::two_cores()?;
     let bench = Bench { directory: cli.directory.clone(), near, far };
-    let mut figures = Vec::new();
+    let (mut figures, mut failed) = (Vec::new(), None);
     for group in groups {
         eprintln!("measuring {} ...", group.names.join(", "));
-        figures.extend((group.measure)(&bench)?);
+        match (group.measure)(&bench) {
+            Ok(measured) => figures.extend(measured),
+            // What was measured before is not lost.
+            Err(error) => {
+                failed = Some(format!("{}: {error}", group.names.join(", ")));
+                break;
+            }
+        }
     }
     if !cli.names.is_empty() {
         figures.retain(|figure| cli.names.iter().any(|prefix| figure.name.starts_with(prefix.as_str())));
@@ -60,6 +68,14 @@ fn run(cli: &Cli) -> Result<bool, Box<dyn Error + Send + Sync>> {
     if let Some(path) = &cli.json {
         let text = serde_json::to_string_pretty(&figures)?;
         fs::write(path, text + "\n").map_err(|error| format!("{}: {error}", path.display()))?;
+    }
+    if let Some(error) = failed {
+        return Err(error.into());
+    }
+    if let Some(name) =
+        cli.names.iter().find(|name| !figures.iter().any(|figure| figure.name.starts_with(name.as_str())))
+    {
+        return Err(format!("no figure whose name begins with {name} was measured").into());
     }
     Ok(figures.iter().all(|figure| figure.ok))
 }

@@ -109,7 +109,7 @@ fn a_server_that_stalls_holds_the_guest_up_and_no_more() {
     let (passes, errors) = qemu.order('?').unwrap();
     while qemu.order('?').unwrap().0 < passes + 1 {}
     assert_eq!(errors, 0);
-    server.signal(Signal::SIGINT).unwrap();
+    server.signal(Signal::SIGTERM).unwrap();
     assert!(server.finish().unwrap().status.success());
     saved.is_whole(&mut qemu);
 }
