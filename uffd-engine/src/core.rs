@@ -6,11 +6,12 @@ use std::sync::Arc;
 use std::thread::ThreadId;
 
 use page_source::{BlockId, ByteLen, HostAddr, PageCount, PageIndex, PageRun};
-use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use parking_lot::{Mutex, RwLock};
 
 use crate::deferred::Deferred;
 use crate::descriptor::Descriptor;
 use crate::freeze::Shared;
+use crate::gate::{Alone, Gate, GateLock};
 use crate::hints::Hints;
 use crate::options::FailurePolicy;
 use crate::outstanding::Outstanding;
@@ -38,11 +39,6 @@ pub(crate) struct Place {
     pub(crate) granule: usize,
 }
 
-/// Somebody installs: nothing is frozen, and no event is read, before it is dropped.
-pub(crate) type Gate<'a> = RwLockReadGuard<'a, Option<Arc<Shared>>>;
-/// Nobody installs until it is dropped.
-pub(crate) type Alone<'a> = RwLockWriteGuard<'a, Option<Arc<Shared>>>;
-
 #[derive(Debug)]
 pub(crate) struct Core {
     pub(crate) descriptor: Descriptor,
@@ -57,8 +53,8 @@ pub(crate) struct Core {
     pub(crate) policy: FailurePolicy,
     pub(crate) pauses: Pauses,
     /// Held shared from a claim to the end of its install; alone while memory is frozen and, with events, while they
-    /// are read. In it, who has frozen the memory: installs are ordered with that.
-    gate: RwLock<Option<Arc<Shared>>>,
+    /// are read.
+    pub(crate) gate: GateLock,
     /// Held shared by a discard that was announced, and alone, before the gate, while memory is frozen: neither happens
     /// in the middle of the other.
     pub(crate) discarding: RwLock<()>,
@@ -102,7 +98,7 @@ impl Core {
             staging,
             policy,
             pauses,
-            gate: RwLock::default(),
+            gate: GateLock::default(),
             discarding: RwLock::default(),
             gated,
             handlers: Mutex::default(),
@@ -114,22 +110,22 @@ impl Core {
 
     /// Held from a claim to the end of its install.
     pub(crate) fn installing(&self) -> Gate<'_> {
-        self.gate.read()
+        self.gate.shared()
     }
 
     /// Held while events are read and applied, if there are any.
     pub(crate) fn reading(&self) -> Option<Alone<'_>> {
-        self.gated.then(|| self.gate.write())
+        self.gated.then(|| self.gate.alone())
     }
 
     /// Held while memory is frozen.
     pub(crate) fn gate_alone(&self) -> Alone<'_> {
-        self.gate.write()
+        self.gate.alone()
     }
 
     /// Forgets who has frozen the memory.
     pub(crate) fn forget_freeze(&self, shared: &Arc<Shared>) {
-        let mut gate = self.gate.write();
+        let mut gate = self.gate.alone();
         if gate.as_ref().is_some_and(|held| Arc::ptr_eq(held, shared)) {
             *gate = None;
         }
@@ -137,7 +133,7 @@ impl Core {
 
     /// Who has frozen the memory, if somebody has.
     pub(crate) fn frozen(&self) -> Option<Arc<Shared>> {
-        self.gate.read().as_ref().filter(|shared| !shared.has_ended()).map(Arc::clone)
+        self.gate.shared().as_ref().filter(|shared| !shared.has_ended()).map(Arc::clone)
     }
 
     /// Whether discards are reported by the kernel.
