@@ -11,7 +11,7 @@ use parking_lot::{Mutex, RwLock};
 use crate::deferred::Deferred;
 use crate::descriptor::Descriptor;
 use crate::freeze::Shared;
-use crate::gate::{Alone, Gate, GateLock};
+use crate::gate::{Alone, Gate, GateLock, InHaste};
 use crate::hints::Hints;
 use crate::options::FailurePolicy;
 use crate::outstanding::Outstanding;
@@ -114,8 +114,8 @@ impl Core {
     }
 
     /// Held while events are read and applied, if there are any.
-    pub(crate) fn reading(&self) -> Option<Alone<'_>> {
-        self.gated.then(|| self.gate.alone())
+    pub(crate) fn reading(&self) -> Option<InHaste<'_>> {
+        self.gated.then(|| self.gate.alone_in_haste())
     }
 
     /// Held while memory is frozen.
@@ -141,9 +141,14 @@ impl Core {
         self.gated
     }
 
-    /// How much one install covers at most: little where the readers of events wait for it.
+    /// How many granules one install covers at most: little where the readers of events wait for it, and least where they
+    /// did so lately.
     pub(crate) fn longest_install(&self) -> usize {
-        if self.gated() { 16 } else { 256 }
+        match self.gated() {
+            true if self.gate.in_haste_lately() => 4,
+            true => 32,
+            false => 256,
+        }
     }
 
     pub(crate) fn on_reader_thread(&self) -> bool {

@@ -1,14 +1,18 @@
 //! The gate: installs go through it side by side; whoever freezes the memory, or reads events, goes through it alone.
 //!
-//! A discard goes on the moment its event is read, so an event is read while no install is under way. A handler that
-//! waits in `poll` and enters when there is something to read pays a system call more for each fault. One that
-//! is alone, and was not disturbed for a while, enters first and waits for the next message *inside*. Whoever wants in
-//! meanwhile knocks: touches a page, which is a message too. Each page is knocked at once, and then never again, since
-//! taking it away to make it missing anew would be an event itself.
+//! A discard goes on the moment its event is read, so an event is read while no install is under way. Two things make
+//! that cheap for a fault:
+//!
+//! - Whoever reads comes in haste: others let it go first, and nobody sleeps for so short a time.
+//! - A handler that waits in `poll`, and enters when there is something to read, pays a system call more for each fault.
+//!   One that is alone, and was not disturbed for a while, enters first and waits for the next message *inside*. Whoever
+//!   wants in meanwhile knocks: touches a page, which is a message too. A page serves for one knock only: to make it
+//!   missing again would be a discard, with an event of its own.
 
 use std::sync::Arc;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use page_source::{ByteLen, HostAddr, PageCount};
 use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -35,22 +39,46 @@ const LEN: ByteLen = PageCount(KNOCKS).to_bytes();
 #[derive(Debug, Default)]
 pub(crate) struct GateLock {
     lock: RwLock<Holder>,
+    /// How many have a message to read, and look for their turn without a pause, or are at it.
+    hasty: AtomicUsize,
+    /// So many more times somebody asks whether there was haste lately, there was.
+    lately: AtomicUsize,
     /// How many want in and could not enter at once.
     wanted: AtomicUsize,
     /// One more than the number of the page at which a handler inside hears a knock; 0 if none is inside.
     inside: AtomicU64,
+    /// The pages to knock at, once they are needed; `None` if they can't be had.
     pages: OnceLock<Option<Scratch>>,
 }
 
 impl GateLock {
-    /// Enters beside others.
+    /// Enters beside others, after whoever is in haste.
     pub(crate) fn shared(&self) -> Gate<'_> {
-        self.lock.try_read().unwrap_or_else(|| self.knock_and(RwLock::read))
+        let enter = || if self.hasty.load(Ordering::Relaxed) == 0 { self.lock.try_read() } else { None };
+        // Whoever waits inside is not in haste.
+        let soon = || if self.inside.load(Ordering::Relaxed) == 0 { spin(enter) } else { None };
+        enter().or_else(soon).unwrap_or_else(|| self.knock_and(RwLock::read))
     }
 
     /// Enters alone.
     pub(crate) fn alone(&self) -> Alone<'_> {
         self.lock.try_write().unwrap_or_else(|| self.knock_and(RwLock::write))
+    }
+
+    /// Enters alone as soon as those leave who are inside: somebody waits for a page.
+    pub(crate) fn alone_in_haste(&self) -> InHaste<'_> {
+        self.hasty.fetch_add(1, Ordering::Relaxed);
+        self.lately.store(LATELY, Ordering::Relaxed);
+        let alone = spin(|| self.lock.try_write()).unwrap_or_else(|| self.alone());
+        InHaste { gate: self, alone: Some(alone) }
+    }
+
+    /// Whether somebody was in haste, not many questions ago.
+    pub(crate) fn in_haste_lately(&self) -> bool {
+        let left = self.lately.load(Ordering::Relaxed);
+        // Approximate where several ask.
+        self.lately.store(left.saturating_sub(1), Ordering::Relaxed);
+        left > 0
     }
 
     /// A handler sees that somebody is wanted before it waits, or is seen to be inside and hears the knock.
@@ -81,6 +109,40 @@ impl GateLock {
     pub(crate) fn is_knock(&self, addr: HostAddr) -> bool {
         let Some(Some(pages)) = self.pages.get() else { return false };
         (pages.addr()..pages.addr() + LEN).contains(&addr)
+    }
+}
+
+/// See [`GateLock::in_haste_lately`].
+const LATELY: usize = 256;
+
+/// An install takes less than that. Waking whoever sleeps, on another core, takes longer.
+const SPIN: Duration = Duration::from_micros(50);
+
+/// Looks again and again, but not for long: whoever is waited for may be waiting for this core.
+fn spin<T>(look: impl Fn() -> Option<T>) -> Option<T> {
+    look().or_else(|| {
+        let begun = Instant::now();
+        std::iter::from_fn(|| (begun.elapsed() < SPIN).then(std::hint::spin_loop)).find_map(|()| look())
+    })
+}
+
+/// Alone, to read what somebody waits for. Others wait awake.
+#[derive(Debug)]
+pub(crate) struct InHaste<'a> {
+    gate: &'a GateLock,
+    alone: Option<Alone<'a>>,
+}
+
+impl<'a> InHaste<'a> {
+    pub(crate) fn alone(&self) -> Option<&Alone<'a>> {
+        self.alone.as_ref()
+    }
+}
+
+impl Drop for InHaste<'_> {
+    fn drop(&mut self) {
+        self.alone = None;
+        self.gate.hasty.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -136,6 +198,33 @@ mod tests {
 
     fn descriptor() -> Descriptor {
         Descriptor::create(Features::EVENT_REMOVE, Features::empty(), true).unwrap()
+    }
+
+    /// Whoever is in haste may be kept from going on by those who wait for it.
+    #[test]
+    fn haste_that_takes_long_stops_nobody() {
+        let gate = GateLock::default();
+        gate.hasty.fetch_add(1, Ordering::Relaxed);
+        drop(gate.shared());
+        // And the other way round.
+        let inside = gate.shared();
+        std::thread::scope(|scope| {
+            let hasty = scope.spawn(|| assert!(gate.alone_in_haste().alone().is_some()));
+            while gate.wanted.load(Ordering::SeqCst) == 0 {
+                std::thread::yield_now();
+            }
+            drop(inside);
+            hasty.join().unwrap();
+        });
+        assert_eq!(gate.hasty.load(Ordering::Relaxed), 1);
+    }
+
+    #[test]
+    fn haste_is_remembered_for_a_while() {
+        let gate = GateLock::default();
+        assert!(!gate.in_haste_lately());
+        drop(gate.alone_in_haste());
+        assert_eq!((0..).take_while(|_| gate.in_haste_lately()).count(), LATELY);
     }
 
     /// Whoever wants in and saw nobody inside waits at the lock, and does not knock.

@@ -15,7 +15,7 @@ use page_source::HostAddr;
 use crate::core::Core;
 use crate::doorbell::Doorbell;
 use crate::fault::Origin;
-use crate::gate::Alone;
+use crate::gate::{Alone, InHaste};
 use crate::solo::Solo;
 use crate::sys::abi::{Message, UFFD_EVENT_PAGEFAULT, UFFD_EVENT_REMOVE, UFFD_EVENT_UNMAP};
 use crate::sys::ops;
@@ -93,18 +93,23 @@ impl Waiter {
             Waiter::Bell(_) if !core.gated() => {}
             Waiter::Bell(_) => match solo.read(core, messages, again) {
                 Some(count) => return Ok(Woken::Messages(count?)),
-                None => drop(wait_readable(core, None, again)?),
+                None if wait(core, None, again)? != Ready::Messages => return Ok(Woken::Messages(0)),
+                None => {}
             },
-            Waiter::Event(event) => {
-                if wait_readable(core, Some(event.as_fd()), again)? {
-                    return Ok(Woken::Stop);
-                }
-            }
+            Waiter::Event(event) => match wait(core, Some(event.as_fd()), again)? {
+                Ready::Stop => return Ok(Woken::Stop),
+                Ready::Nothing => return Ok(Woken::Messages(0)),
+                Ready::Messages => {}
+            },
             Waiter::Spin(stop) => {
                 if stop.load(Ordering::Acquire) {
                     return Ok(Woken::Stop);
                 }
                 std::hint::spin_loop();
+                // Not through the gate for nothing.
+                if core.gated() && wait(core, None, true)? != Ready::Messages {
+                    return Ok(Woken::Messages(0));
+                }
             }
         }
         Ok(Woken::Messages(core.read(messages)?))
@@ -114,9 +119,9 @@ impl Waiter {
 impl Core {
     /// Reads messages, and applies the events among them, while no install is under way. Answers how many there are.
     fn read(&self, messages: &mut [Message]) -> Result<usize, Errno> {
-        let alone = self.reading();
+        let reading = self.reading();
         let count = self.receive(messages)?;
-        self.apply(alone.as_ref(), &messages[..count]);
+        self.apply(reading.as_ref().and_then(InHaste::alone), &messages[..count]);
         Ok(count)
     }
 
@@ -154,14 +159,24 @@ impl Core {
     }
 }
 
-/// Waits until there is a message (not at all if `again`); `true` if it is time to stop.
-fn wait_readable(core: &Core, stop: Option<BorrowedFd<'_>>, again: bool) -> Result<bool, Errno> {
+/// What a poll says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ready {
+    Nothing,
+    Messages,
+    Stop,
+}
+
+/// Waits until there is a message (not at all if `again`), or it is time to stop.
+fn wait(core: &Core, stop: Option<BorrowedFd<'_>>, again: bool) -> Result<Ready, Errno> {
     let timeout = if again { PollTimeout::ZERO } else { PollTimeout::NONE };
     let uffd = core.descriptor.fd();
     let mut fds = [PollFd::new(uffd, PollFlags::POLLIN), PollFd::new(stop.unwrap_or(uffd), PollFlags::POLLIN)];
     let used = if stop.is_some() { 2 } else { 1 };
     match poll(&mut fds[..used], timeout) {
-        Ok(_) | Err(Errno::EINTR) => Ok(stop.is_some() && fds[1].any().unwrap_or(false)),
+        Ok(_) if stop.is_some() && fds[1].any().unwrap_or(false) => Ok(Ready::Stop),
+        Ok(_) if fds[0].any().unwrap_or(true) => Ok(Ready::Messages),
+        Ok(_) | Err(Errno::EINTR) => Ok(Ready::Nothing),
         Err(errno) => Err(errno),
     }
 }
