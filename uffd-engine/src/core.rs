@@ -5,7 +5,7 @@ use std::io;
 use std::sync::Arc;
 use std::thread::ThreadId;
 
-use page_source::{BlockId, ByteLen, HostAddr, PageCount, PageIndex, PageRun};
+use page_source::{BlockId, ByteLen, HostAddr, Layout, PageCount, PageIndex, PageRun};
 use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::deferred::Deferred;
@@ -26,6 +26,8 @@ use crate::waiting::Waiting;
 #[derive(Debug)]
 pub(crate) struct Area {
     pub(crate) region: Region,
+    /// Of the RAM block, for messages.
+    pub(crate) name: String,
     pub(crate) states: StateMap,
     /// 4 KiB pages per granule.
     pub(crate) granule: PageCount,
@@ -78,6 +80,7 @@ impl Core {
     pub(crate) fn new(
         descriptor: Descriptor,
         regions: Vec<Region>,
+        layout: &Layout,
         staging: Staging,
         policy: FailurePolicy,
         window: PageCount,
@@ -86,7 +89,8 @@ impl Core {
         let gated = descriptor.features().contains(crate::Features::EVENT_REMOVE);
         let area = |region: Region| {
             let states = StateMap::new(region.granules())?;
-            Ok(Area { states, granule: region.backing.granule().pages(), region })
+            let name = layout.get(region.run.block).map(|block| block.name().to_owned()).unwrap_or_default();
+            Ok(Area { states, granule: region.backing.granule().pages(), name, region })
         };
         let areas = regions.into_iter().map(area).collect::<io::Result<Vec<Area>>>()?;
         let mut by_address: Vec<_> = areas.iter().enumerate().map(|(i, area)| (area.region.start, i)).collect();
