@@ -27,7 +27,7 @@ use crate::waiting::Waiting;
 pub(crate) struct Area {
     pub(crate) region: Region,
     /// Of the RAM block, for messages.
-    pub(crate) name: String,
+    pub(crate) name: Arc<str>,
     pub(crate) states: StateMap,
     /// 4 KiB pages per granule.
     pub(crate) granule: PageCount,
@@ -89,7 +89,7 @@ impl Core {
         let gated = descriptor.features().contains(crate::Features::EVENT_REMOVE);
         let area = |region: Region| {
             let states = StateMap::new(region.granules())?;
-            let name = layout.get(region.run.block).map(|block| block.name().to_owned()).unwrap_or_default();
+            let name = layout.get(region.run.block).map(|block| block.name().into()).unwrap_or_default();
             Ok(Area { states, granule: region.backing.granule().pages(), name, region })
         };
         let areas = regions.into_iter().map(area).collect::<io::Result<Vec<Area>>>()?;

@@ -97,7 +97,7 @@ pub enum EngineError {
     #[error("pages {}..{} of RAM block \"{block}\": {error}", run.first, run.end())]
     Source {
         /// The name of their RAM block.
-        block: String,
+        block: Arc<str>,
         /// The pages.
         run: PageRun,
         /// What the source says.
@@ -111,7 +111,7 @@ pub enum EngineError {
     #[error("installing pages {}..{} of RAM block \"{block}\" at {at} failed: {errno}", run.first, run.end())]
     Install {
         /// The name of their RAM block.
-        block: String,
+        block: Arc<str>,
         /// The pages.
         run: PageRun,
         /// Where.
@@ -125,7 +125,7 @@ pub enum EngineError {
     )]
     Staging {
         /// The name of their RAM block.
-        block: String,
+        block: Arc<str>,
         /// The pages.
         run: PageRun,
         /// What the system said.

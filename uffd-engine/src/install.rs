@@ -185,7 +185,7 @@ impl Core {
                 Step::Stop(stopped())
             }
             _ => {
-                let block = area.name.clone();
+                let block = Arc::clone(&area.name);
                 self.status.fail(EngineError::Install { block, run, at: area.addr(at.granule), errno });
                 Step::Stop(stopped())
             }

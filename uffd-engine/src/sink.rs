@@ -87,7 +87,7 @@ impl Core {
     /// An error that the source gave for some pages.
     fn source_error(&self, run: PageRun, error: SourceError) -> EngineError {
         let area = self.areas.iter().find(|area| area.block() == run.block);
-        EngineError::Source { block: area.map(|area| area.name.clone()).unwrap_or_default(), run, error }
+        EngineError::Source { block: area.map(|area| Arc::clone(&area.name)).unwrap_or_default(), run, error }
     }
 
     /// One granule is zero. Installed only if somebody waits for it.
@@ -212,7 +212,7 @@ impl Core {
                 Flow::Break(SinkError::Unreadable(here))
             }
             Err(error) => {
-                let (block, error) = (area.name.clone(), Arc::new(error));
+                let (block, error) = (Arc::clone(&area.name), Arc::new(error));
                 self.status.fail(EngineError::Staging { block, run: here, error });
                 Flow::Break(stopped())
             }

@@ -215,7 +215,7 @@ fn more_incomplete_huge_pages_than_were_allowed_fail() {
         assert!(engine.outcome().is_none());
         assert!(source.push(run(limit * HUGE + 5, 1)).is_break());
         let error = engine.wait().unwrap_err();
-        assert!(matches!(&error, EngineError::Staging { block, .. } if block == "ram"), "{error}");
+        assert!(matches!(&error, EngineError::Staging { block, .. } if &**block == "ram"), "{error}");
         let page = limit * HUGE + 5;
         for part in [format!("pages {page}..{} of RAM block \"ram\"", page + 1), format!("more than {limit} huge")] {
             assert!(error.to_string().contains(&part), "{error}");
@@ -240,7 +240,7 @@ fn an_install_that_the_kernel_refuses_names_the_block() {
     drop(memory);
     assert!(source.push(run(3, 2)).is_break());
     let error = engine.wait().unwrap_err();
-    assert!(matches!(&error, EngineError::Install { block, .. } if block == "ram"), "{error}");
+    assert!(matches!(&error, EngineError::Install { block, .. } if &**block == "ram"), "{error}");
     assert!(error.to_string().contains("pages 3..5 of RAM block \"ram\" at 0x"), "{error}");
     source.forget_sink();
 }
