@@ -114,6 +114,28 @@ fn devices_offsets_and_refusals() {
     assert!(said.contains("plain migration stream") && said.contains("pc-i440fx-10.0"), "{said}");
 }
 
+/// What is signed is shown so, in an array too.
+#[test]
+fn signed_numbers_have_their_sign() {
+    let directory = tempfile::tempdir().unwrap();
+    let all = samples::stripped();
+    let sample = all.iter().find(|sample| sample.name == "q10-pc-32-plain.mr").unwrap();
+    let path = sample.unpack(directory.path()).unwrap();
+    let levels = || {
+        let device = printed(&inspect(&path, &["--device", "PCIBUS", "--json"]));
+        let fields = device[0]["fields"].as_array().unwrap();
+        fields.iter().find(|field| field["name"] == "irq_count").unwrap().clone()
+    };
+    let before = levels();
+    assert_eq!((&before["type"], before["values"].as_array().map(Vec::len)), (&"int32".into(), Some(4)), "{before}");
+    let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+    let second = before["start"].as_u64().unwrap() + 4;
+    file.write_all_at(&(-7i32).to_be_bytes(), second).unwrap();
+    assert_eq!(levels()["values"], serde_json::json!([0, -7, 0, 0]));
+    let text = String::from_utf8(inspect(&path, &["--device", "PCIBUS"]).stdout).unwrap();
+    assert!(text.contains("irq_count: int32 = [0x0, -7, 0x0, 0x0]"), "{text}");
+}
+
 #[test]
 fn damaged_files_are_shown_with_warnings() {
     let directory = tempfile::tempdir().unwrap();
