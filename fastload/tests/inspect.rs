@@ -164,6 +164,19 @@ fn damaged_files_are_shown_with_warnings() {
 }
 
 #[test]
+fn a_result_that_can_not_be_written_is_a_failure_and_a_reader_that_left_is_none() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = samples::stripped()[0].unpack(directory.path()).unwrap();
+    let mut full = Command::new(env!("CARGO_BIN_EXE_fastload"));
+    full.arg("inspect").arg(&path).stdout(std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap());
+    assert!(refused(&full.output().unwrap()).contains("writing the result failed: No space left"));
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let left = Command::new(env!("CARGO_BIN_EXE_fastload")).arg("inspect").arg(&path).stdout(writer).output().unwrap();
+    assert!(left.status.success() && left.stderr.is_empty(), "{left:?}");
+}
+
+#[test]
 fn check_names_the_file_once() {
     let directory = tempfile::tempdir().unwrap();
     let all = samples::stripped();
