@@ -5,8 +5,10 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use mapped_ram::{Snapshot, Writer};
-use page_units::{Layout, PageCount, PageSize, RamBlock};
-use vmstate::{Configuration, ConfigurationSubsection, Event, SectionHeader, SectionKind, StreamWriter};
+use page_units::{BlockId, ByteLen, Layout, PageCount, PageIndex, PageRun, PageSize, RamBlock};
+use vmstate::{
+    Configuration, ConfigurationSubsection, DeviceWriter, Event, Section, SectionHeader, SectionKind, StreamWriter,
+};
 
 /// A file with many sections without a body.
 fn sections(path: &Path, names: impl Iterator<Item = u32>, description: &str) {
@@ -75,4 +77,39 @@ fn state_of_any_length_in_a_sparse_file() {
     for error in [snapshot.device("d", 0).unwrap_err(), snapshot.read(snapshot.tail()).unwrap_err()] {
         assert!(error.to_string().contains("more than 1073741824 at once"), "{error}");
     }
+}
+
+/// Bytes that this thread has read from files so far (proc(5), `/proc/pid/io`), those of the answer included.
+fn bytes_read() -> u64 {
+    let io = std::fs::read_to_string("/proc/thread-self/io").unwrap();
+    io.lines().find_map(|line| line.strip_prefix("rchar: ")).unwrap().parse().unwrap()
+}
+
+/// What opening reads does not depend on how much RAM there is; of a bitmap, what is needed is read when it is.
+#[test]
+fn opening_reads_the_description_and_no_bitmap() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut read = Vec::new();
+    for ram in [ByteLen(64 << 20), ByteLen(64 << 30)] {
+        let path = directory.path().join("file");
+        let layout = Layout::new(vec![RamBlock::new("ram", ram, PageSize::SMALL).unwrap()]).unwrap();
+        let writer = Writer::create(&path, &Configuration::new("m"), layout).unwrap();
+        writer.write(PageRun::single(BlockId(0), PageIndex(1)), &[7; 4096]).unwrap();
+        let mut devices = DeviceWriter::new(2);
+        devices.push(Section::builder("example", 0, 1).u64("counter", 42).build().unwrap());
+        writer.finish(&devices.finish("m").unwrap()).unwrap();
+
+        let asking = bytes_read();
+        let before = bytes_read();
+        let asking = before - asking;
+        let snapshot = Snapshot::open(&path).unwrap();
+        let opened = bytes_read();
+        // 2 MiB of bitmap are those of 64 GiB.
+        let (stored, _) = snapshot.load_run_at(BlockId(0), PageIndex(1), PageCount(1)).unwrap();
+        let looked = bytes_read() - opened - asking;
+        assert!(stored && looked <= 4096 + 64, "{looked} bytes for one page of {ram}");
+        read.push(opened - before - asking);
+    }
+    let [small, large] = read[..] else { unreachable!("two sizes") };
+    assert!(small.abs_diff(large) < 64 && large < 64 << 10, "{small} and {large} bytes");
 }
