@@ -176,7 +176,8 @@ impl Builder {
         };
         let staging = Staging::new(self.staging.max(asked_for(&self.background)));
         let staging = staging.map_err(system("memory for huge pages"))?;
-        let core = Core::new(descriptor, self.regions, staging, self.policy, self.background.window, self.pauses);
+        let (layout, window) = (source.layout(), self.background.window);
+        let core = Core::new(descriptor, self.regions, layout, staging, self.policy, window, self.pauses);
         let core = Arc::new(core.map_err(system("memory for the page states"))?);
         let waiter = waiter(&core, &self.handlers)?;
         // First of all: a source may begin to push at once.

@@ -5,7 +5,7 @@ use std::io;
 use std::sync::Arc;
 use std::thread::ThreadId;
 
-use page_source::{BlockId, ByteLen, HostAddr, PageCount, PageIndex, PageRun};
+use page_source::{BlockId, ByteLen, HostAddr, Layout, PageCount, PageIndex, PageRun};
 use parking_lot::{Mutex, RwLock};
 
 use crate::deferred::Deferred;
@@ -27,6 +27,8 @@ use crate::waiting::Waiting;
 #[derive(Debug)]
 pub(crate) struct Area {
     pub(crate) region: Region,
+    /// Of the RAM block, for messages.
+    pub(crate) name: Arc<str>,
     pub(crate) states: StateMap,
     /// 4 KiB pages per granule.
     pub(crate) granule: PageCount,
@@ -74,6 +76,7 @@ impl Core {
     pub(crate) fn new(
         descriptor: Descriptor,
         regions: Vec<Region>,
+        layout: &Layout,
         staging: Staging,
         policy: FailurePolicy,
         window: PageCount,
@@ -82,7 +85,8 @@ impl Core {
         let gated = descriptor.features().contains(crate::Features::EVENT_REMOVE);
         let area = |region: Region| {
             let states = StateMap::new(region.granules())?;
-            Ok(Area { states, granule: region.backing.granule().pages(), region })
+            let name = layout.get(region.run.block).map(|block| block.name().into()).unwrap_or_default();
+            Ok(Area { states, granule: region.backing.granule().pages(), name, region })
         };
         let areas = regions.into_iter().map(area).collect::<io::Result<Vec<Area>>>()?;
         let mut by_address: Vec<_> = areas.iter().enumerate().map(|(i, area)| (area.region.start, i)).collect();

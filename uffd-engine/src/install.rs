@@ -186,7 +186,8 @@ impl Core {
                 Step::Stop(stopped())
             }
             _ => {
-                self.status.fail(EngineError::Install { run, at: area.addr(at.granule), errno });
+                let block = Arc::clone(&area.name);
+                self.status.fail(EngineError::Install { block, run, at: area.addr(at.granule), errno });
                 Step::Stop(stopped())
             }
         }
