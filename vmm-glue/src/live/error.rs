@@ -21,8 +21,17 @@ pub enum LiveError {
     #[error("the guest's memory could not be loaded: {0}")]
     Load(EngineError),
     /// Another live snapshot of the same memory is not complete yet.
-    #[error("another live snapshot of this guest is not complete yet")]
+    #[error("another live snapshot of this guest is not complete yet: wait for it, or cancel it")]
     Busy,
+    /// The memory is still being loaded from the file that would be replaced.
+    #[error(
+        "{}: the guest's memory is still being loaded from this file, which can't be replaced before that is complete: wait for it, or choose another name",
+        path.display()
+    )]
+    Source {
+        /// The file.
+        path: PathBuf,
+    },
     /// Some of the memory has no content.
     #[error("{0} pages of the guest's memory could not be loaded, and can not be saved")]
     Poisoned(PageCount),
