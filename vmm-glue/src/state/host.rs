@@ -21,6 +21,8 @@ pub(super) struct Abilities {
     shown: OnceLock<CpuId>,
     /// In ascending order.
     pub(super) msrs: Vec<u32>,
+    /// Those that KVM does not list, with what they are in a new vCPU. In ascending order.
+    unlisted: Vec<(u32, u64)>,
     /// How fast the time stamp counter of a new vCPU runs, if KVM tells.
     tsc_khz: Option<u32>,
     pub(super) sregs2: bool,
@@ -55,15 +57,20 @@ impl Host {
             }
         }
         let listed = kvm.get_msr_index_list().call("KVM_GET_MSR_INDEX_LIST", None)?;
-        let mut msrs: Vec<u32> = listed.as_slice().iter().copied().chain(msrs::unlisted()).collect();
+        let vm = kvm.create_vm().call("KVM_CREATE_VM", None)?;
+        let vcpu = vm.create_vcpu(0).call("KVM_CREATE_VCPU", None)?;
+        let tsc_khz = vcpu.get_tsc_khz().ok();
+        let mut unlisted = msrs::get(&vcpu, 0, &msrs::unlisted().collect::<Vec<_>>())?;
+        unlisted.sort_unstable();
+        let there = unlisted.iter().map(|&(index, _)| index);
+        let mut msrs: Vec<u32> = listed.as_slice().iter().copied().chain(there).collect();
         msrs.sort_unstable();
         msrs.dedup();
-        let vm = kvm.create_vm().call("KVM_CREATE_VM", None)?;
-        let tsc_khz = vm.create_vcpu(0).call("KVM_CREATE_VCPU", None)?.get_tsc_khz().ok();
         let has = Abilities {
             supported: kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).call("KVM_GET_SUPPORTED_CPUID", None)?,
             shown: OnceLock::new(),
             msrs,
+            unlisted,
             tsc_khz,
             sregs2: has(KVM_CAP_SREGS2) > 0,
             tsc_control: kvm.check_extension(Cap::TscControl),
@@ -71,6 +78,11 @@ impl Host {
             xsave_len: usize::try_from(has(KVM_CAP_XSAVE2)).unwrap_or(0),
         };
         Ok(Host { has: Arc::new(has) })
+    }
+
+    /// Whether a vCPU that was just created has this value in an MSR that KVM does not list.
+    pub(super) fn creates_msr(&self, index: u32, value: u64) -> bool {
+        self.has.unlisted.binary_search(&(index, value)).is_ok()
     }
 
     fn shown(&self, kvm: &Kvm) -> Result<&CpuId, StateError> {

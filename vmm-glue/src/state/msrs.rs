@@ -19,22 +19,14 @@ pub(super) const KVM_SYSTEM_TIME: u32 = 0x12;
 pub(super) const KVM_SYSTEM_TIME_NEW: u32 = 0x4b56_4d01;
 
 /// What KVM keeps, but does not list (`KVM_GET_MSR_INDEX_LIST` of Linux 6.18): the memory type ranges (Intel SDM volume 3,
-/// 13.11), and the machine-check status with 32 banks, as many as KVM knows (volume 3, 17.3). Those that a vCPU does not
-/// have are passed by.
+/// 13.11), and machine checks: capabilities, status, and 32 banks, as many as KVM knows, each with whether corrected
+/// errors interrupt (volume 3, 17.3). Those that a vCPU does not have are passed by.
+///
+/// The capabilities can't be written: a guest that was given others than a new vCPU has (`KVM_X86_SETUP_MCE`) is refused.
 pub(super) fn unlisted() -> impl Iterator<Item = u32> {
     let ranges = (0x200..=0x20f).chain([0x250, 0x258, 0x259]).chain(0x268..=0x26f).chain([0x2ff]);
     // Control, status, address and miscellany of each bank.
-    ranges.chain([0x17a]).chain(0x400..0x480)
-}
-
-/// Whether a vCPU that was just created has this value there.
-pub(super) fn created(index: u32, value: u64) -> bool {
-    match index {
-        // What is to be reported is all switched on, and nothing was.
-        0x400..0x480 if index.is_multiple_of(4) => value == u64::MAX,
-        0x400..0x480 | 0x17a | 0x200..=0x20f | 0x250 | 0x258 | 0x259 | 0x268..=0x26f | 0x2ff => value == 0,
-        _ => false,
-    }
+    ranges.chain([0x179, 0x17a]).chain(0x280..0x2a0).chain(0x400..0x480)
 }
 
 fn list(entries: &[kvm_msr_entry]) -> Result<Msrs, StateError> {

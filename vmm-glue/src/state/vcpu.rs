@@ -135,7 +135,7 @@ impl VcpuState {
         if let Some(lapic) = &self.lapic {
             vcpu.set_lapic(lapic).call("KVM_SET_LAPIC", id)?;
         }
-        let wanted = self.msrs.iter().filter(|&&(index, value)| !(fresh && msrs::created(index, value)));
+        let wanted = self.msrs.iter().filter(|&&(index, value)| !(fresh && host.creates_msr(index, value)));
         msrs::set(vcpu, id, wanted.copied())?;
         vcpu.set_regs(&self.regs).call("KVM_SET_REGS", id)?;
         if !(fresh && created::no_events(&self.events)) {
