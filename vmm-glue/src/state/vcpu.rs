@@ -153,6 +153,15 @@ impl VcpuState {
         Ok(())
     }
 
+    /// Which parts of the extended state there are, as bits of XCR0: those that are switched on, and those that are not
+    /// what they are after reset (`XSTATE_BV`, Intel SDM volume 1, 13.4.2).
+    pub(super) fn extended_state(&self) -> u64 {
+        let used = usize::try_from(self.xcrs.nr_xcrs).unwrap_or(usize::MAX).min(self.xcrs.xcrs.len());
+        let on = self.xcrs.xcrs[..used].iter().filter(|xcr| xcr.xcr == 0).fold(0, |all, xcr| all | xcr.value);
+        let [low, high] = [128, 129].map(|word| u64::from(self.xsave.get(word).copied().unwrap_or(0)));
+        on | high << 32 | low
+    }
+
     /// Whether the guest has switched on the clock page (Linux Documentation/virt/kvm/x86/msr.rst).
     fn has_kvmclock(&self) -> bool {
         [msrs::KVM_SYSTEM_TIME, msrs::KVM_SYSTEM_TIME_NEW].iter().any(|&index| self.msr(index).unwrap_or(0) & 1 == 1)
