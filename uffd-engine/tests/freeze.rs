@@ -12,7 +12,7 @@ use page_source::{BlockId, ByteLen, PageCount, PageIndex, PageRun, PageSink, Pag
 use testkit::gate::Gate;
 use testkit::hugepages::Overcommit;
 use testkit::oracle::Oracle;
-use uffd_engine::{FreezeOptions, Freezer, Frozen, FrozenError, Handlers, PausePoint};
+use uffd_engine::{FreezeError, FreezeOptions, Freezer, Frozen, FrozenError, Handlers, PausePoint, StartError};
 
 /// Fills what the oracle has content for: the rest stays a hole.
 fn populate(memory: &Memory, oracle: &Oracle) -> Vec<PageRun> {
@@ -106,6 +106,19 @@ fn what_is_delivered_is_what_was_there_at_the_freeze_point() {
             sink.assert_equals(&before);
             drop(feed);
         });
+    }
+}
+
+#[test]
+fn handlers_on_cores_that_do_not_exist_are_refused() {
+    testkit::require!(Userfaultfd);
+    let oracle = Oracle::random(5, layout(&[8]), 255);
+    let memory = Memory::new(Kind::Anonymous, oracle.layout());
+    for core in [1000, 1 << 20] {
+        let options = FreezeOptions { handlers: Handlers::on_cores([0, core]), ..FreezeOptions::default() };
+        let error = Freezer::prepare(memory.regions(), memory.layout.clone(), &options).unwrap_err();
+        assert!(matches!(error, FreezeError::Start(StartError::Core(found)) if found == core), "{error}");
+        assert!(error.to_string().contains(&core.to_string()), "{error}");
     }
 }
 

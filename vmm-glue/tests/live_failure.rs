@@ -267,6 +267,15 @@ fn a_full_disk() {
         assert!(offset.0 > 0 && error.to_string().contains(&offset.to_string()), "{error}");
         assert_eq!(live::names(disk.0.path()), [""; 0]);
         live::progress(&vcpus, &image, 10);
+        // A symlink from a disk with room to this one, and the other way round.
+        let roomy = tempfile::tempdir().unwrap();
+        let [here, there] = [roomy.path().join("to-small"), disk.0.path().join("to-roomy")];
+        std::os::unix::fs::symlink(&path, &here).unwrap();
+        std::os::unix::fs::symlink(roomy.path().join("live.mr"), &there).unwrap();
+        let error = snapshot_live(&vcpus, &host(), &here, &LiveOptions::default()).unwrap_err();
+        assert!(matches!(&error, LiveError::Space { path, .. } if *path == here), "{error}");
+        live::snapshot(&vcpus, &there, &LiveOptions::default()).unwrap();
+        assert!(here.is_symlink() && there.is_symlink() && roomy.path().join("live.mr").is_file());
     }
     live::finish(&vcpus, &image, &bus, &KIND);
 }

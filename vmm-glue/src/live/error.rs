@@ -49,7 +49,10 @@ pub enum LiveError {
     #[error(transparent)]
     Regions(#[from] MemoryError),
     /// The file would not fit.
-    #[error("{}: up to {needed} bytes are needed, and {available} are free", path.display())]
+    #[error(
+        "{}: up to {needed} bytes are needed, and {available} are free: make room, or, if much of the memory is zero, do without this check",
+        path.display()
+    )]
     Space {
         /// The file.
         path: PathBuf,
@@ -61,7 +64,7 @@ pub enum LiveError {
     /// The file system does not say how much is free.
     #[error("{}: asking for the free space failed: {errno}", path.display())]
     Statistics {
-        /// The directory.
+        /// The file.
         path: PathBuf,
         /// What the kernel said.
         errno: Errno,
