@@ -177,6 +177,10 @@ fn survives(words: &[u64], config: MachineConfig) {
     common::assert_same_state(&saved, &wanted);
     let recoded = recoded(&saved);
     assert_eq!(recoded, saved);
+    // What few processors have.
+    let mut rare = saved.clone();
+    rare.vcpus[0].ssp = Some(words[2]);
+    assert_eq!(self::recoded(&rare), rare);
     host.check(&kvm, &recoded).unwrap();
     let second = machine(&kvm, config);
     let begun = Instant::now();

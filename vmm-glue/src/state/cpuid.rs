@@ -113,6 +113,11 @@ pub(super) fn extended_state(entries: &[kvm_cpuid_entry2]) -> u64 {
     leaf.map_or(0, |leaf| u64::from(leaf.edx) << 32 | u64::from(leaf.eax)) | 3
 }
 
+/// Whether the guest can have shadow stacks.
+pub(super) fn has_shadow_stacks(entries: &[kvm_cpuid_entry2]) -> bool {
+    entries.iter().any(|entry| entry.function == 7 && entry.index == 0 && entry.ecx >> 7 & 1 == 1)
+}
+
 /// The interface other than KVM's own that a vCPU shows, whose state is not saved. (The leaves that are left to
 /// hypervisors: Linux Documentation/virt/kvm/x86/cpuid.rst, Hyper-V TLFS 2.4, Xen public/arch-x86/cpuid.h.)
 pub(super) fn other_hypervisor(entries: &[kvm_cpuid_entry2]) -> Option<&'static str> {

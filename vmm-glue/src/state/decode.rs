@@ -106,7 +106,8 @@ impl VcpuState {
     /// # Errors
     /// If something is missing, of another kind, or not known here.
     pub fn from_section(id: u32, value: &Value<'_>) -> Result<VcpuState, StateError> {
-        const SUBSECTIONS: [&str; 4] = ["kvm-vcpu/sregs2", "kvm-vcpu/tsc_khz", "kvm-vcpu/tsc_offset", "kvm-vcpu/lapic"];
+        const SUBSECTIONS: [&str; 5] =
+            ["kvm-vcpu/sregs2", "kvm-vcpu/tsc_khz", "kvm-vcpu/tsc_offset", "kvm-vcpu/lapic", "kvm-vcpu/ssp"];
         check(value, VCPU, &SUBSECTIONS)?;
         let leaf = |leaf: [u64; 7]| -> Result<kvm_cpuid_entry2, StateError> {
             let [function, index, flags, eax, ebx, ecx, edx] = leaf.map(|word| word & u64::from(u32::MAX)).map(low);
@@ -152,6 +153,7 @@ impl VcpuState {
             mp_state: Record::read(value.field("mp_state")?)?,
             msrs: groups::<2>(value.field("msrs")?)?.into_iter().map(msr).collect::<Result<_, _>>()?,
             lapic: value.get(SUBSECTIONS[3]).map(lapic).transpose()?,
+            ssp: optional(value, SUBSECTIONS[4], "ssp")?,
         })
     }
 }
