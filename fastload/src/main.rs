@@ -41,6 +41,8 @@ enum Command {
     Load(Box<commands::load::Load>),
     Serve(Box<commands::serve::Serve>),
     Capture(commands::capture::Capture),
+    #[command(hide = true)]
+    StandBy(commands::load::StandBy),
 }
 
 fn main() -> ExitCode {
@@ -52,6 +54,7 @@ fn main() -> ExitCode {
         Command::Load(load) => load.run(),
         Command::Serve(serve) => serve.run(),
         Command::Capture(capture) => capture.run(),
+        Command::StandBy(stand_by) => stand_by.run(),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

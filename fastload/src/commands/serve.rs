@@ -1,7 +1,7 @@
 //! `fastload serve`: feeds a QEMU that waits for a migration.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use page_source::postcopy::{Address, Options, Phase};
 use page_units::PageSize;
@@ -62,14 +62,18 @@ impl Serve {
         options.background = !self.no_background;
         options.preempt = self.preempt;
         let server = image.server(&page_sizes, options)?;
-        let recover = format!(
+        let mut recover = format!(
             "(QMP migrate-recover, then) fastload serve {}{} --to ADDRESS --recover{}",
             serving::quoted(&self.snapshot),
             self.offset.words(),
             if self.preempt { " --preempt" } else { "" },
         );
+        for (block, size) in &self.page_size {
+            recover.push_str(&format!(" --page-size {}={}", serving::quoted(Path::new(block)), size.bytes().0));
+        }
+        serving::interrupts(server.control(), recover.clone())?;
         let mut told = self.json || self.recover;
-        let report = serving::attend(&image, server, &self.to, self.recover, &recover, |control| {
+        let report = serving::attend(&image, server, &self.to, self.recover, |control| {
             std::thread::park_timeout(serving::MOMENT);
             if !told && control.progress().phase >= Phase::Started {
                 told = true;
