@@ -19,6 +19,7 @@ mod diagnose;
 mod error;
 mod header;
 mod identity;
+mod marks;
 mod open;
 mod parse;
 mod snapshot;

@@ -4,7 +4,6 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use page_units::{BlockId, ByteLen, FileOffset, Layout, PageCount, PageIndex, PageRun};
 use parking_lot::Mutex;
@@ -14,6 +13,7 @@ use whole_file::WholeFile;
 
 use crate::behind::Behind;
 use crate::header::{BlockHeader, bitmap_len};
+use crate::marks::Marks;
 use crate::{BlockFile, CreateError, OpenError, Snapshot};
 
 /// The number of the RAM section. Not 0, which QEMU gives to what has none yet.
@@ -31,7 +31,7 @@ pub struct Writer {
     machine: String,
     layout: Layout,
     blocks: Vec<BlockFile>,
-    bitmaps: Vec<Box<[AtomicU64]>>,
+    bitmaps: Vec<Marks>,
     /// Where the stream goes on behind the last block's pages.
     ram_end: FileOffset,
     behind: Behind,
@@ -82,9 +82,7 @@ impl Writer {
         // With no block at all, the stream goes on right there.
         pieces.push((at, std::mem::take(&mut bytes)));
         let ram_end = pieces.last().map(|(at, bytes)| FileOffset(at.0 + bytes.len() as u64)).unwrap_or_default();
-        let bitmaps =
-            layout.blocks().iter().map(|ram| (0..ram.pages().0.div_ceil(64)).map(|_| AtomicU64::new(0)).collect());
-        let bitmaps = bitmaps.collect();
+        let bitmaps = layout.blocks().iter().map(|ram| Marks::new(ram.pages())).collect();
 
         let unpublished = WholeFile::create(&path)?;
         let opening = |error| CreateError::Io { path: path.clone(), what: "opening it again", error };
@@ -133,7 +131,7 @@ impl Writer {
 
     /// Says that the content of a run was written: it starts on its way to the disk. Pages that do not exist are ignored.
     pub fn mark_stored(&self, run: PageRun) {
-        self.mark(run, |word, bits| word.fetch_or(bits, Ordering::Release));
+        self.mark(run, Marks::set);
         if let Some(offset) = self.data_offset(run) {
             self.behind.written(&self.file, offset, run.len());
         }
@@ -141,7 +139,7 @@ impl Writer {
 
     /// Says that the pages of a run are zero, whatever was written before. Pages that do not exist are ignored.
     pub fn mark_zero(&self, run: PageRun) {
-        self.mark(run, |word, bits| word.fetch_and(!bits, Ordering::Release));
+        self.mark(run, Marks::clear);
     }
 
     /// Writes the content of a run and marks it as stored. `bytes` must be as long as the run.
@@ -156,7 +154,7 @@ impl Writer {
         Ok(())
     }
 
-    fn mark(&self, run: PageRun, change: impl Fn(&AtomicU64, u64) -> u64) {
+    fn mark(&self, run: PageRun, change: impl Fn(&Marks, PageIndex, u64)) {
         let Some(bitmap) = self.bitmaps.get(run.block.0 as usize).filter(|_| self.layout.contains(run)) else {
             return;
         };
@@ -165,9 +163,7 @@ impl Writer {
             let bit = rest.first.0 % 64;
             let (now, later) = rest.split_at(PageCount(64 - bit));
             let bits = u64::MAX >> (64 - now.pages.0) << bit;
-            if let Some(word) = usize::try_from(now.first.0 / 64).ok().and_then(|index| bitmap.get(index)) {
-                change(word, bits);
-            }
+            change(bitmap, now.first, bits);
             rest = later;
         }
     }
@@ -175,16 +171,13 @@ impl Writer {
     /// How many pages of a block are marked as stored.
     #[must_use]
     pub fn stored_pages(&self, block: BlockId) -> PageCount {
-        let words = self.bitmaps.get(block.0 as usize).map(AsRef::as_ref).unwrap_or_default();
-        PageCount(words.iter().map(|word| u64::from(word.load(Ordering::Acquire).count_ones())).sum())
+        self.bitmaps.get(block.0 as usize).map(Marks::count).unwrap_or_default()
     }
 
     /// Whether a page is marked as stored.
     #[must_use]
     pub fn is_stored(&self, block: BlockId, page: PageIndex) -> bool {
-        let words = self.bitmaps.get(block.0 as usize).map(AsRef::as_ref).unwrap_or_default();
-        let word = usize::try_from(page.0 / 64).ok().and_then(|index| words.get(index));
-        word.is_some_and(|word| word.load(Ordering::Acquire) >> (page.0 % 64) & 1 == 1)
+        self.bitmaps.get(block.0 as usize).is_some_and(|bitmap| bitmap.is_set(page))
     }
 
     /// Writes bitmaps and device state, makes the file durable and publishes it, replacing what had its name. Every
@@ -208,8 +201,10 @@ impl Writer {
         let state_at = self.ram_end.0.saturating_add(end.len() as u64);
         write(device_state, state_at, "writing the device state")?;
         for (block, bitmap) in self.blocks.iter().zip(&self.bitmaps) {
-            let bytes: Vec<u8> = bitmap.iter().flat_map(|word| word.load(Ordering::Acquire).to_le_bytes()).collect();
-            write(&bytes, block.bitmap_offset.0, "writing a bitmap")?;
+            // The file is new: what nobody writes is a hole, which reads as zero.
+            for (from, bytes) in bitmap.pieces() {
+                write(&bytes, block.bitmap_offset.0.saturating_add(from.0), "writing a bitmap")?;
+            }
         }
         // What our own reader refuses, nobody should be given.
         Snapshot::open(unpublished.temporary_path())

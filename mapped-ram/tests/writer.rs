@@ -210,3 +210,41 @@ fn zero_pages_are_holes_and_cost_nothing() {
     assert_eq!(snapshot.load_run_at(BlockId(0), PageIndex(0), pages).unwrap(), (false, pages));
     assert_eq!(snapshot.known_run_at(BlockId(0), PageIndex(5)), Some((false, PageCount(pages.0 - 5))));
 }
+
+#[test]
+fn terabytes_that_are_zero_cost_nothing() {
+    use std::os::unix::fs::MetadataExt;
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("snapshot");
+    // As much as fits into a file of ext4, whose end is at 16 TiB; the bitmap alone would be 511 MiB.
+    let pages = PageCount(((16 << 40) - (1 << 30)) / PAGE_SIZE);
+    let writer = Writer::create(&path, &Configuration::new("m"), layout(&[("ram", pages.0)])).unwrap();
+    let stored = [0, 1, 63, 64, (1 << 15) - 1, 1 << 15, 1 << 31, pages.0 - 1];
+    for page in stored {
+        let fill = u8::try_from(page % 251).unwrap() + 1;
+        writer.write(PageRun::single(BlockId(0), PageIndex(page)), &[fill; 4096]).unwrap();
+    }
+    writer.mark_zero(PageRun::new(BlockId(0), PageIndex(1 << 31), PageCount(1)));
+    writer.finish(&device_state()).unwrap();
+
+    let metadata = std::fs::metadata(&path).unwrap();
+    assert!(metadata.blocks() * 512 < 1 << 20, "{} bytes on disk", metadata.blocks() * 512);
+    let snapshot = Snapshot::open(&path).unwrap();
+    let mut found = Vec::new();
+    let mut rest = PageRun::new(BlockId(0), PageIndex(0), pages);
+    while !rest.is_empty() {
+        let (stored, pages) = snapshot.load_run_at(BlockId(0), rest.first, rest.pages).unwrap();
+        let (run, later) = rest.split_at(pages);
+        if stored {
+            found.extend(run.first.0..run.first.0 + run.pages.0);
+        }
+        rest = later;
+    }
+    let expected: Vec<u64> = stored.into_iter().filter(|page| *page != 1 << 31).collect();
+    assert_eq!(found, expected);
+    for page in found {
+        let at = snapshot.page_offset(BlockId(0), PageIndex(page)).unwrap();
+        let fill = u8::try_from(page % 251).unwrap() + 1;
+        assert!(snapshot.read(at..at + ByteLen(4096)).unwrap() == [fill; 4096], "{page}");
+    }
+}
