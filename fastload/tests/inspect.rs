@@ -1,5 +1,6 @@
 //! `fastload inspect` on real files.
 
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Command, Output};
 
@@ -102,9 +103,14 @@ fn damaged_files_are_shown_with_warnings() {
     let path = sample.unpack(directory.path()).unwrap();
     let size = std::fs::metadata(&path).unwrap().len();
     let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+    let whole = printed(&inspect(&path, &["--json"]));
     let warnings = |length: u64, expected: &str| {
         file.set_len(length).unwrap();
         let report = printed(&inspect(&path, &["--json"]));
+        for (now, before) in report["blocks"].as_array().unwrap().iter().zip(whole["blocks"].as_array().unwrap()) {
+            assert_eq!(now, before, "the bitmaps are all there");
+        }
+        assert!(!report["warnings"].to_string().contains("it was truncated"), "said twice: {}", report["warnings"]);
         assert_eq!(report["machine"], sample.golden["machine"]);
         assert!(report["warnings"].to_string().contains(expected), "{}", report["warnings"]);
     };
@@ -114,4 +120,24 @@ fn damaged_files_are_shown_with_warnings() {
     warnings(20 << 20, "truncated page area: RAM block \\\"pc.ram\\\"");
     file.set_len(90).unwrap();
     refused(&inspect(&path, &["--json"]));
+}
+
+#[test]
+fn check_names_the_file_once() {
+    let directory = tempfile::tempdir().unwrap();
+    let all = samples::stripped();
+    let sample = all.iter().find(|sample| sample.name == "q10-pc-32-plain.mr").unwrap();
+    let path = sample.unpack(directory.path()).unwrap();
+    let report = printed(&inspect(&path, &["--json"]));
+    let blocks = report["blocks"].as_array().unwrap();
+    let rom = blocks.iter().find(|block| block["name"] == "pc.rom").unwrap();
+    assert_eq!(rom["length"], 32 * 4096, "the bitmap has bits to spare");
+    let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+    file.write_all_at(&[1], rom["bitmap_offset"].as_u64().unwrap() + 5).unwrap();
+    let checked = Command::new(env!("CARGO_BIN_EXE_fastload")).arg("check").arg(&path).output().unwrap();
+    assert_eq!(checked.status.code(), Some(1));
+    let error = String::from_utf8(checked.stderr).unwrap();
+    let name = path.display().to_string();
+    assert!(error.contains("beyond the block's last page"), "{error}");
+    assert_eq!(error.matches(&name).count(), 1, "{error}");
 }

@@ -5,9 +5,10 @@ use std::os::unix::fs::FileExt;
 
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
-use page_units::{BlockId, FileOffset};
+use page_units::{BlockId, FileOffset, PageCount};
 
-use crate::{Snapshot, Warning};
+use crate::bitmap::Bitmap;
+use crate::{PageError, Snapshot, Warning};
 
 /// How much is read in one go.
 const STEP: usize = 1 << 20;
@@ -26,7 +27,16 @@ impl Snapshot {
                 Ok(pages) => stored += pages.0,
                 Err(error) => {
                     stored += 1;
-                    warnings.push(Warning::Bitmap { what: error.to_string() });
+                    let said = |warning: &Warning| match (warning, &error) {
+                        (
+                            Warning::TruncatedPages { block: truncated, .. },
+                            PageError::BeyondFile { block: beyond, .. },
+                        ) => truncated == beyond,
+                        _ => false,
+                    };
+                    if !warnings.iter().any(said) {
+                        warnings.push(Warning::Bitmap { what: error.to_string() });
+                    }
                 }
             }
         }
@@ -40,6 +50,22 @@ impl Snapshot {
             }
         }
         Ok(warnings)
+    }
+
+    /// How many pages the bitmap of a block marks as stored, even those that a truncated file does not have. Of a block
+    /// that is not in the file, none. Reads the block's whole bitmap.
+    ///
+    /// # Errors
+    /// If the bitmap can't be read or has bits beyond the block.
+    pub fn marked_pages(&self, block: BlockId) -> Result<PageCount, PageError> {
+        let stored = self.stored_pages(block);
+        match (&stored, self.block(block).zip(self.layout().get(block))) {
+            (Err(PageError::BeyondFile { .. }), Some((place, ram))) => {
+                let bitmap = Bitmap::new(place.bitmap_offset, ram.pages(), u64::MAX);
+                bitmap.count(self.file()).map_err(|error| self.page_error(block, error))
+            }
+            _ => stored,
+        }
     }
 
     /// The first byte of a block's pages that is not zero, whatever the bitmap says. Holes are passed over.

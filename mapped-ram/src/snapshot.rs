@@ -309,7 +309,7 @@ impl Snapshot {
         self.bitmaps.get(block.0 as usize)?.as_ref()
     }
 
-    fn page_error(&self, block: BlockId, error: BitmapError) -> PageError {
+    pub(crate) fn page_error(&self, block: BlockId, error: BitmapError) -> PageError {
         let path = self.path.clone();
         let name = self.layout.get(block).map(|ram| ram.name().to_owned()).unwrap_or_default();
         match error {

@@ -75,6 +75,13 @@ impl Check {
         if let Some(what) = contents::changed(&snapshot)? {
             findings.problems.push(format!("{what} changed while the file was checked"));
         }
+        // Many errors name the file, which is said anyway.
+        let named = format!("{}: ", self.file.display());
+        for problem in &mut findings.problems {
+            if let Some(what) = problem.strip_prefix(&named) {
+                *problem = what.to_owned();
+            }
+        }
         findings.ok = findings.problems.is_empty();
         output::print(&if self.json { serde_json::to_string_pretty(&findings)? + "\n" } else { findings.text() })?;
         match findings.problems.as_slice() {

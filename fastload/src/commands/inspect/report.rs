@@ -28,7 +28,7 @@ struct Block {
     page_size: u64,
     bitmap_offset: u64,
     pages_offset: u64,
-    /// `None` if the bitmap can't be used.
+    /// What the bitmap says, even of pages that a truncated file does not have; `None` if it can't be used.
     stored_pages: Option<u64>,
     zero_pages: Option<u64>,
     /// Whether the file has the block's content: not with x-ignore-shared, if the memory is shared.
@@ -52,7 +52,7 @@ impl Report {
         for ((id, ram), file) in snapshot.layout().iter().map(|block| (block, snapshot.block(block.0))) {
             let Some(file) = file else { continue };
             let pages = if file.in_file { ram.pages().0 } else { 0 };
-            let stored = snapshot.stored_pages(id).ok().map(|stored| stored.0);
+            let stored = snapshot.marked_pages(id).ok().map(|stored| stored.0);
             blocks.push(Block {
                 name: ram.name().to_owned(),
                 length: ram.length().0,
