@@ -47,8 +47,14 @@ pub enum OpenErrorKind {
     #[error("{0}")]
     Stream(#[from] StreamError),
     /// The description of the device state is not what QEMU writes.
-    #[error("{0}")]
-    Description(#[from] DescError),
+    #[error("{error} (the description begins at offset {at})")]
+    Description {
+        /// Where its text begins.
+        at: FileOffset,
+        /// What is wrong, by its position in the text.
+        #[source]
+        error: DescError,
+    },
     /// The RAM blocks can't be.
     #[error("{0}")]
     Layout(#[from] LayoutError),

@@ -70,8 +70,14 @@ impl<'a> Parser<'a> {
         if let Some(text) = &text {
             match VmDesc::parse(&text.value) {
                 Ok(vmdesc) => parts.vmdesc = Some(vmdesc),
-                Err(error) if damaged => parts.warnings.push(Warning::Incomplete { what: error.to_string() }),
-                Err(error) => return Err(error.into()),
+                Err(error) => {
+                    let at = FileOffset(text.range.end.0.saturating_sub(text.value.len() as u64));
+                    let error = OpenErrorKind::Description { at, error };
+                    if !damaged {
+                        return Err(error);
+                    }
+                    parts.warnings.push(Warning::Incomplete { what: error.to_string() });
+                }
             }
             parts.end = text.range.end;
         }
@@ -169,7 +175,7 @@ impl<'a> Parser<'a> {
                     if !self.damaged {
                         return Err(OpenErrorKind::RamLength { at: record, total, sum });
                     }
-                    self.parts.warnings.push(Warning::RamLengthDisagrees { total, sum });
+                    self.parts.warnings.push(Warning::RamLengthDisagrees { at: record, total, sum });
                     self.reader.seek_to(record)?;
                     break;
                 }

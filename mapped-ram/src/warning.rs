@@ -28,6 +28,8 @@ pub enum Warning {
     },
     /// The blocks are not as long as the list says.
     RamLengthDisagrees {
+        /// The block that is too long, or what is there instead of one.
+        at: FileOffset,
         /// What the list says.
         total: ByteLen,
         /// The sum of the blocks.
@@ -79,9 +81,10 @@ impl fmt::Display for Warning {
                 f,
                 "truncated page area: RAM block \"{block}\" needs the file up to offset {needed}, but it ends at {actual}"
             ),
-            Warning::RamLengthDisagrees { total, sum } => {
-                write!(f, "lengths disagree: the RAM section announces {total} bytes, its blocks have {sum}")
-            }
+            Warning::RamLengthDisagrees { at, total, sum } => write!(
+                f,
+                "at offset {at}: lengths disagree: the RAM section announces {total} bytes, its blocks have {sum}"
+            ),
             Warning::TrailingBytes { at, length } => {
                 write!(
                     f,

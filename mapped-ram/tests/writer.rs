@@ -248,3 +248,25 @@ fn terabytes_that_are_zero_cost_nothing() {
         assert!(snapshot.read(at..at + ByteLen(4096)).unwrap() == [fill; 4096], "{page}");
     }
 }
+
+#[test]
+fn errors_tell_where_in_the_file() {
+    use std::os::unix::fs::FileExt;
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("snapshot");
+    let writer = Writer::create(&path, &Configuration::new("m"), layout(&[("ram", 1)])).unwrap();
+    writer.finish(&device_state()).unwrap();
+    let file = std::fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
+    let mut bytes = vec![0; usize::try_from(file.metadata().unwrap().len()).unwrap()];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    // The text is all that is behind the last zero, but for the rest of its length.
+    let text = bytes.iter().rposition(|byte| *byte == 0).unwrap();
+    let text = text + bytes[text..].iter().position(|byte| *byte == b'{').unwrap();
+    file.write_all_at(b"{!", text as u64).unwrap();
+    let error = Snapshot::open(&path).unwrap_err().to_string();
+    assert!(error.contains(&format!("begins at offset {text:#x})")), "{error}");
+    file.write_all_at(b"{\"", text as u64).unwrap();
+    file.write_all_at(&[0, 0, 0, 9], 4).unwrap();
+    let error = Snapshot::open(&path).unwrap_err().to_string();
+    assert!(error.contains("at offset 0x4: version 9"), "{error}");
+}

@@ -32,8 +32,10 @@ pub enum StreamError {
         at: FileOffset,
     },
     /// A version of the stream other than 3.
-    #[error("version {version} of the migration stream, only version 3 is known")]
+    #[error("at offset {at}: version {version} of the migration stream, only version 3 is known")]
     Version {
+        /// Where the version is.
+        at: FileOffset,
         /// The version.
         version: u32,
     },

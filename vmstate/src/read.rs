@@ -71,9 +71,10 @@ impl<R: Read> StreamReader<R> {
             Ok(_) | Err(StreamError::Truncated { .. }) => return Err(StreamError::NoMagic { at }),
             Err(error) => return Err(error),
         }
+        let at = self.position();
         let version = self.wire.u32("the header")?;
         if version != VERSION {
-            return Err(StreamError::Version { version });
+            return Err(StreamError::Version { at, version });
         }
         self.state = State::Parts;
         Ok(Event::Header)

@@ -18,7 +18,7 @@ use vmstate::{
 
 /// Reads a plain stream and writes it again, part by part. `vmdesc` tells how long the devices' sections are.
 fn copy<R: Read>(from: R, vmdesc: &VmDesc, to: impl Write) -> Result<u64, StreamError> {
-    let written = |_: WriteError| StreamError::Version { version: 0 };
+    let written = |_: WriteError| StreamError::Version { at: FileOffset(4), version: 0 };
     let mut from = StreamReader::new(from, FileOffset(0));
     let mut to = StreamWriter::new(to);
     let (mut records, mut again) = (RecordReader::new(), RecordWriter::new());
