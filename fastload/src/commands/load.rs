@@ -88,7 +88,8 @@ impl Load {
             return self.recover(begun, &image);
         }
         let mut qmp = Qmp::connect(&self.qmp, PATIENCE)?;
-        let done = self.ready(&mut qmp, &image).and_then(|(server, waiting)| self.serve(begun, &image, server, waiting));
+        let done =
+            self.ready(&mut qmp, &image).and_then(|(server, waiting)| self.serve(begun, &image, server, waiting));
         if done.is_err() {
             // It may be needed by whom we leave behind.
             qmp.leave_open();
@@ -126,13 +127,7 @@ impl Load {
         Ok((server, waiting))
     }
 
-    fn serve(
-        &self,
-        begun: Instant,
-        image: &Image,
-        server: Server,
-        mut waiting: Waiting<'_>,
-    ) -> Result<(), Failure> {
+    fn serve(&self, begun: Instant, image: &Image, server: Server, mut waiting: Waiting<'_>) -> Result<(), Failure> {
         let connecting = Instant::now();
         let (paused, uri) = (waiting.paused, waiting.uri());
         let mut running: Option<Instant> = None;

@@ -46,7 +46,9 @@ impl Keeper {
 pub(super) fn start(qmp: &Qmp, uri: &str) -> Option<Keeper> {
     let started = Keeper::start(qmp, uri);
     started.unwrap_or_else(|error| {
-        serving::note(&format!("should this be killed, QEMU may not be heard again: a process can't be started: {error}"));
+        serving::note(&format!(
+            "should this be killed, QEMU may not be heard again: a process can't be started: {error}"
+        ));
         None
     })
 }

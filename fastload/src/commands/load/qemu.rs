@@ -195,3 +195,84 @@ fn userfaultfd(error: QmpError) -> Failure {
     }
     error.into()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader, Write};
+    use std::os::unix::net::UnixStream;
+    use std::path::Path;
+    use std::thread::{self, JoinHandle};
+
+    use serde_json::Value;
+
+    use super::super::recover;
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(20);
+
+    /// A QEMU whose migration is in these states, one after the other, and stays in the last, or ends after it. The other
+    /// commands that it was given.
+    fn qemu(states: &'static [&'static str], ends: bool) -> (Qmp, JoinHandle<Vec<String>>) {
+        let (near, far) = UnixStream::pair().unwrap();
+        let commands = thread::spawn(move || {
+            let (mut to, mut at, mut commands) = (&far, 0, Vec::new());
+            writeln!(to, "{}", json!({"QMP": {"version": {"qemu": {"major": 11}}, "capabilities": ["oob"]}})).unwrap();
+            for line in BufReader::new(&far).lines().map_while(Result::ok) {
+                let command: Value = serde_json::from_str(&line).unwrap();
+                let name = command["execute"].as_str().unwrap();
+                let answer = match name {
+                    "query-migrate" if at == states.len() && ends => break,
+                    "query-migrate" => {
+                        let state = states[at.min(states.len() - 1)];
+                        at += 1;
+                        json!({"status": state})
+                    }
+                    "query-migrate-capabilities" => json!([{"capability": "postcopy-ram", "state": true}]),
+                    _ => {
+                        commands.push(format!("{name} {}", states[at.saturating_sub(1).min(states.len() - 1)]));
+                        json!({})
+                    }
+                };
+                writeln!(to, "{}", json!({"return": answer, "id": command["id"]})).unwrap();
+            }
+            commands
+        });
+        (Qmp::over(near, LONG).unwrap(), commands)
+    }
+
+    fn fate_of(states: &'static [&'static str], ends: bool) -> Fate {
+        let (mut qmp, commands) = qemu(states, ends);
+        let beside = Beside::of(Path::new("/tmp/qmp")).unwrap();
+        let fate = Waiting::over(&mut qmp, &beside, false, false, Capabilities::default()).fate();
+        drop(qmp);
+        commands.join().unwrap();
+        fate
+    }
+
+    #[test]
+    fn a_qemu_that_was_about_to_start_its_guest_ends() {
+        // As QEMU 10.0 says it, and QEMU 10.2.
+        for state in
+            [&["postcopy-active"; 3] as &[&str], &["postcopy-device"; 3], &["postcopy-device", "failing", "failed"]]
+        {
+            assert_eq!(fate_of(state, true), Fate::Ended, "{state:?}");
+        }
+        assert_eq!(fate_of(&["postcopy-device", "postcopy-active", "postcopy-paused"], false), Fate::Waits);
+        // What does not come to an end is not called one that waits for us.
+        assert_eq!(fate_of(&["postcopy-device"], false), Fate::Unknown);
+        assert_eq!(fate_of(&["failed"], false), Fate::Other("the migration is failed".into()));
+    }
+
+    #[test]
+    fn a_recovery_waits_until_the_devices_are_loaded() {
+        let (mut qmp, commands) =
+            qemu(&["postcopy-device", "postcopy-device", "postcopy-active", "postcopy-paused"], false);
+        let beside = Beside::of(Path::new("/tmp/qmp")).unwrap();
+        assert!(recover::listen(&mut qmp, &beside, None).is_ok());
+        drop(qmp);
+        let commands = commands.join().unwrap();
+        assert_eq!(commands[1..], ["migrate-pause postcopy-active", "migrate-recover postcopy-paused"]);
+        let (mut qmp, _) = qemu(&["postcopy-device"], true);
+        assert!(recover::listen(&mut qmp, &beside, None).is_err());
+    }
+}
