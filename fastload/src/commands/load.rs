@@ -42,6 +42,8 @@ const ANSWER: Duration = Duration::from_secs(3);
 
 If `fastload load` is killed after the guest was started, the guest waits for the pages it misses, until:
   fastload load vm.snap --qmp /run/vm.qmp --recover
+That works although a guest that waits may hold up QEMU's main thread, and its monitor with it: a second process of this
+program stands by meanwhile, and a note (.fastload-*.json) lies beside the QMP socket. Kill both, and it depends on the guest.
 Ctrl-C (or SIGTERM, or SIGHUP) once the guest runs sends the rest, then ends; a second one leaves at once.")]
 pub(crate) struct Load {
     /// A file that QEMU saved with the capability mapped-ram.
