@@ -18,6 +18,7 @@ use serde_json::json;
 
 pub(crate) use self::beside::{Beside, Note};
 use self::check::Compared;
+use self::keeper::Keeper;
 pub(crate) use self::keeper::StandBy;
 pub(crate) use self::qemu::Waiting;
 use super::serving::{self, Fate, Image};
@@ -137,7 +138,7 @@ impl Load {
         let served = serving::attend(image, server, &waiting.address.clone(), self.recover, |control| {
             if !kept {
                 kept = true;
-                keeper = keeper::start(waiting.qmp, &uri);
+                keeper = Keeper::start(waiting.qmp, &uri);
             }
             if self.recover {
                 return Ok(false);
@@ -160,7 +161,7 @@ impl Load {
         let lost = |failure: &Failure| matches!(failure.downcast_ref(), Some(error) if ServeError::started(error) == Started::No);
         if served.as_ref().map_or_else(lost, |_| true) {
             // There is nothing to recover.
-            keeper.into_iter().for_each(keeper::Keeper::dismiss);
+            keeper.into_iter().for_each(Keeper::dismiss);
             waiting.forget();
         }
         if !self.recover && running.is_none() && served.is_ok() {

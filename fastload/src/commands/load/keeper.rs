@@ -3,10 +3,11 @@
 //! nobody else is heard any more.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use fastload_qmp::Qmp;
@@ -16,41 +17,46 @@ use crate::commands::{Failure, serving};
 /// How long QEMU may take to notice that its connection is gone.
 const NOTICE: Duration = Duration::from_secs(10);
 
-/// The process. It stays if this one ends, however that is.
+/// The process, which is made by a thread: that takes longer than a guest's start. It stays if this one ends, however
+/// that is.
 #[derive(Debug)]
-pub(super) struct Keeper(Child);
+pub(super) struct Keeper(JoinHandle<Option<Child>>);
 
 impl Keeper {
-    /// Starts it; nothing if this QEMU does not know commands out of band.
-    fn start(qmp: &Qmp, uri: &str) -> io::Result<Option<Keeper>> {
+    /// Starts it. Nothing if this QEMU does not know commands out of band; that there can't be such a process is said.
+    pub(super) fn start(qmp: &Qmp, uri: &str) -> Option<Keeper> {
         if !qmp.is_out_of_band() {
-            return Ok(None);
+            return None;
         }
-        // This very program, even if there is another one under its name by now.
-        let mut command = Command::new("/proc/self/exe");
-        command.arg0("fastload").arg("stand-by").arg(uri);
-        // Its input ends with us. Ctrl-C is not for it.
-        command.stdin(Stdio::piped()).stdout(qmp.share()?).stderr(Stdio::null()).process_group(0);
-        Ok(Some(Keeper(command.spawn()?)))
+        let failed = |error: &io::Error| {
+            serving::note(&format!(
+                "should this be killed, QEMU may not be heard again: no process can stand by: {error}"
+            ));
+        };
+        let connection = qmp.share().inspect_err(failed).ok()?;
+        let uri = uri.to_owned();
+        let thread = thread::Builder::new().name("stand-by".into());
+        let thread = thread.spawn(move || spawn(connection, &uri).inspect_err(failed).ok());
+        thread.inspect_err(failed).ok().map(Keeper)
     }
 
     /// It is not needed: the guest has everything, or is gone.
-    pub(super) fn dismiss(mut self) {
-        // Fails only if it has ended.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+    pub(super) fn dismiss(self) {
+        if let Ok(Some(mut process)) = self.0.join() {
+            // Fails only if it has ended.
+            let _ = process.kill();
+            let _ = process.wait();
+        }
     }
 }
 
-/// Starts one, and goes on without if there can't be one.
-pub(super) fn start(qmp: &Qmp, uri: &str) -> Option<Keeper> {
-    let started = Keeper::start(qmp, uri);
-    started.unwrap_or_else(|error| {
-        serving::note(&format!(
-            "should this be killed, QEMU may not be heard again: a process can't be started: {error}"
-        ));
-        None
-    })
+fn spawn(connection: OwnedFd, uri: &str) -> io::Result<Child> {
+    // This very program, even if there is another one under its name by now.
+    let mut command = Command::new("/proc/self/exe");
+    command.arg0("fastload").arg("stand-by").arg(uri);
+    // Its input ends with us. Ctrl-C is not for it.
+    command.stdin(Stdio::piped()).stdout(connection).stderr(Stdio::null()).process_group(0);
+    command.spawn()
 }
 
 /// Wait for the end of the process that began this one. Not for people.

@@ -6,8 +6,9 @@ use fastload_qmp::{Qmp, QmpError};
 use page_source::postcopy::{Address, ServeError, Server};
 
 use super::beside::{Beside, Note};
+use super::keeper::Keeper;
 use super::qemu::{self, Waiting};
-use super::{ANSWER, Load, PATIENCE, Times, check, keeper, recover};
+use super::{ANSWER, Load, PATIENCE, Times, check, recover};
 use crate::commands::Failure;
 use crate::commands::serving::{self, Fate, Image};
 
@@ -97,7 +98,7 @@ impl Load {
         let (mut answering, mut keeper) = (None, None);
         let served = serving::attend(image, server, &address, true, |_| {
             let Ok(qmp) = Qmp::connect(&self.qmp, TRIED) else { return Ok(true) };
-            keeper = keeper::start(&qmp, &beside.uri());
+            keeper = Keeper::start(&qmp, &beside.uri());
             answering = Some(qmp);
             Ok(false)
         });
@@ -108,7 +109,7 @@ impl Load {
                 return Err(self.explain(failure, beside));
             }
         };
-        keeper.into_iter().for_each(keeper::Keeper::dismiss);
+        keeper.into_iter().for_each(Keeper::dismiss);
         let mut qmp = answering.map_or_else(|| Qmp::connect(&self.qmp, PATIENCE), Ok)?;
         qmp.set_limit(PATIENCE);
         let mut waiting = Waiting::recovered(&mut qmp, beside, note.preempt, Some(note))?;
