@@ -68,6 +68,8 @@ pub(crate) struct StandBy {
 
 impl StandBy {
     pub(crate) fn run(&self) -> Result<(), Failure> {
+        // Whoever asks all processes of a service to end, asks the other one, which may need a while.
+        ctrlc::set_handler(|| {})?;
         io::copy(&mut io::stdin().lock(), &mut io::sink())?;
         let socket = UnixStream::from(io::stdout().as_fd().try_clone_to_owned()?);
         Ok(fastload_qmp::recover(socket, &self.uri, NOTICE)?)

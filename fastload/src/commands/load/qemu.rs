@@ -52,6 +52,13 @@ impl<'a> Waiting<'a> {
     ) -> Result<Waiting<'a>, Failure> {
         let state = qmp.run_state()?;
         let (migration, _) = qmp.migration()?;
+        if state == "inmigrate" && migration == "setup" {
+            return Err(
+                "QEMU listens for a migration already (since a load that was killed, perhaps): start it anew with \
+                        -incoming defer, or feed it with `fastload serve`"
+                    .into(),
+            );
+        }
         if state != "inmigrate" || migration != "none" {
             let now = if migration == "none" { state } else { format!("{state}, migration {migration}") };
             return Err(

@@ -14,6 +14,20 @@ use testkit_qemu::{Fastload, Machine, Qemu, Setup};
 use crate::MIB;
 use crate::support::{How, Saved, settings_are_back};
 
+/// Whoever stands by for this `fastload`.
+fn standing_by(server: &Fastload) -> Option<nix::unistd::Pid> {
+    let parent = format!("PPid:\t{}", server.id());
+    let processes = std::fs::read_dir("/proc").unwrap().map_while(Result::ok);
+    let names = processes.filter_map(|entry| entry.file_name().into_string().ok());
+    let mut numbers = names.filter_map(|name| name.parse::<i32>().ok());
+    let child = numbers.find(|number| {
+        // Others may be gone by now.
+        std::fs::read_to_string(format!("/proc/{number}/status"))
+            .is_ok_and(|text| text.lines().any(|line| line == parent))
+    });
+    child.map(nix::unistd::Pid::from_raw)
+}
+
 /// A guest of which a killed server has brought next to nothing.
 fn left_alone(saved: &Saved, more: &[&str]) -> Qemu {
     let mut qemu = saved.waiting(&saved.setup);
@@ -81,6 +95,39 @@ fn another_snapshot_brings_no_recovery() {
     let arguments = crate::support::load_arguments(&copy, &qemu, &["--recover"]);
     assert_eq!(Fastload::start(arguments).unwrap().finish().unwrap().figures()["recovered"], true);
     assert_eq!(left_behind(&qemu), [] as [PathBuf; 0]);
+    saved.is_whole(&mut qemu);
+}
+
+/// Who asks all processes of a service to end has not ended the one that stands by; it goes with the other.
+#[test]
+fn who_stands_by_stays_until_the_other_has_ended() {
+    testkit::require!(Qemu, Userfaultfd);
+    let setup = Setup::new(Machine::Pc, 64);
+    let saved = Saved::new(&setup, &Plan::check(60 * MIB), How::default());
+    let mut qemu = saved.waiting(&setup);
+    let server = Fastload::start(saved.load_arguments(&qemu, &["--no-background"])).unwrap();
+    qemu.qmp().wait_event(&["RESUME"], Duration::from_secs(30)).unwrap().unwrap();
+    let until = Instant::now() + Duration::from_secs(30);
+    let ready = |child: &nix::unistd::Pid| {
+        // It has said what it does with signals: SigCgt is the set of those that it handles.
+        let status = std::fs::read_to_string(format!("/proc/{child}/status")).unwrap_or_default();
+        let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:\t"));
+        caught
+            .and_then(|set| u64::from_str_radix(set, 16).ok())
+            .is_some_and(|set| set >> (Signal::SIGTERM as u32 - 1) & 1 == 1)
+    };
+    let child = loop {
+        match standing_by(&server).filter(ready) {
+            Some(child) => break child,
+            None => assert!(Instant::now() < until, "nobody stands by"),
+        }
+    };
+    nix::sys::signal::kill(child, Signal::SIGTERM).unwrap();
+    nix::sys::signal::kill(child, Signal::SIGINT).unwrap();
+    assert_eq!(standing_by(&server), Some(child));
+    server.signal(Signal::SIGTERM).unwrap();
+    assert!(server.finish().unwrap().status.success());
+    assert!(nix::sys::signal::kill(child, None).is_err(), "it is left");
     saved.is_whole(&mut qemu);
 }
 
