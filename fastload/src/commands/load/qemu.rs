@@ -116,16 +116,16 @@ impl<'a> Waiting<'a> {
     }
 
     fn start(&mut self, control: &Control) -> Result<(), Failure> {
-        if self.paused {
-            // Before the guest is there this only says that it is not to be started.
-            self.qmp.execute("stop", json!({}))?;
-        }
         self.qmp.forget_events();
         // Once it listens there is no way back for it.
         if control.is_stopped() {
             return Err("stopped before anything was loaded".into());
         }
         self.qmp.execute("migrate-incoming", json!({"uri": self.beside.uri()})).map_err(userfaultfd)?;
+        if self.paused {
+            // Before the guest is there this only says that it is not to be started; it could not be taken back.
+            self.qmp.execute("stop", json!({}))?;
+        }
         Ok(())
     }
 
