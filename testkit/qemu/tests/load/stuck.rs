@@ -131,6 +131,21 @@ fn who_stands_by_stays_until_the_other_has_ended() {
     saved.is_whole(&mut qemu);
 }
 
+#[test]
+fn there_is_nothing_to_recover_of_a_qemu_that_is_gone() {
+    testkit::require!(Qemu, Userfaultfd);
+    let setup = Setup::new(Machine::Pc, 64);
+    let saved = Saved::new(&setup, &Plan::check(16 * MIB), How::default());
+    let mut qemu = left_alone(&saved, &[]);
+    assert_ne!(left_behind(&qemu), [] as [PathBuf; 0]);
+    qemu.kill().unwrap();
+    for _ in 0..2 {
+        let ended = saved.load(&qemu, &["--recover"]);
+        assert!(ended.error().contains("nothing to recover") && ended.error().contains("anew"), "{ended:?}");
+        assert!(!left_behind(&qemu).iter().any(|path| path.extension().is_some()), "{:?}", left_behind(&qemu));
+    }
+}
+
 /// Passes QMP on, and calls `at` before the first command with this name.
 fn between(door: UnixListener, to: PathBuf, name: &'static str, at: impl FnOnce()) {
     let near = door.accept().unwrap().0;
