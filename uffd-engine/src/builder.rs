@@ -284,10 +284,12 @@ impl Engine {
             reported: vec![false; self.core.areas.len()],
         };
         self.supervisor = Some(spawn("uffd-supervisor".into(), move || supervisor.run())?);
+        let alone = handlers.cores.len() == 1;
         for (number, &cpu) in handlers.cores.iter().enumerate() {
             let (core, waiter, origin) = (Arc::clone(&self.core), Arc::clone(&self.waiter), Arc::clone(origin));
             self.waiter.joining(&self.core);
-            let thread = spawn(format!("uffd-fault-{number}"), move || handler::run(&core, &waiter, &origin, cpu));
+            let thread =
+                spawn(format!("uffd-fault-{number}"), move || handler::run(&core, &waiter, &origin, cpu, alone));
             match thread {
                 Ok(thread) => self.threads.push(thread),
                 Err(error) => {

@@ -7,8 +7,9 @@ use nix::errno::Errno;
 use page_source::{ByteLen, Flow, PageBytes, SinkError};
 
 use crate::EngineError;
-use crate::core::{Area, Core, Gate, Place};
+use crate::core::{Area, Core, Place};
 use crate::freeze::Shared;
+use crate::gate::Gate;
 use crate::pause::PausePoint;
 use crate::region::Backing;
 use crate::state::State;
