@@ -12,16 +12,26 @@ use crate::commands::Failure;
 /// The most that is read into memory at once. Device state is a few MiB; a sparse file can claim any length.
 const MOST: ByteLen = ByteLen(1 << 30);
 
+/// The most state of one device that is decoded: as bytes, and again as text.
+pub(crate) const MOST_OF_A_DEVICE: ByteLen = ByteLen(256 << 20);
+
 /// Reads a part of a snapshot that is not RAM.
 pub(crate) fn read(snapshot: &Snapshot, range: Range<FileOffset>) -> Result<Vec<u8>, Failure> {
     let (name, at) = (snapshot.path().display(), range.start);
-    limit(snapshot, &range)?;
+    within(snapshot, at, range.end.0.saturating_sub(at.0), MOST)?;
     snapshot.read(range).map_err(|error| format!("{name}: reading device state at offset {at} failed: {error}").into())
 }
 
-/// [`Snapshot::device`], if its state is not too long, and the file's name if that fails.
+/// That the state of these devices together is no more than can be decoded.
+pub(crate) fn check_total(snapshot: &Snapshot, entries: &[&SectionEntry]) -> Result<(), Failure> {
+    let length = |entry: &&SectionEntry| entry.body.end.0.saturating_sub(entry.body.start.0);
+    let total = entries.iter().map(length).fold(0, u64::saturating_add);
+    let at = entries.first().map(|entry| entry.body.start).unwrap_or_default();
+    within(snapshot, at, total, MOST_OF_A_DEVICE)
+}
+
+/// [`Snapshot::device`], and the file's name if that fails.
 pub(crate) fn device<'a>(snapshot: &'a Snapshot, entry: &SectionEntry) -> Result<Option<Device<'a>>, Failure> {
-    limit(snapshot, &entry.body)?;
     snapshot.device(&entry.name, entry.instance).map_err(|error| unreadable(snapshot, &error))
 }
 
@@ -35,12 +45,12 @@ pub(crate) fn changed(snapshot: &Snapshot) -> Result<Option<&'static str>, Failu
     snapshot.changed().map_err(|error| unreadable(snapshot, &error))
 }
 
-fn limit(snapshot: &Snapshot, range: &Range<FileOffset>) -> Result<(), Failure> {
-    let (name, at, length) = (snapshot.path().display(), range.start, range.end.0.saturating_sub(range.start.0));
-    if length <= MOST.0 {
+fn within(snapshot: &Snapshot, at: FileOffset, length: u64, most: ByteLen) -> Result<(), Failure> {
+    if length <= most.0 {
         return Ok(());
     }
-    Err(format!("{name}: at offset {at}: {length} bytes of device state, more than the limit of {MOST}").into())
+    let name = snapshot.path().display();
+    Err(format!("{name}: at offset {at}: {length} bytes of device state, more than the limit of {most}").into())
 }
 
 fn unreadable(snapshot: &Snapshot, error: &io::Error) -> Failure {

@@ -14,8 +14,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mapped_ram::Writer;
-use page_source::{ByteLen, PageCount, PageSink, PageSource};
-use uffd_engine::{Engine, FreezeError, Freezer};
+use page_source::{ByteLen, PageCount, PageRun, PageSink, PageSource};
+use uffd_engine::{Engine, FreezeError, Freezer, Frozen};
 use vmstate::{Configuration, DeviceWriter};
 
 pub use self::error::LiveError;
@@ -39,7 +39,8 @@ pub struct Blackout {
     pub drain: Duration,
     /// Reading the device state from KVM, after that: the interrupts of I/O that was drained are in it.
     pub state: Duration,
-    /// Looking up which pages of shared memory exist. Private memory needs no look-up.
+    /// Looking up where shared memory has pages; which ones exactly is looked up when the guest runs again. Private memory
+    /// needs no look-up.
     pub look_up: Duration,
     /// Write-protecting them.
     pub arm: Duration,
@@ -111,7 +112,7 @@ pub(crate) fn take(
     }
     let sink = Arc::new(LiveSink::new(writer, claim));
 
-    let (state, frozen, blackout) = match freeze(vcpus, host, freezer, &existing, options) {
+    let Taken { state, frozen, mut populated, blackout } = match freeze(vcpus, host, freezer, &existing, options) {
         // The last page came just before the freeze point: the memory is complete, and frozen without the engine.
         Err(LiveError::Freeze(FreezeError::EngineEnded)) => {
             freeze(vcpus, host, self::freezer(ram, options, engine)?, &existing, options)
@@ -119,6 +120,10 @@ pub(crate) fn take(
         done => done,
     }?;
     options.tell(&LiveEvent::FreezePoint { blackout: blackout.total });
+    if !frozen.is_loading() {
+        existing.refine(&mut populated).map_err(LiveError::Populated)?;
+        frozen.set_populated(&populated.concat());
+    }
 
     let frozen = Arc::new(frozen);
     for section in state.sections()? {
@@ -145,6 +150,15 @@ fn freezer(ram: &GuestRam, options: &LiveOptions, engine: Option<&Engine>) -> Re
     Ok(Freezer::prepare(regions, ram.layout().clone(), &options.freeze)?)
 }
 
+/// What was taken while the guest stood still.
+struct Taken {
+    state: MachineState,
+    frozen: Frozen,
+    /// Where shared memory has pages, by piece.
+    populated: Vec<Vec<PageRun>>,
+    blackout: Blackout,
+}
+
 /// The blackout, and all of it.
 fn freeze(
     vcpus: &Vcpus,
@@ -152,7 +166,7 @@ fn freeze(
     freezer: Freezer,
     existing: &Existing<'_>,
     options: &LiveOptions,
-) -> Result<(MachineState, uffd_engine::Frozen, Blackout), LiveError> {
+) -> Result<Taken, LiveError> {
     let begun = Instant::now();
     let mut last = begun;
     let mut lap = || {
@@ -166,11 +180,13 @@ fn freeze(
     let drain = lap();
     let state = vcpus.save_state(host)?;
     let saved = lap();
-    let populated = existing.shared_pages().map_err(LiveError::Populated)?;
+    // An engine knows itself which pages there are, and has to know of no others.
+    let populated = if freezer.is_loading() { existing.shared_pages() } else { existing.shared_page_tables() };
+    let populated = populated.map_err(LiveError::Populated)?;
     let look_up = lap();
-    let frozen = freezer.arm(&populated)?;
+    let frozen = freezer.arm(&populated.concat())?;
     let arm = lap();
     drop(held);
     let blackout = Blackout { stop, state: saved, drain, look_up, arm, total: begun.elapsed() };
-    Ok((state, frozen, blackout))
+    Ok(Taken { state, frozen, populated, blackout })
 }

@@ -35,22 +35,42 @@ impl Existing<'_> {
 
     /// By piece.
     pub(crate) fn pages(&self) -> io::Result<Vec<Vec<PageRun>>> {
-        self.look_up(|_| true)
+        self.look_up(|_| true, in_file)
     }
 
-    /// Of shared memory alone.
-    pub(crate) fn shared_pages(&self) -> io::Result<Vec<PageRun>> {
-        Ok(self.look_up(|piece| piece.shared)?.concat())
+    /// Of shared memory alone, by piece.
+    pub(crate) fn shared_pages(&self) -> io::Result<Vec<Vec<PageRun>>> {
+        self.look_up(|piece| piece.shared, in_file)
     }
 
-    fn look_up(&self, wanted: impl Fn(&Piece) -> bool) -> io::Result<Vec<Vec<PageRun>>> {
+    /// The same where it takes little time, whatever there is: of small pages, all those that have a page table in common
+    /// with one that exists, and some behind many of those. [`refine`](Existing::refine) makes it exact.
+    pub(crate) fn shared_page_tables(&self) -> io::Result<Vec<Vec<PageRun>>> {
+        self.look_up(|piece| piece.shared, page_tables_in_file)
+    }
+
+    /// Leaves what exists now.
+    pub(crate) fn refine(&self, by_piece: &mut [Vec<PageRun>]) -> io::Result<()> {
+        for ((number, piece), pages) in self.ram.pieces().iter().enumerate().zip(by_piece) {
+            if let Some((file, offset)) = self.ram.file_of(number).filter(|_| is_memfd(piece)) {
+                *pages = in_file(piece, file, offset)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn look_up(
+        &self,
+        wanted: impl Fn(&Piece) -> bool,
+        in_memfd: fn(&Piece, &File, u64) -> io::Result<Vec<PageRun>>,
+    ) -> io::Result<Vec<Vec<PageRun>>> {
         let pieces = self.ram.pieces().iter().enumerate();
         let of = |(number, piece): (usize, &Piece)| match self.ram.file_of(number) {
             _ if !wanted(piece) => Ok(Vec::new()),
             // What nobody has touched here is what the file holds, or another process has written.
             Some(_) if !piece.shared => Ok(vec![piece.run]),
             None if piece.shared => Ok(vec![piece.run]),
-            Some((file, offset)) if piece.backing == Backing::Memfd => in_file(piece, file, offset),
+            Some((file, offset)) if is_memfd(piece) => in_memfd(piece, file, offset),
             _ => in_page_table(piece),
         };
         let mut pages = pieces.map(of).collect::<io::Result<Vec<_>>>()?;
@@ -118,6 +138,44 @@ impl HugePiece<'_> {
     }
 }
 
+fn is_memfd(piece: &Piece) -> bool {
+    piece.shared && piece.backing == Backing::Memfd
+}
+
+/// What one page table covers (Intel SDM volume 3, 5.5.4): once it is there, its pages cost little.
+const PAGE_TABLE: u64 = 2 << 20;
+
+/// So much is taken to exist after as much that does.
+const MOST_AT_ONCE: u64 = 64 << 20;
+
+/// From where in the file there is data at all.
+fn page_tables_in_file(piece: &Piece, file: &File, offset: u64) -> io::Result<Vec<PageRun>> {
+    let end = offset + piece.run.len().0;
+    let mut runs: Vec<PageRun> = Vec::new();
+    let mut at = offset;
+    while at < end {
+        let data = match lseek(file, i64::try_from(at).unwrap_or(i64::MAX), Whence::SeekData) {
+            Ok(data) if data.unsigned_abs() < end => data.unsigned_abs(),
+            Ok(_) | Err(Errno::ENXIO) => break,
+            Err(error) => return Err(error.into()),
+        };
+        // By where it is in this piece, which begins wherever it does in the file and in the address space.
+        let from = (data - offset) / PAGE_TABLE * PAGE_TABLE;
+        let first = piece.run.first + PageCount(from >> PAGE_SHIFT);
+        let before = runs.last_mut().filter(|last| last.end() == first);
+        // Where there is much there is more: so not each page table is asked for.
+        let length = before.as_ref().map_or(0, |before| before.len().0).clamp(PAGE_TABLE, MOST_AT_ONCE);
+        let to = (from + length).min(end - offset);
+        let pages = PageCount((to - from).div_ceil(1 << PAGE_SHIFT));
+        match before {
+            Some(before) => before.pages = PageCount(before.pages.0 + pages.0),
+            None => runs.push(PageRun::new(piece.run.block, first, pages)),
+        }
+        at = offset + to;
+    }
+    Ok(runs)
+}
+
 /// From the data and holes of the file behind shared memory, whoever wrote it.
 fn in_file(piece: &Piece, file: &File, offset: u64) -> io::Result<Vec<PageRun>> {
     let end = offset + piece.run.len().0;
@@ -154,4 +212,54 @@ fn in_page_table(piece: &Piece) -> io::Result<Vec<PageRun>> {
         PageRun::new(piece.run.block, first, (range.end - range.start).to_pages())
     };
     Ok(ranges.into_iter().map(run).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use page_source::{ByteLen, GuestAddr};
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+    use crate::RamSpec;
+
+    #[test]
+    fn page_tables_are_found_fast_and_refined_to_pages() {
+        let mib = |mib: u64| ByteLen(mib << 20);
+        let spec = RamSpec::new("ram").at(GuestAddr(0), mib(9)).at(GuestAddr(1 << 32), mib(4));
+        let ram = GuestRam::allocate(&[spec], Backing::Memfd).unwrap();
+        let touch = |guest: u64| ram.memory().write_slice(&[1], GuestAddress(guest)).unwrap();
+        // Pages of the first piece: 0, 5, 511, 1024, and the last, which is alone in half a page table.
+        [0, 5, 511, 1024, 2303].into_iter().for_each(|page| touch(page << PAGE_SHIFT));
+        // Of the second, which begins in the middle of what would be one of the file: its last page.
+        touch((1 << 32) + mib(4).0 - 1);
+        let run = |first: u64, pages: u64| {
+            PageRun::new(page_source::BlockId(0), page_source::PageIndex(first), PageCount(pages))
+        };
+        let existing = Existing::new(&ram).unwrap();
+        let mut pages = existing.shared_page_tables().unwrap();
+        assert_eq!(pages, [vec![run(0, 512), run(1024, 512), run(2048, 256)], vec![run(2304 + 512, 512)]]);
+        existing.refine(&mut pages).unwrap();
+        let exact = [vec![run(0, 1), run(5, 1), run(511, 1), run(1024, 1), run(2303, 1)], vec![run(2304 + 1023, 1)]];
+        assert_eq!(pages, exact);
+        assert_eq!(existing.shared_pages().unwrap(), exact);
+    }
+
+    /// What is taken to exist and does not is no more than what does.
+    #[test]
+    fn many_page_tables_are_found_at_once() {
+        let spec = RamSpec::new("ram").at(GuestAddr(0), ByteLen(64 << 20));
+        let ram = GuestRam::allocate(&[spec], Backing::Memfd).unwrap();
+        let touch = |table: u64| ram.memory().write_slice(&[1], GuestAddress(table * PAGE_TABLE)).unwrap();
+        let found = || {
+            let runs = Existing::new(&ram).unwrap().shared_page_tables().unwrap().concat();
+            runs.iter().map(|run| run.first.0 / 512..run.end().0 / 512).collect::<Vec<_>>()
+        };
+        (0..5).for_each(touch);
+        // One, one, two, and four for the fifth.
+        assert_eq!(found(), [0..8]);
+        touch(20);
+        assert_eq!(found(), [0..8, 20..21]);
+        (0..32).for_each(touch);
+        assert_eq!(found(), [0..32]);
+    }
 }

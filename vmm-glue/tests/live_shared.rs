@@ -11,12 +11,14 @@ use common::{PATIENCE, Signals, live};
 use kvm_ioctls::Kvm;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use page_source::{ByteLen, GuestAddr};
 use testkit::hugepages::Overcommit;
 use testkit::require;
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{Bytes, FileOffset, GuestAddress, GuestRegionMmap};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 use vmm_glue::{
-    GuestRam, Host, LiveOptions, Machine, MachineConfig, Memory, SaveOptions, VcpuOptions, Vcpus, save, snapshot_live,
+    Backing, GuestRam, Host, LiveOptions, Machine, MachineConfig, Memory, RamSpec, SaveOptions, VcpuOptions, Vcpus,
+    save, snapshot_live,
 };
 
 const HUGE: u64 = 2 << 20;
@@ -32,10 +34,13 @@ fn map(file: &File, first: u64, pages: u64) -> GuestRegionMmap {
     GuestRegionMmap::new(builder.build().unwrap(), GuestAddress(first * HUGE)).unwrap()
 }
 
+fn adopted(memory: Memory) -> GuestRam {
+    GuestRam::adopt(memory, |guest| format!("ram{guest}")).unwrap()
+}
+
 /// vCPUs that do not run, with this memory.
-fn standing(memory: Memory) -> Vcpus {
-    let ram = Arc::new(GuestRam::adopt(memory, |guest| format!("ram{guest}")).unwrap());
-    let machine = Machine::new(&Kvm::new().unwrap(), ram, MachineConfig::bare(1)).unwrap();
+fn standing(ram: GuestRam) -> Vcpus {
+    let machine = Machine::new(&Kvm::new().unwrap(), Arc::new(ram), MachineConfig::bare(1)).unwrap();
     let options = VcpuOptions { paused: true, ..VcpuOptions::default() };
     Vcpus::start(machine, Arc::new(Signals::default()), options).unwrap()
 }
@@ -72,7 +77,7 @@ fn huge_pages_that_were_never_mapped_here_are_saved() {
         let file = File::from(memfd_create("shared", flags).unwrap());
         file.set_len(16 * HUGE).unwrap();
         let regions = blocks.map(|(first, pages)| map(&file, first, pages));
-        let vcpus = standing(Memory::from_regions(regions.into()).unwrap());
+        let vcpus = standing(adopted(Memory::from_regions(regions.into()).unwrap()));
         let theirs = Memory::from_regions(vec![map(&file, 0, 16)]).unwrap();
         let write = |memory: &Memory, page: u64, byte: u8| {
             memory.write_slice(&[byte; 5000], GuestAddress(page * HUGE + 3000)).unwrap();
@@ -115,5 +120,49 @@ fn huge_pages_that_were_never_mapped_here_are_saved() {
         same(&path, &before);
         let pages = file.metadata().unwrap().blocks() * 512 / HUGE;
         assert_eq!(pages, 11 + u64::from(surplus), "nothing else was allocated");
+    }
+}
+
+/// Scattered pages of a memfd are protected together with the holes between them. What is between them stays a hole: it is
+/// neither saved nor brought into being, unless the guest writes there.
+#[test]
+fn holes_between_pages_stay_holes() {
+    require!(Kvm, Userfaultfd);
+    const PAGE: u64 = 4096;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("live.mr");
+    let length = 8 * HUGE + 5 * PAGE;
+    let spec = RamSpec::new("ram").at(GuestAddr(0), ByteLen(length));
+    let ram = GuestRam::allocate(&[spec], Backing::Memfd).unwrap();
+    let vcpus = standing(ram);
+    let ram = Arc::clone(vcpus.ram());
+    let write = |page: u64, byte: u8| ram.memory().write_slice(&[byte; 100], GuestAddress(page * PAGE + 8)).unwrap();
+    let filled = [0, 1, 7, 511, 513, 2048, 2050, 3583, length / PAGE - 1];
+    filled.into_iter().for_each(|page| write(page, 1));
+    let region = ram.memory().iter().next().unwrap();
+    let file = region.file_offset().unwrap().file();
+    let pages = || file.metadata().unwrap().blocks() * 512 / PAGE;
+    let content = || {
+        let mut bytes = vec![0; usize::try_from(length).unwrap()];
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        vec![bytes]
+    };
+    for round in 0..3u8 {
+        let (before, existed) = (content(), pages());
+        // From the freeze point on: pages, holes between them, holes far from any.
+        let changed = [1, 2 + u64::from(round), 2049, 1024 + u64::from(round), 3000];
+        let (ram, byte) = (Arc::clone(&ram), 0x44 + round);
+        let options = LiveOptions::default().with_observer(move |_| {
+            for page in changed {
+                ram.memory().write_slice(&[byte; 100], GuestAddress(page * PAGE + 8)).unwrap();
+            }
+        });
+        let report = snapshot_live(&vcpus, &host(), &path, &options).unwrap().wait().unwrap();
+        same(&path, &before);
+        assert_eq!(report.stored.0, existed, "{report:?}");
+        let after = content();
+        let came = changed.iter().filter(|page| before[0][usize::try_from(*page * PAGE + 8).unwrap()] == 0).count();
+        assert_eq!(pages(), existed + came as u64, "nothing but what was written to has come into being");
+        assert!(changed.iter().all(|page| after[0][usize::try_from(page * PAGE + 8).unwrap()] == byte));
     }
 }

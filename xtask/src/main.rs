@@ -1,7 +1,14 @@
 //! `cargo xtask`: the demo, the tests, the benchmarks, and what they need on the machine.
 //!
 //! It builds with Rust alone (no C library, no build script that looks for one), because it is what brings the rest.
-#![expect(clippy::print_stdout, reason = "a command-line program")]
+
+/// A line on standard output. Who reads it may have left (`| head`).
+macro_rules! say {
+    ($($text:tt)*) => {{
+        use std::io::Write as _;
+        let _ = writeln!(std::io::stdout(), $($text)*);
+    }};
+}
 
 mod bench;
 mod demo;

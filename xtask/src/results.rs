@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::fs;
-use std::io::{BufRead, BufReader, ErrorKind};
+use std::io::{BufRead, BufReader, ErrorKind, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -47,18 +47,19 @@ impl fmt::Display for Counts {
     }
 }
 
-/// Runs a `cargo test` to its end; its output goes on to ours line by line, and is counted.
+/// Runs a `cargo test` to its end; its output goes on `to` somebody line by line, and is counted.
 ///
 /// # Errors
 /// If it can't be started, or fails. A run that fails without a failed test (it did not compile, it was killed) counts
 /// as one failure.
-pub(crate) fn run_counted(command: &mut Command, counts: &mut Counts) -> Done {
+pub(crate) fn run_counted(command: &mut Command, counts: &mut Counts, mut to: impl Write) -> Done {
     let before = counts.failed;
     let mut child = command.stdout(Stdio::piped()).spawn().map_err(|error| format!("{}: {error}", show(command)))?;
     if let Some(output) = child.stdout.take() {
         for line in BufReader::new(output).split(b'\n') {
             let line = String::from_utf8_lossy(&line?).into_owned();
-            println!("{line}");
+            // Whoever read it may have left.
+            let _ = writeln!(to, "{line}");
             counts.add_line(&line);
         }
     }
@@ -103,14 +104,16 @@ mod tests {
 
     #[test]
     fn a_run_that_dies_counts_as_a_failure() {
-        let mut counts = Counts::default();
-        run_counted(Command::new("sh").args(["-c", "exit 3"]), &mut counts).unwrap_err();
+        let (mut counts, mut said) = (Counts::default(), Vec::new());
+        run_counted(Command::new("sh").args(["-c", "exit 3"]), &mut counts, std::io::sink()).unwrap_err();
         assert_eq!(counts, Counts { failed: 1, ..Counts::default() });
         run_counted(
             Command::new("sh").args(["-c", "echo 'test result: ok. 2 passed; 0 failed; 0 ignored'"]),
             &mut counts,
+            &mut said,
         )
         .unwrap();
+        assert!(said.starts_with(b"test result: ok. 2 passed") && said.ends_with(b"\n"));
         assert_eq!(counts, Counts { passed: 2, failed: 1, skipped: 0 });
     }
 

@@ -94,13 +94,13 @@ impl Gate {
     }
 
     fn step(&mut self, name: &'static str, work: impl FnOnce(&mut Gate) -> Done) {
-        println!("\n== {name}");
+        say!("\n== {name}");
         let start = Instant::now();
         let done = work(self);
         let took = start.elapsed();
         match &done {
-            Ok(()) => println!("-- {name}: ok, {:.1} s", took.as_secs_f64()),
-            Err(error) => println!("-- {name}: FAILED, {:.1} s: {error}", took.as_secs_f64()),
+            Ok(()) => say!("-- {name}: ok, {:.1} s", took.as_secs_f64()),
+            Err(error) => say!("-- {name}: FAILED, {:.1} s: {error}", took.as_secs_f64()),
         }
         self.steps.push((name, took, done.is_ok()));
     }
@@ -117,8 +117,8 @@ impl Gate {
     }
 
     fn counted(&mut self, command: &mut Command) -> Done {
-        println!("   {}", show(command));
-        run_counted(command, &mut self.counts)
+        say!("   {}", show(command));
+        run_counted(command, &mut self.counts, std::io::stdout())
     }
 
     fn e2e(&mut self, targets: &[String]) -> Done {
@@ -139,18 +139,18 @@ impl Gate {
     fn finish(mut self) -> Done {
         let skips = read_skips(&self.skips)?;
         self.counts.take_skips(&skips);
-        println!("\n== summary");
+        say!("\n== summary");
         for (name, took, ok) in &self.steps {
-            println!("{} {:7.1} s  {name}", if *ok { "ok    " } else { "FAILED" }, took.as_secs_f64());
+            say!("{} {:7.1} s  {name}", if *ok { "ok    " } else { "FAILED" }, took.as_secs_f64());
         }
         let total: Duration = self.steps.iter().map(|(_, took, _)| took).sum();
-        println!("       {:7.1} s  together", total.as_secs_f64());
+        say!("       {:7.1} s  together", total.as_secs_f64());
         if !skips.is_empty() {
-            println!("\nSkipped on this machine:");
-            skips.iter().for_each(|line| println!("  {line}"));
+            say!("\nSkipped on this machine:");
+            skips.iter().for_each(|line| say!("  {line}"));
             std::fs::remove_file(&self.skips)?;
         }
-        println!("\n{}", self.counts);
+        say!("\n{}", self.counts);
         let failed: Vec<&str> = self.steps.iter().filter(|(_, _, ok)| !ok).map(|(name, ..)| *name).collect();
         if failed.is_empty() { Ok(()) } else { Err(format!("failed: {}", failed.join(", ")).into()) }
     }
@@ -179,15 +179,15 @@ fn fuzz(gate: &mut Gate) -> Done {
         let mut command = cargo_there("run");
         let limit = format!("-max_total_time={seconds}");
         command.args(["--bin", &target, "--", &format!("corpus/{target}"), &limit]);
-        println!("   {}", show(&command));
+        say!("   {}", show(&command));
         // It says much, which is of use only if it finds something.
         let output = command.output().map_err(|error| format!("{}: {error}", show(&command)))?;
         let said = String::from_utf8_lossy(&output.stderr);
         if let Err(error) = succeeded(&command, output.status) {
-            println!("{said}");
+            say!("{said}");
             return Err(error);
         }
-        said.lines().filter(|line| line.starts_with("Done ")).for_each(|line| println!("   {target}: {line}"));
+        said.lines().filter(|line| line.starts_with("Done ")).for_each(|line| say!("   {target}: {line}"));
     }
     Ok(())
 }

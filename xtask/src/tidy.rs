@@ -24,11 +24,11 @@ pub(crate) fn run() -> Done {
     problems.extend(crates(root(), &files));
     problems.extend(ci(root()));
     for problem in &problems {
-        println!("{problem}");
+        say!("{problem}");
     }
     match problems.len() {
         0 => {
-            println!("   {} files", files.len());
+            say!("   {} files", files.len());
             Ok(())
         }
         count => Err(format!("{count} breaches of the source rules").into()),

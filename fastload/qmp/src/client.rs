@@ -156,7 +156,20 @@ impl Qmp {
     /// # Errors
     /// If QEMU refuses, goes away, or does not answer in time. After a time-out the late answer is thrown away.
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, QmpError> {
-        let line = self.line(command, &arguments);
+        self.execute_by("execute", command, &arguments)
+    }
+
+    /// The same, without QEMU's main thread where this connection [allows](Qmp::is_out_of_band) that. What the command
+    /// begins does not need that thread either. Only few commands can be executed so.
+    ///
+    /// # Errors
+    /// As [`execute`](Qmp::execute).
+    pub fn execute_out_of_band(&mut self, command: &str, arguments: Value) -> Result<Value, QmpError> {
+        self.execute_by(if self.out_of_band { "exec-oob" } else { "execute" }, command, &arguments)
+    }
+
+    fn execute_by(&mut self, how: &str, command: &str, arguments: &Value) -> Result<Value, QmpError> {
+        let line = self.line(how, command, arguments);
         self.socket.write_all(line.as_bytes()).map_err(|_| QmpError::Closed)?;
         self.answer(command)
     }
@@ -168,7 +181,7 @@ impl Qmp {
     /// As [`execute`](Qmp::execute).
     pub fn pass_fd(&mut self, name: &str, fd: BorrowedFd<'_>) -> Result<(), QmpError> {
         const COMMAND: &str = "getfd";
-        let line = self.line(COMMAND, &json!({"fdname": name}));
+        let line = self.line("execute", COMMAND, &json!({"fdname": name}));
         let fds = [fd.as_raw_fd()];
         let (part, with) = ([IoSlice::new(line.as_bytes())], [ControlMessage::ScmRights(&fds)]);
         let sent = sendmsg::<()>(self.socket.as_raw_fd(), &part, &with, MsgFlags::MSG_NOSIGNAL, None);
@@ -177,9 +190,9 @@ impl Qmp {
         self.answer(COMMAND).map(drop)
     }
 
-    fn line(&mut self, command: &str, arguments: &Value) -> String {
+    fn line(&mut self, how: &str, command: &str, arguments: &Value) -> String {
         self.serial += 1;
-        format!("{}\n", json!({"execute": command, "arguments": arguments, "id": self.serial}))
+        format!("{}\n", json!({how: command, "arguments": arguments, "id": self.serial}))
     }
 
     fn answer(&mut self, command: &str) -> Result<Value, QmpError> {

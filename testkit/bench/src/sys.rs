@@ -147,6 +147,7 @@ const UFFDIO_UNREGISTER: libc::c_ulong = 0x8010_AA01;
 const UFFDIO_COPY: libc::c_ulong = 0xC028_AA03;
 const UFFDIO_WRITEPROTECT: libc::c_ulong = 0xC018_AA06;
 const FEATURE_WRITE_FAULTS: u64 = 1;
+const FEATURE_OF_SHARED_MEMORY: u64 = 1 << 12;
 const EVENT_PAGEFAULT: u8 = 0x12;
 const REGISTER_MODE_MISSING: u64 = 1;
 const REGISTER_MODE_WRITES: u64 = 2;
@@ -229,6 +230,14 @@ impl Uffd {
     /// If the kernel refuses.
     pub fn of_writes() -> io::Result<Uffd> {
         Uffd::open(FEATURE_WRITE_FAULTS)
+    }
+
+    /// The same, and for memory that is shared (Linux 5.19).
+    ///
+    /// # Errors
+    /// If the kernel has no such thing or does not allow it.
+    pub fn of_writes_to_shared() -> io::Result<Uffd> {
+        Uffd::open(FEATURE_WRITE_FAULTS | FEATURE_OF_SHARED_MEMORY)
     }
 
     /// Registers a range for missing faults and for writes to protected pages, and protects it.

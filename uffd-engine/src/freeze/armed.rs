@@ -119,6 +119,12 @@ impl Freezer {
         Ok(freezer)
     }
 
+    /// Whether the memory is still being loaded, by an [engine](Engine::freezer).
+    #[must_use]
+    pub fn is_loading(&self) -> bool {
+        self.shared.is_loading()
+    }
+
     /// Calls `at` at each [`PausePoint`](crate::PausePoint) of frozen memory, on the thread that reaches it. For tests.
     #[cfg(feature = "pause-points")]
     #[must_use]
@@ -132,7 +138,9 @@ impl Freezer {
     /// `io_uring`, DMA, other mappings of the same memory), which nothing here could catch.
     ///
     /// `populated` names the pages of shared memory (memfd, hugetlbfs) that its file holds: for private memory the
-    /// page table tells, and nothing needs to be given. It costs the time of the write-protection and no more.
+    /// page table tells, and nothing needs to be given. It costs the time of the write-protection and no more. It may
+    /// name more pages than there are, if [`Frozen::set_populated`] tells them exactly afterwards: long runs are protected
+    /// faster than many short ones.
     ///
     /// # Errors
     /// If the kernel refuses. The memory is as it was then.

@@ -208,6 +208,15 @@ impl Shared {
         }
     }
 
+    fn replace_populated(&self, runs: &[PageRun]) {
+        self.populated.write().clear();
+        self.note_populated(runs);
+    }
+
+    pub(crate) fn is_loading(&self) -> bool {
+        matches!(self.owner, Owner::Engine { .. })
+    }
+
     /// Whether the file behind shared memory held a page at the freeze point.
     pub(crate) fn in_file(&self, run: PageRun) -> Vec<bool> {
         let populated = self.populated.read();
@@ -296,6 +305,19 @@ impl Frozen {
     /// If something went wrong; the guest goes on all the same.
     pub fn wait(&self) -> Result<FreezeStats, FrozenError> {
         self.shared.wait().map(|()| self.stats())
+    }
+
+    /// Names the pages of shared memory that its file holds, where [`Freezer::arm`](crate::Freezer::arm) was given more
+    /// than those: to be called before it is started, for what is not there would be made in order to be read. It may be
+    /// looked up while the guest runs: what has come since the freeze point is a hole in the snapshot all the same.
+    pub fn set_populated(&self, populated: &[PageRun]) {
+        self.shared.replace_populated(populated);
+    }
+
+    /// Whether the memory is still being loaded, by the [engine](crate::Engine::freezer) that it was frozen with.
+    #[must_use]
+    pub fn is_loading(&self) -> bool {
+        self.shared.is_loading()
     }
 
     /// Takes the protection off and ends the delivery.

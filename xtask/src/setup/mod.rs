@@ -54,19 +54,19 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args) -> Done {
     let facts = Facts::gather();
     for need in Need::ALL {
-        println!("{:9} {}", if facts.has(need) { "ok" } else { "missing" }, need.name());
+        say!("{:9} {}", if facts.has(need) { "ok" } else { "missing" }, need.name());
     }
     for (device, problem, cure) in facts::devices() {
         match problem {
-            None => println!("{:9} {device}", "ok"),
-            Some(problem) => println!("{:9} {device} ({problem}): {cure}", "no access"),
+            None => say!("{:9} {device}", "ok"),
+            Some(problem) => say!("{:9} {device} ({problem}): {cure}", "no access"),
         }
     }
     let plan = plan::make(&facts, &Need::ALL);
     if args.dry_run {
         if !plan.is_empty() {
             let who = if facts.root || !plan.needs_root() { "This would be done" } else { "To be typed by you" };
-            println!("\n{who}:\n\n  {}", plan.shell(facts.root));
+            say!("\n{who}:\n\n  {}", plan.shell(facts.root));
         }
         return left_over(&plan);
     }

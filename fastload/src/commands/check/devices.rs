@@ -3,13 +3,10 @@
 use std::collections::HashSet;
 
 use mapped_ram::Snapshot;
-use page_units::ByteLen;
 use vmstate::SectionKind;
 
 use super::Findings;
-
-/// A section longer than this is not decoded, since it goes through memory.
-const MAX_SECTION: ByteLen = ByteLen(256 << 20);
+use crate::contents::MOST_OF_A_DEVICE;
 
 /// Decodes every section, and compares the list of sections with the description.
 pub(super) fn check(snapshot: &Snapshot, findings: &mut Findings) {
@@ -22,7 +19,7 @@ pub(super) fn check(snapshot: &Snapshot, findings: &mut Findings) {
             // It would be the first one again.
             continue;
         }
-        if section.body.end - section.body.start > MAX_SECTION {
+        if section.body.end - section.body.start > MOST_OF_A_DEVICE {
             findings.notes.push(format!("device section \"{name}\" {instance} is too long to be decoded"));
             continue;
         }

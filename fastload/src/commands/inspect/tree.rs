@@ -1,5 +1,6 @@
 //! The decoded state of a device.
 
+use std::collections::HashSet;
 use std::fmt::Write;
 
 use mapped_ram::Snapshot;
@@ -12,12 +13,19 @@ use crate::contents;
 /// Bytes that are shown of a long field in text. JSON has them all.
 const SHOWN: usize = 32;
 
+/// A longer array is shown as bytes: a number in JSON takes many times the memory of one.
+const MOST_NUMBERS: u64 = 1 << 20;
+
 /// All sections of that name, as text or as a JSON array.
 pub(super) fn show(snapshot: &Snapshot, name: &str, as_json: bool) -> Result<String, Failure> {
     let full = || snapshot.sections().iter().filter(|entry| entry.kind == SectionKind::Full);
     let mut text = String::new();
     let mut all = Vec::new();
-    for entry in full().filter(|entry| entry.name == name) {
+    let mut seen = HashSet::new();
+    // A second state of the same device is one that nobody would load.
+    let wanted: Vec<_> = full().filter(|entry| entry.name == name && seen.insert(entry.instance)).collect();
+    contents::check_total(snapshot, &wanted)?;
+    for entry in wanted {
         let Some(device) = contents::device(snapshot, entry)? else {
             return Err(format!("{}: the state of \"{name}\" is not described", snapshot.path().display()).into());
         };
@@ -67,7 +75,7 @@ fn write_members(out: &mut String, value: &Value<'_>, depth: usize) -> std::fmt:
 }
 
 fn plain(value: &Value<'_>) -> String {
-    if let (Ok(numbers), Ok(signed)) = (value.as_u64s(), value.as_i64s()) {
+    if let Some((numbers, signed)) = numbers(value) {
         let many = if numbers.len() > SHOWN { ", ..." } else { "" };
         let shown = numbers.iter().zip(&signed).take(SHOWN).map(|(number, signed)| match signed {
             ..0 if is_signed(value) => signed.to_string(),
@@ -84,12 +92,25 @@ fn plain(value: &Value<'_>) -> String {
     format!("{} bytes {}{more}", bytes.len(), hex(&bytes[..bytes.len().min(SHOWN)]))
 }
 
+/// What numbers it has, also read as signed ones; none if it consists of something else, or of too many.
+fn numbers(value: &Value<'_>) -> Option<(Vec<u64>, Vec<i64>)> {
+    match value.content {
+        Content::Array { count, .. } if count > MOST_NUMBERS => None,
+        _ => Some((value.as_u64s().ok()?, value.as_i64s().ok()?)),
+    }
+}
+
 fn is_signed(value: &Value<'_>) -> bool {
     value.kind.starts_with("int")
 }
 
 fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    let mut text = String::with_capacity(bytes.len() * 2);
+    for byte in bytes {
+        // Writing into a string does not fail.
+        let _ = write!(text, "{byte:02x}");
+    }
+    text
 }
 
 /// Members as a list: names may repeat.
@@ -108,10 +129,10 @@ fn member(value: &Value<'_>) -> serde_json::Value {
             (Ok(number), _) => ("value", json!(number)),
             _ => ("bytes", json!(hex(value.bytes()))),
         },
-        Content::Array { .. } => match (value.as_u64s(), value.as_i64s()) {
-            (_, Ok(numbers)) if is_signed(value) => ("values", json!(numbers)),
-            (Ok(numbers), _) => ("values", json!(numbers)),
-            _ => ("bytes", json!(hex(value.bytes()))),
+        Content::Array { .. } => match numbers(value) {
+            Some((_, numbers)) if is_signed(value) => ("values", json!(numbers)),
+            Some((numbers, _)) => ("values", json!(numbers)),
+            None => ("bytes", json!(hex(value.bytes()))),
         },
     };
     object[key] = content;

@@ -90,7 +90,8 @@ impl<'a> Waiting<'a> {
     /// A QEMU whose guest waits for missing pages, and that listens again.
     pub(crate) fn again(qmp: &'a mut Qmp, beside: &Beside, note: Option<&Note>) -> Result<Waiting<'a>, Failure> {
         let preempt = has_preempt(&qmp.capabilities()?);
-        qmp.execute("migrate-recover", json!({"uri": beside.uri()}))?;
+        // Its main thread may be held up from now on, and must not be who accepts the connection.
+        qmp.execute_out_of_band("migrate-recover", json!({"uri": beside.uri()}))?;
         Waiting::recovered(qmp, beside, preempt, note)
     }
 
@@ -116,16 +117,16 @@ impl<'a> Waiting<'a> {
     }
 
     fn start(&mut self, control: &Control) -> Result<(), Failure> {
-        if self.paused {
-            // Before the guest is there this only says that it is not to be started.
-            self.qmp.execute("stop", json!({}))?;
-        }
         self.qmp.forget_events();
         // Once it listens there is no way back for it.
         if control.is_stopped() {
             return Err("stopped before anything was loaded".into());
         }
         self.qmp.execute("migrate-incoming", json!({"uri": self.beside.uri()})).map_err(userfaultfd)?;
+        if self.paused {
+            // Before the guest is there this only says that it is not to be started; it could not be taken back.
+            self.qmp.execute("stop", json!({}))?;
+        }
         Ok(())
     }
 
@@ -226,7 +227,8 @@ mod tests {
             writeln!(to, "{}", json!({"QMP": {"version": {"qemu": {"major": 11}}, "capabilities": ["oob"]}})).unwrap();
             for line in BufReader::new(&far).lines().map_while(Result::ok) {
                 let command: Value = serde_json::from_str(&line).unwrap();
-                let name = command["execute"].as_str().unwrap();
+                let name = ["execute", "exec-oob"].iter().find_map(|how| command[*how].as_str()).unwrap();
+                assert_eq!(command["execute"].is_null(), name == "migrate-recover");
                 let answer = match name {
                     "query-migrate" if at == states.len() && ends => break,
                     "query-migrate" => {

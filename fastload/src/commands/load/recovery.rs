@@ -1,5 +1,6 @@
 //! `fastload load --recover`, with QEMU's help or, where it is held up, without.
 
+use std::io::{self, ErrorKind};
 use std::time::{Duration, Instant};
 
 use fastload_qmp::{Qmp, QmpError};
@@ -20,7 +21,7 @@ impl Load {
     pub(super) fn recover(&self, begun: Instant, image: &Image) -> Result<(), Failure> {
         let known = Beside::of(&self.qmp).ok().and_then(|beside| Some((beside.read()?, beside)));
         let Some((note, beside)) = known else {
-            let mut qmp = Qmp::connect(&self.qmp, PATIENCE)?;
+            let mut qmp = Qmp::connect(&self.qmp, PATIENCE).map_err(gone)?;
             let beside = Beside::of(&self.qmp)?;
             let done = self
                 .listening(&mut qmp, image, &beside, None)
@@ -37,7 +38,13 @@ impl Load {
         };
         let mut qmp = match connected {
             Err(QmpError::Mute { .. }) => return self.unasked(begun, image, &beside, &note),
-            other => other?,
+            Err(error) => {
+                if matches!(&error, QmpError::Connect { error, .. } if is_end(error)) {
+                    beside.forget();
+                }
+                return Err(gone(error));
+            }
+            Ok(qmp) => qmp,
         };
         qmp.set_limit(ANSWER);
         let ready = self.listening(&mut qmp, image, &beside, Some(&note));
@@ -132,4 +139,21 @@ impl Load {
         }
         serving::explain(failure, &self.recovery(), || Fate::Unknown)
     }
+}
+
+/// Why a QEMU that is to be recovered can't be reached.
+fn gone(error: QmpError) -> Failure {
+    match &error {
+        QmpError::Connect { error: reason, .. } if is_end(reason) => format!(
+            "{error}. If that is its socket, QEMU has ended, and its guest with it: there is nothing to recover. Start it \
+             again with -incoming defer, and load the snapshot anew"
+        )
+        .into(),
+        _ => error.into(),
+    }
+}
+
+/// Nobody listens there.
+fn is_end(error: &io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::ConnectionRefused | ErrorKind::NotFound)
 }

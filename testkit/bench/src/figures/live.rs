@@ -95,7 +95,8 @@ impl Busy {
     fn bare_blackout(&self, msrs: &mut Msrs) -> Measured<[f64; 2]> {
         self.run_on();
         let pieces = slots(self.vcpus.ram().memory());
-        let uffd = Uffd::of_writes()?;
+        let shared = self.vcpus.ram().pieces().iter().any(|piece| piece.shared);
+        let uffd = if shared { Uffd::of_writes_to_shared()? } else { Uffd::of_writes()? };
         let begun = Instant::now();
         self.vcpus.pause(PATIENCE)?;
         freeze::state(self.vcpus.vm(), &self.vcpus.vcpu(0), msrs)?;
@@ -157,6 +158,12 @@ pub(super) fn blackout(bench: &Bench) -> Measured {
     let whole: Vec<_> = pairs.iter().map(|(product, floor)| (product[0], floor[0])).collect();
     let armed: Vec<_> = pairs.iter().map(|(product, floor)| (product[1], floor[1])).collect();
     drop(full);
+    // Pages here and there: a look-up of each would take longer than all the rest.
+    let shared = Busy::start(GIB, GIB, 50, Backing::Memfd)?;
+    let mut msrs = shared.msrs()?;
+    let pairs = interleave(|| shared.blackout(&path), || shared.bare_blackout(&mut msrs))?;
+    let in_file: Vec<_> = pairs.iter().map(|(product, floor)| (product[0], floor[0])).collect();
+    drop(shared);
     let populated = 64 << 20;
     let dense = Busy::start(GIB, populated, 100, Backing::Anonymous)?;
     let sparse = Busy::start(16 * GIB, populated, 100, Backing::Anonymous)?;
@@ -172,10 +179,12 @@ pub(super) fn blackout(bench: &Bench) -> Measured {
     let sizes: Vec<_> = pairs.iter().map(|(sparse, dense)| (sparse[0], dense[0])).collect();
     let arms: Vec<_> = pairs.iter().map(|(sparse, dense)| (sparse[1], dense[1])).collect();
     let how = "1 GiB of populated 4 KiB pages, guest writes; floor: bare stop, state, register and write-protect";
+    let half = "1 GiB of a memfd, of which half exists, page by page; floor: the same with bare calls";
     let thin = "16 GiB, of which 64 MiB are populated; floor: ours, 1 GiB with the same pages";
     Ok(vec![
         Figure::ratio("live.blackout", "ms", &whole, Goal::AtMost(1.15)).measured(how),
         Figure::ratio("live.blackout.arm", "ms", &armed, Goal::None).measured("of that, register and write-protect"),
+        Figure::ratio("live.blackout.memfd", "ms", &in_file, Goal::None).measured(half),
         Figure::ratio("live.sparse", "ms", &sizes, Goal::AtMost(1.3)).measured(thin),
         Figure::ratio("live.sparse.arm", "ms", &arms, Goal::None).measured("of that, register and write-protect"),
     ])

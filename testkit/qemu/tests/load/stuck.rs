@@ -131,6 +131,21 @@ fn who_stands_by_stays_until_the_other_has_ended() {
     saved.is_whole(&mut qemu);
 }
 
+#[test]
+fn there_is_nothing_to_recover_of_a_qemu_that_is_gone() {
+    testkit::require!(Qemu, Userfaultfd);
+    let setup = Setup::new(Machine::Pc, 64);
+    let saved = Saved::new(&setup, &Plan::check(16 * MIB), How::default());
+    let mut qemu = left_alone(&saved, &[]);
+    assert_ne!(left_behind(&qemu), [] as [PathBuf; 0]);
+    qemu.kill().unwrap();
+    for _ in 0..2 {
+        let ended = saved.load(&qemu, &["--recover"]);
+        assert!(ended.error().contains("nothing to recover") && ended.error().contains("anew"), "{ended:?}");
+        assert!(!left_behind(&qemu).iter().any(|path| path.extension().is_some()), "{:?}", left_behind(&qemu));
+    }
+}
+
 /// Passes QMP on, and calls `at` before the first command with this name.
 fn between(door: UnixListener, to: PathBuf, name: &'static str, at: impl FnOnce()) {
     let near = door.accept().unwrap().0;
@@ -160,7 +175,7 @@ fn ctrl_c_before_the_start_puts_the_settings_back() {
     let path = qemu.dir().join("between");
     let (door, to) = (UnixListener::bind(&path).unwrap(), qemu.qmp_path());
     let file = saved.file.display().to_string();
-    let mut server = Fastload::start(["load", &file, "--qmp", &path.display().to_string()]).unwrap();
+    let mut server = Fastload::start(["load", &file, "--paused", "--qmp", &path.display().to_string()]).unwrap();
     let mut stderr = BufReader::new(server.stderr().unwrap()).lines();
     let process = nix::unistd::Pid::from_raw(i32::try_from(server.id()).unwrap());
     between(door, to, "migrate-set-capabilities", move || {
@@ -174,6 +189,6 @@ fn ctrl_c_before_the_start_puts_the_settings_back() {
     settings_are_back(&mut qemu);
     assert_eq!(left_behind(&qemu), [] as [PathBuf; 0]);
     // Nothing is in the way of another attempt.
-    assert!(saved.load(&qemu, &[]).status.success());
+    assert_eq!(saved.load(&qemu, &[]).figures()["state"], "running");
     saved.is_whole(&mut qemu);
 }
