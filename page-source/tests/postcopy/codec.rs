@@ -124,6 +124,8 @@ fn again(package: &[u8]) -> Vec<u8> {
             other => panic!("{other:?} in a package"),
         }
     }
+    // QEMU 11 asks once more whether it is heard, before the guest is started.
+    commands.retain(|command| *command != Command::Ping(66));
     assert_eq!(commands, [Command::PostcopyListen, Command::Ping(3), Command::PostcopyRun]);
     for name in ["timer", "cpu"] {
         assert!(devices.iter().any(|device| device == name), "no {name} in {devices:?}");

@@ -7,7 +7,6 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
-use serde_json::json;
 use testkit_qemu::guest::Plan;
 use testkit_qemu::{Fastload, Machine, Qemu, Setup};
 
@@ -54,10 +53,9 @@ fn a_guest_that_holds_qemu_up_is_recovered() {
         let mut qemu = left_alone(&saved, more);
         let arguments = |qemu: &Qemu| saved.load_arguments(qemu, &["--recover", "--no-background"]);
         let (first, process) = (arguments(&qemu), qemu.id());
-        let file = qemu.dir().join("page").display().to_string();
         let held = thread::spawn(move || {
             // Nobody has touched this one.
-            let page = qemu.execute("pmemsave", json!({"val": 40 * MIB, "size": 4096, "filename": file}));
+            let page = qemu.touch(40 * MIB);
             (qemu, page)
         });
         let until = Instant::now() + Duration::from_secs(30);
