@@ -5,7 +5,6 @@ pub(crate) mod check;
 pub(crate) mod convert;
 pub(crate) mod inspect;
 pub(crate) mod load;
-pub(crate) mod recover;
 pub(crate) mod repair;
 pub(crate) mod serve;
 pub(crate) mod serving;

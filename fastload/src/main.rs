@@ -1,7 +1,5 @@
 //! `fastload`: looks into, checks, converts and serves VM snapshots.
 
-#![expect(clippy::print_stderr, reason = "errors of a program go there")]
-
 mod commands;
 mod contents;
 mod offset;
@@ -9,6 +7,7 @@ mod output;
 mod parse;
 mod rewrite;
 
+use std::io::Write as _;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -41,6 +40,8 @@ enum Command {
     Load(Box<commands::load::Load>),
     Serve(Box<commands::serve::Serve>),
     Capture(commands::capture::Capture),
+    #[command(hide = true)]
+    StandBy(commands::load::StandBy),
 }
 
 fn main() -> ExitCode {
@@ -52,13 +53,15 @@ fn main() -> ExitCode {
         Command::Load(load) => load.run(),
         Command::Serve(serve) => serve.run(),
         Command::Capture(capture) => capture.run(),
+        Command::StandBy(stand_by) => stand_by.run(),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // One line, whatever the message is made of.
             let line: Vec<String> = error.to_string().split_whitespace().map(str::to_owned).collect();
-            eprintln!("fastload: {}", line.join(" "));
+            // Nobody may hear it any more.
+            let _ = writeln!(std::io::stderr(), "fastload: {}", line.join(" "));
             ExitCode::FAILURE
         }
     }

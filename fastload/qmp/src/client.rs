@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice, Write};
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
@@ -19,6 +19,9 @@ use crate::reader::{NoMessage, Reader};
 
 /// Events kept until somebody asks; the oldest are dropped first.
 const MOST_EVENTS: usize = 4096;
+
+/// The first command of all.
+const NEGOTIATION: &str = "qmp_capabilities";
 
 /// How often it is looked whether there is room in the queue of the socket, which nothing tells.
 const AGAIN: Duration = Duration::from_millis(10);
@@ -64,6 +67,7 @@ pub struct Qmp {
     serial: u64,
     limit: Duration,
     version: (u64, u64, u64),
+    out_of_band: bool,
 }
 
 impl Qmp {
@@ -79,6 +83,7 @@ impl Qmp {
             return Err(QmpError::NoGreeting { path: path.to_owned() });
         };
         Qmp::greeted(socket, until, limit).map_err(|error| match error {
+            QmpError::Timeout { command, .. } if command == NEGOTIATION => QmpError::Mute { path: path.to_owned() },
             QmpError::Timeout { .. } | QmpError::Closed => QmpError::NoGreeting { path: path.to_owned() },
             other => other,
         })
@@ -106,9 +111,38 @@ impl Qmp {
         }
         let part = |name: &str| version[name].as_u64().unwrap_or(0);
         let version = (part("major"), part("minor"), part("micro"));
-        let mut qmp = Qmp { socket, reader, events: VecDeque::new(), serial: 0, limit, version };
-        qmp.execute("qmp_capabilities", json!({}))?;
+        let offered = greeting["QMP"]["capabilities"].as_array();
+        let out_of_band = offered.is_some_and(|list| list.iter().any(|name| name == "oob"));
+        let enable = if out_of_band { json!({"enable": ["oob"]}) } else { json!({}) };
+        let mut qmp = Qmp { socket, reader, events: VecDeque::new(), serial: 0, limit, version, out_of_band };
+        qmp.execute(NEGOTIATION, enable)?;
         Ok(qmp)
+    }
+
+    /// Whether this connection takes commands out of band: QEMU then executes a few of them even while its main thread
+    /// is held up (QEMU docs/interop/qmp-spec.rst, "Out-of-band execution").
+    #[must_use]
+    pub fn is_out_of_band(&self) -> bool {
+        self.out_of_band
+    }
+
+    /// The same connection, for another process to take over when this one has gone.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn share(&self) -> io::Result<OwnedFd> {
+        self.socket.as_fd().try_clone_to_owned()
+    }
+
+    /// Lets go of the connection without closing it, for whoever [shares](Qmp::share) it. What belongs to it here is
+    /// freed when the process ends.
+    pub fn leave_open(self) {
+        std::mem::forget(self);
+    }
+
+    /// Changes the time limit of each command.
+    pub fn set_limit(&mut self, limit: Duration) {
+        self.limit = limit;
     }
 
     /// QEMU's version: major, minor, micro.

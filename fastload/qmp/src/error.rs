@@ -24,6 +24,16 @@ pub enum QmpError {
         /// The socket.
         path: PathBuf,
     },
+    /// There is a greeting, and then nothing.
+    #[error(
+        "{}: QEMU greets, but does not answer: it is stopped, or its main thread is held up, perhaps by a page of guest \
+         memory that nobody brings",
+        path.display()
+    )]
+    Mute {
+        /// The socket.
+        path: PathBuf,
+    },
     /// QEMU refused a command.
     #[error("QEMU refused {command}: {description}")]
     Refused {

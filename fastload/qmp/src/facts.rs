@@ -1,6 +1,7 @@
 //! What a loader wants to know of a QEMU: capabilities, RAM blocks.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use serde_json::{Value, json};
 
@@ -53,6 +54,16 @@ impl Qmp {
         let info = self.execute("query-migrate", json!({}))?;
         let why = info["error-desc"].as_str().map(str::to_owned);
         Ok((info["status"].as_str().unwrap_or("none").to_owned(), why))
+    }
+
+    /// Whether it listens, or has listened, for the migration that is under way at a unix socket of this name.
+    ///
+    /// # Errors
+    /// As [`execute`](Qmp::execute).
+    pub fn listens_at(&mut self, socket: &Path) -> Result<bool, QmpError> {
+        let info = self.execute("query-migrate", json!({}))?;
+        let mut addresses = info["socket-address"].as_array().into_iter().flatten();
+        Ok(addresses.any(|address| address["path"].as_str().is_some_and(|path| Path::new(path) == socket)))
     }
 
     /// All migration capabilities.

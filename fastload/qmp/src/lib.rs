@@ -16,11 +16,13 @@
 mod client;
 mod error;
 mod facts;
+mod out_of_band;
 mod reader;
 
 pub use client::{Event, Qmp};
 pub use error::QmpError;
 pub use facts::{Capabilities, GuestBlock, parse_ram_blocks};
+pub use out_of_band::recover;
 
 /// The examples of the README.
 #[cfg(doctest)]

@@ -49,6 +49,28 @@ fn a_socket_that_another_program_holds_is_given_up_in_time() {
     assert!(matches!(error, QmpError::Connect { .. }), "{error}");
 }
 
+/// One whose main thread is held up: its greeting comes from elsewhere.
+#[test]
+fn a_qemu_that_greets_and_says_nothing_is_told_from_a_socket_that_is_held() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("qmp");
+    let listener = UnixListener::bind(&path).unwrap();
+    let server = thread::spawn(move || {
+        let mut client = listener.accept()?.0;
+        writeln!(client, "{}", GREETING.replace("[]", "[\"oob\"]"))?;
+        let mut line = String::new();
+        BufReader::new(client.try_clone()?).read_line(&mut line)?;
+        // It stays there until the client has gone.
+        std::io::copy(&mut client, &mut std::io::sink())?;
+        Ok::<_, std::io::Error>(line)
+    });
+    let error = Qmp::connect(&path, Duration::from_millis(300)).unwrap_err();
+    assert!(matches!(error, QmpError::Mute { .. }), "{error}");
+    assert!(error.to_string().contains("main thread"), "{error}");
+    let line: serde_json::Value = serde_json::from_str(&server.join().unwrap().unwrap()).unwrap();
+    assert_eq!(line["arguments"]["enable"], json!(["oob"]));
+}
+
 #[test]
 fn it_connects_as_soon_as_there_is_room() {
     let dir = tempfile::tempdir().unwrap();

@@ -1,26 +1,36 @@
 //! `fastload load`: everything that is to be done to a QEMU that was started with `-incoming defer`.
 
+mod beside;
 mod check;
 mod devices;
+mod keeper;
 mod pci;
 mod qemu;
+mod recover;
+mod recovery;
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use fastload_qmp::Qmp;
-use page_source::postcopy::{Options, Phase};
+use page_source::postcopy::{Options, Phase, Report, ServeError, Server, Started};
 use serde_json::json;
 
+pub(crate) use self::beside::{Beside, Note};
 use self::check::Compared;
+use self::keeper::Keeper;
+pub(crate) use self::keeper::StandBy;
 pub(crate) use self::qemu::Waiting;
-use super::serving::{self, Image};
+use super::serving::{self, Fate, Image};
 use crate::commands::Failure;
 use crate::offset::Offset;
 use crate::output;
 
 /// How long QEMU may take for one QMP command.
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The same if it need not be asked: one that is held up does not answer before it was served.
+const ANSWER: Duration = Duration::from_secs(3);
 
 /// Load a snapshot into a QEMU in milliseconds: its guest runs at once and gets its memory as it needs it.
 ///
@@ -33,6 +43,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 If `fastload load` is killed after the guest was started, the guest waits for the pages it misses, until:
   fastload load vm.snap --qmp /run/vm.qmp --recover
+That works although a guest that waits may hold up QEMU's main thread, and its monitor with it: a second process of this
+program stands by meanwhile, and a note (.fastload-*.json) lies beside the QMP socket. Kill both, and it depends on the guest.
 Ctrl-C (or SIGTERM, or SIGHUP) once the guest runs sends the rest, then ends; a second one leaves at once.")]
 pub(crate) struct Load {
     /// A file that QEMU saved with the capability mapped-ram.
@@ -75,28 +87,59 @@ impl Load {
     pub(crate) fn run(&self) -> Result<(), Failure> {
         let begun = Instant::now();
         let image = Image::open(&self.snapshot, &self.offset)?;
+        if self.recover {
+            return self.recover(begun, &image);
+        }
         let mut qmp = Qmp::connect(&self.qmp, PATIENCE)?;
-        let blocks = check::fits(&mut qmp, &image.snapshot, &self.snapshot, self.compared())?;
-        let paused = self.paused || !check::ran(&image.snapshot)?;
-        // A guest to be recovered has what it was started with.
-        let preempt = if self.recover { qemu::has_preempt(&qmp.capabilities()?) } else { self.preempt };
+        let done =
+            self.ready(&mut qmp, &image).and_then(|(server, waiting)| self.serve(begun, &image, server, waiting));
+        if done.is_err() {
+            // It may be needed by whom we leave behind.
+            qmp.leave_open();
+        }
+        done
+    }
+
+    fn options(&self, preempt: bool) -> Options {
         let mut options = Options::default();
         options.background = !self.no_background;
         options.preempt = preempt;
+        options
+    }
+
+    /// The command that goes on after a crash.
+    fn recovery(&self) -> String {
+        let (file, socket) = (serving::quoted(&self.snapshot), serving::quoted(&self.qmp));
+        format!("fastload load {file}{} --qmp {socket} --recover", self.offset.words())
+    }
+
+    /// Makes sure that it fits, and lets QEMU listen.
+    fn ready<'a>(&self, qmp: &'a mut Qmp, image: &Image) -> Result<(Server, Waiting<'a>), Failure> {
+        let blocks = check::fits(qmp, &image.snapshot, &self.snapshot, self.compared())?;
+        let paused = self.paused || !check::ran(&image.snapshot)?;
         // What can fail here fails before QEMU is touched.
-        let server = image.server(&blocks, options)?;
-        let mut waiting = if self.recover {
-            super::recover::listen(&mut qmp, &self.qmp)?
-        } else {
-            Waiting::listen(&mut qmp, &self.qmp, preempt, paused)?
-        };
-        let (file, offset, socket) = (serving::quoted(&self.snapshot), self.offset.words(), serving::quoted(&self.qmp));
-        let recover = format!("fastload load {file}{offset} --qmp {socket} --recover");
+        let server = image.server(&blocks, self.options(self.preempt))?;
+        let beside = Beside::of(&self.qmp)?;
+        serving::interrupts(server.control(), self.recovery())?;
+        let waiting = Waiting::listen(qmp, &beside, &server.control(), self.preempt, paused)?;
+        let note = Note::new(&self.snapshot, image, self.preempt, &blocks, waiting.before());
+        if let Err(error) = beside.write(&note) {
+            let beside = beside.socket.display();
+            serving::note(&format!("nothing can be noted beside {beside}, should this be killed: {error}"));
+        }
+        Ok((server, waiting))
+    }
+
+    fn serve(&self, begun: Instant, image: &Image, server: Server, mut waiting: Waiting<'_>) -> Result<(), Failure> {
         let connecting = Instant::now();
-        let paused = waiting.paused;
+        let (paused, uri) = (waiting.paused, waiting.uri());
         let mut running: Option<Instant> = None;
-        let mut deaf = false;
-        let served = serving::attend(&image, server, &waiting.address.clone(), self.recover, &recover, |control| {
+        let (mut deaf, mut keeper, mut kept) = (false, None, false);
+        let served = serving::attend(image, server, &waiting.address.clone(), self.recover, |control| {
+            if !kept {
+                kept = true;
+                keeper = Keeper::start(waiting.qmp, &uri);
+            }
             if self.recover {
                 return Ok(false);
             }
@@ -115,20 +158,42 @@ impl Load {
             }
             Ok(running.is_none() && !deaf)
         });
+        let lost = |failure: &Failure| matches!(failure.downcast_ref(), Some(error) if ServeError::started(error) == Started::No);
+        if served.as_ref().map_or_else(lost, |_| true) {
+            // There is nothing to recover.
+            keeper.into_iter().for_each(Keeper::dismiss);
+            waiting.forget();
+        }
         if !self.recover && running.is_none() && served.is_ok() {
             // All was over before we looked.
             running = waiting.qmp.wait_event(&["RESUME"], Duration::ZERO).ok().flatten().map(|event| event.seen);
         }
         let restored = waiting.finish(served.is_ok());
-        let report = served.map_err(|failure| serving::explain(failure, &recover, || waiting.fate()))?;
+        let report = served.map_err(|failure| {
+            serving::explain(failure, &self.recovery(), || {
+                // Its main thread may be held up.
+                waiting.qmp.set_limit(ANSWER);
+                let fate = waiting.fate();
+                if fate == Fate::Ended {
+                    waiting.forget();
+                }
+                fate
+            })
+        })?;
         restored?;
+        self.tell(Times { begun, connecting, running }, &report, &mut waiting)
+    }
+
+    /// What came of it.
+    fn tell(&self, times: Times, report: &Report, waiting: &mut Waiting<'_>) -> Result<(), Failure> {
+        let Times { begun, connecting, running } = times;
         let state = waiting.qmp.run_state()?;
         let paused = state != "running";
         if paused && !waiting.paused && !self.json {
             serving::note(&format!("QEMU did not start the guest (it was started with -S, perhaps): it is {state}"));
         }
         if self.json {
-            let mut figures = serving::figures(&report);
+            let mut figures = serving::figures(report);
             let since = |from: Instant| running.map(|at| serving::micros(at.saturating_duration_since(from)));
             figures["running_us"] = json!(since(begun).filter(|_| !paused));
             figures["loaded_us"] = json!(report.to_started.map(|to| serving::micros(connecting - begun + to)));
@@ -139,6 +204,13 @@ impl Load {
             figures["recovered"] = json!(self.recover);
             return Ok(output::print(&format!("{figures}\n"))?);
         }
-        Ok(output::print(&serving::summary(&report))?)
+        Ok(output::print(&serving::summary(report))?)
     }
+}
+
+/// When what happened.
+struct Times {
+    begun: Instant,
+    connecting: Instant,
+    running: Option<Instant>,
 }

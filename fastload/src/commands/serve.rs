@@ -1,7 +1,7 @@
 //! `fastload serve`: feeds a QEMU that waits for a migration.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use page_source::postcopy::{Address, Options, Phase};
 use page_units::PageSize;
@@ -25,7 +25,10 @@ Ctrl-C (or SIGTERM, or SIGHUP) once the guest runs sends the rest, then ends; a 
 
 After a crash of `fastload serve` the guest waits. Tell its QEMU through QMP where to listen, and go on:
   {\"execute\": \"migrate-recover\", \"arguments\": {\"uri\": \"unix:/run/vm.in2\"}}
-  fastload serve vm.snap --to unix:/run/vm.in2 --recover")]
+  fastload serve vm.snap --to unix:/run/vm.in2 --recover
+The guest may hold up QEMU's main thread while it waits. A QMP client that is to be heard nevertheless must have been
+there before, with {\"execute\": \"qmp_capabilities\", \"arguments\": {\"enable\": [\"oob\"]}}, and say \"exec-oob\" instead of
+\"execute\". `fastload load` sees to that itself.")]
 pub(crate) struct Serve {
     /// A file that QEMU saved with the capability mapped-ram.
     snapshot: PathBuf,
@@ -52,6 +55,18 @@ pub(crate) struct Serve {
 }
 
 impl Serve {
+    /// The command that goes on after a crash.
+    fn recovery(&self) -> String {
+        let (file, offset) = (serving::quoted(&self.snapshot), self.offset.words());
+        let preempt = if self.preempt { " --preempt" } else { "" };
+        let sizes = self.page_size.iter().map(|(block, size)| {
+            let size = format!("{block}={}", size.bytes());
+            format!(" --page-size {}", serving::quoted(Path::new(&size)))
+        });
+        let sizes: String = sizes.collect();
+        format!("(QMP migrate-recover, then) fastload serve {file}{offset} --to ADDRESS --recover{preempt}{sizes}")
+    }
+
     pub(crate) fn run(&self) -> Result<(), Failure> {
         let image = Image::open(&self.snapshot, &self.offset)?;
         if let Some((name, _)) = self.page_size.iter().find(|(name, _)| image.snapshot.layout().find(name).is_none()) {
@@ -62,14 +77,10 @@ impl Serve {
         options.background = !self.no_background;
         options.preempt = self.preempt;
         let server = image.server(&page_sizes, options)?;
-        let recover = format!(
-            "(QMP migrate-recover, then) fastload serve {}{} --to ADDRESS --recover{}",
-            serving::quoted(&self.snapshot),
-            self.offset.words(),
-            if self.preempt { " --preempt" } else { "" },
-        );
+        let recover = self.recovery();
+        serving::interrupts(server.control(), recover.clone())?;
         let mut told = self.json || self.recover;
-        let report = serving::attend(&image, server, &self.to, self.recover, &recover, |control| {
+        let report = serving::attend(&image, server, &self.to, self.recover, |control| {
             std::thread::park_timeout(serving::MOMENT);
             if !told && control.progress().phase >= Phase::Started {
                 told = true;
@@ -91,4 +102,35 @@ fn page_size(text: &str) -> Result<(String, PageSize), String> {
     let (block, size) = text.rsplit_once('=').ok_or("expected BLOCK=SIZE, e.g. pc.ram=2M")?;
     let size = PageSize::new(parse::bytes(size)?).ok_or("a page size is a power of two, and at least 4k")?;
     Ok((block.to_owned(), size))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Line {
+        #[command(flatten)]
+        serve: Serve,
+    }
+
+    #[test]
+    fn the_command_that_recovers_means_the_same_destination() {
+        let words = ["serve", "a b", "--to", "unix:/x", "--offset", "2M", "--preempt"];
+        let sizes = ["--page-size", "pc.ram=2M", "--page-size", "it's=8k"];
+        let before = Line::parse_from(words.iter().chain(&sizes)).serve;
+        let command = before.recovery();
+        let arguments = command.split_once("fastload ").unwrap().1.replace("ADDRESS", "unix:/x");
+        assert!(arguments.contains("'a b'"), "{arguments}");
+        // A shell takes the quotes away.
+        let shell =
+            std::process::Command::new("sh").arg("-c").arg(format!("printf '%s\\n' {arguments}")).output().unwrap();
+        let text = String::from_utf8(shell.stdout).unwrap();
+        let after = Line::parse_from(text.lines()).serve;
+        assert!(after.recover && !before.recover);
+        assert_eq!((after.preempt, &after.page_size), (before.preempt, &before.page_size));
+        assert_eq!((after.snapshot, after.offset.words()), (before.snapshot, before.offset.words()));
+    }
 }

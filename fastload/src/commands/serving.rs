@@ -70,11 +70,9 @@ pub(crate) fn attend(
     server: Server,
     to: &Address,
     resume: bool,
-    recover: &str,
     mut look: impl FnMut(&Control) -> Result<bool, Failure>,
 ) -> Result<Report, Failure> {
     let control = server.control();
-    interrupts(control.clone(), recover.to_owned())?;
     let me = std::thread::current();
     std::thread::scope(|scope| {
         let serving = scope.spawn(|| {
@@ -113,12 +111,14 @@ fn new_bar(total: u64) -> ProgressBar {
 }
 
 /// The first Ctrl-C, SIGTERM or SIGHUP sends the rest, if the guest may have been started; the second leaves.
-fn interrupts(control: Control, recover: String) -> Result<(), Failure> {
+pub(crate) fn interrupts(control: Control, recover: String) -> Result<(), Failure> {
     let before = AtomicBool::new(false);
     let handler = move || {
         if before.swap(true, Ordering::SeqCst) {
             control.stop();
-        } else if !control.cancel() {
+        } else if control.cancel() {
+            note("stopping, before the guest gets anything");
+        } else {
             // QEMU has all that it takes to start the guest, and may have done so.
             control.drain();
             note(&format!("sending the rest; Ctrl-C again (or SIGTERM) leaves the guest waiting, until: {recover}"));

@@ -125,6 +125,12 @@ impl Control {
         self.shared.pusher.ring();
     }
 
+    /// Whether it was ended with [`stop`](Self::stop) or [`cancel`](Self::cancel).
+    #[must_use]
+    pub fn is_stopped(&self) -> bool {
+        self.shared.is_stopped()
+    }
+
     /// How far it is.
     #[must_use]
     pub fn progress(&self) -> Progress {

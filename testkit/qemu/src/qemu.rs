@@ -136,6 +136,12 @@ impl Qemu {
         self.qmp.execute(command, arguments).map_err(|e| qmp_error(self.dir.path(), e))
     }
 
+    /// Its process.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// What QEMU wrote to its standard error so far.
     #[must_use]
     pub fn stderr(&self) -> String {

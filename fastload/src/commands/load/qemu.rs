@@ -1,13 +1,13 @@
 //! Makes a QEMU listen for a migration, and puts its settings back afterwards.
 
 use std::fs;
-use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use fastload_qmp::{Capabilities, Qmp, QmpError};
-use page_source::postcopy::Address;
+use page_source::postcopy::{Address, Control};
 use serde_json::json;
 
+use super::beside::{Beside, Note};
 use crate::commands::Failure;
 use crate::commands::serving::{Fate, MOMENT};
 
@@ -23,6 +23,10 @@ const OFF: [&str; 8] = [
     "validate-uuid",
 ];
 
+/// States of a QEMU that has not noticed that its connection is gone, or is about to end because of it. The second is
+/// what QEMU 10.2 and later is in while it loads its devices, instead of the first; it ends then.
+const UNDECIDED: [&str; 4] = ["postcopy-active", "postcopy-device", "failing", "failed"];
+
 /// How long QEMU may take to notice that its connection is gone.
 const NOTICE: Duration = Duration::from_secs(1);
 
@@ -34,14 +38,27 @@ pub(crate) struct Waiting<'a> {
     pub(crate) preempt: bool,
     pub(crate) paused: bool,
     before: Capabilities,
-    socket: PathBuf,
+    beside: Beside,
 }
 
 impl<'a> Waiting<'a> {
-    /// Sets the capabilities and lets QEMU listen.
-    pub(crate) fn listen(qmp: &'a mut Qmp, path: &Path, preempt: bool, paused: bool) -> Result<Waiting<'a>, Failure> {
+    /// Sets the capabilities and lets QEMU listen, unless `control` was stopped.
+    pub(crate) fn listen(
+        qmp: &'a mut Qmp,
+        beside: &Beside,
+        control: &Control,
+        preempt: bool,
+        paused: bool,
+    ) -> Result<Waiting<'a>, Failure> {
         let state = qmp.run_state()?;
         let (migration, _) = qmp.migration()?;
+        if state == "inmigrate" && migration == "setup" {
+            return Err(
+                "QEMU listens for a migration already (since a load that was killed, perhaps): start it anew with \
+                        -incoming defer, or feed it with `fastload serve`"
+                    .into(),
+            );
+        }
         if state != "inmigrate" || migration != "none" {
             let now = if migration == "none" { state } else { format!("{state}, migration {migration}") };
             return Err(
@@ -59,52 +76,80 @@ impl<'a> Waiting<'a> {
             wanted.0.insert("postcopy-preempt".to_owned(), true);
         }
         // Nothing can fail between this and what restores them.
-        let socket = socket_beside(path)?;
         qmp.set_capabilities(&before, &wanted).map_err(userfaultfd)?;
-        let mut waiting = Waiting {
-            qmp,
-            address: Address::Unix(socket.clone()),
-            preempt,
-            paused,
-            before: Capabilities(before.0.into_iter().filter(|(name, _)| wanted.0.contains_key(name)).collect()),
-            socket,
-        };
-        if let Err(error) = waiting.start() {
-            let Waiting { qmp, before, .. } = waiting;
+        let before = Capabilities(before.0.into_iter().filter(|(name, _)| wanted.0.contains_key(name)).collect());
+        let mut waiting = Waiting::over(qmp, beside, preempt, paused, before);
+        if let Err(error) = waiting.start(control) {
             // The first error is the one that matters.
-            let _ = qmp.set_capabilities(&Capabilities::default(), &before);
-            return Err(userfaultfd(error));
+            let _ = waiting.qmp.set_capabilities(&Capabilities::default(), &waiting.before);
+            return Err(error);
         }
         Ok(waiting)
     }
 
     /// A QEMU whose guest waits for missing pages, and that listens again.
-    pub(crate) fn again(qmp: &'a mut Qmp, path: &Path) -> Result<Waiting<'a>, Failure> {
-        let socket = socket_beside(path)?;
-        let capabilities = qmp.capabilities()?;
-        let preempt = has_preempt(&capabilities);
-        // What they were before the load that crashed nobody knows: QEMU's defaults.
-        let mine = ["postcopy-ram", "postcopy-preempt"].iter().filter(|name| capabilities.0.contains_key(**name));
-        let before = Capabilities(mine.map(|name| ((*name).to_owned(), false)).collect());
-        qmp.execute("migrate-recover", json!({"uri": format!("unix:{}", socket.display())}))?;
-        Ok(Waiting { qmp, address: Address::Unix(socket.clone()), preempt, paused: false, before, socket })
+    pub(crate) fn again(qmp: &'a mut Qmp, beside: &Beside, note: Option<&Note>) -> Result<Waiting<'a>, Failure> {
+        let preempt = has_preempt(&qmp.capabilities()?);
+        qmp.execute("migrate-recover", json!({"uri": beside.uri()}))?;
+        Waiting::recovered(qmp, beside, preempt, note)
     }
 
-    fn start(&mut self) -> Result<(), QmpError> {
+    /// The same, if it listened already.
+    pub(crate) fn recovered(
+        qmp: &'a mut Qmp,
+        beside: &Beside,
+        preempt: bool,
+        note: Option<&Note>,
+    ) -> Result<Waiting<'a>, Failure> {
+        let mut before = note.map(Note::capabilities).unwrap_or_default();
+        if before.0.is_empty() {
+            // What they were before the load that crashed nobody knows: QEMU's defaults.
+            let known = qmp.capabilities()?;
+            let mine = ["postcopy-ram", "postcopy-preempt"].into_iter().filter(|name| known.0.contains_key(*name));
+            before.0.extend(mine.map(|name| (name.to_owned(), false)));
+        }
+        Ok(Waiting::over(qmp, beside, preempt, false, before))
+    }
+
+    fn over(qmp: &'a mut Qmp, beside: &Beside, preempt: bool, paused: bool, before: Capabilities) -> Waiting<'a> {
+        Waiting { qmp, address: Address::Unix(beside.socket.clone()), preempt, paused, before, beside: beside.clone() }
+    }
+
+    fn start(&mut self, control: &Control) -> Result<(), Failure> {
         if self.paused {
             // Before the guest is there this only says that it is not to be started.
             self.qmp.execute("stop", json!({}))?;
         }
         self.qmp.forget_events();
-        let uri = format!("unix:{}", self.socket.display());
-        self.qmp.execute("migrate-incoming", json!({"uri": uri})).map(drop)
+        // Once it listens there is no way back for it.
+        if control.is_stopped() {
+            return Err("stopped before anything was loaded".into());
+        }
+        self.qmp.execute("migrate-incoming", json!({"uri": self.beside.uri()})).map_err(userfaultfd)?;
+        Ok(())
+    }
+
+    /// Where it listens, in its own words.
+    pub(crate) fn uri(&self) -> String {
+        self.beside.uri()
+    }
+
+    /// What the capabilities were before.
+    pub(crate) fn before(&self) -> &Capabilities {
+        &self.before
+    }
+
+    /// There will be nothing to recover.
+    pub(crate) fn forget(&self) {
+        self.beside.forget();
     }
 
     /// Puts the settings back if the guest has everything.
     pub(crate) fn finish(&mut self, complete: bool) -> Result<(), Failure> {
         // QEMU removes it itself, where it lives on.
-        let _ = fs::remove_file(&self.socket);
+        let _ = fs::remove_file(&self.beside.socket);
         if complete {
+            self.beside.forget();
             self.qmp.set_capabilities(&Capabilities::default(), &self.before)?;
         }
         Ok(())
@@ -116,7 +161,7 @@ impl<'a> Waiting<'a> {
         loop {
             // One that is about to end still answers.
             match self.qmp.migration() {
-                Ok((state, _)) if state == "postcopy-active" && Instant::now() < until => {}
+                Ok((state, _)) if UNDECIDED.contains(&state.as_str()) && Instant::now() < until => {}
                 answer => return fate(answer),
             }
             if let Err(QmpError::Closed) = self.qmp.wait_event(&["MIGRATION"], MOMENT) {
@@ -135,29 +180,13 @@ fn fate(answer: Result<(String, Option<String>), QmpError>) -> Fate {
     match answer {
         Err(QmpError::Closed) => Fate::Ended,
         Err(_) => Fate::Unknown,
+        // It has not begun to run the guest, and will not.
+        Ok((state, _)) if state == "postcopy-device" => Fate::Unknown,
         // One that has not noticed yet will be told by whoever recovers it.
         Ok((state, _)) if state.starts_with("postcopy-") => Fate::Waits,
         Ok((state, _)) if state == "completed" => Fate::Complete,
         Ok((state, why)) => Fate::Other(why.unwrap_or_else(|| format!("the migration is {state}"))),
     }
-}
-
-/// A name for a socket that QEMU and we both can reach: beside the one by which we reach QEMU.
-fn socket_beside(qmp: &Path) -> Result<PathBuf, Failure> {
-    let dir = match qmp.parent() {
-        Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
-        Some(parent) => parent,
-        None => Path::new("/"),
-    };
-    let dir = dir.canonicalize().map_err(|error| format!("{}: {error}", dir.display()))?;
-    let socket = dir.join(format!(".fastload-{}", std::process::id()));
-    if socket.as_os_str().len() > 100 {
-        return Err(format!("{}: the path is too long for a socket beside it", dir.display()).into());
-    }
-    if socket.to_str().is_none_or(|text| text.contains(',')) {
-        return Err(format!("{}: QEMU can't open a socket at a path like this", dir.display()).into());
-    }
-    Ok(socket)
 }
 
 /// Says what to do if QEMU has no right to userfaultfd.
@@ -172,4 +201,85 @@ fn userfaultfd(error: QmpError) -> Failure {
         .into();
     }
     error.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader, Write};
+    use std::os::unix::net::UnixStream;
+    use std::path::Path;
+    use std::thread::{self, JoinHandle};
+
+    use serde_json::Value;
+
+    use super::super::recover;
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(20);
+
+    /// A QEMU whose migration is in these states, one after the other, and stays in the last, or ends after it. The other
+    /// commands that it was given.
+    fn qemu(states: &'static [&'static str], ends: bool) -> (Qmp, JoinHandle<Vec<String>>) {
+        let (near, far) = UnixStream::pair().unwrap();
+        let commands = thread::spawn(move || {
+            let (mut to, mut at, mut commands) = (&far, 0, Vec::new());
+            writeln!(to, "{}", json!({"QMP": {"version": {"qemu": {"major": 11}}, "capabilities": ["oob"]}})).unwrap();
+            for line in BufReader::new(&far).lines().map_while(Result::ok) {
+                let command: Value = serde_json::from_str(&line).unwrap();
+                let name = command["execute"].as_str().unwrap();
+                let answer = match name {
+                    "query-migrate" if at == states.len() && ends => break,
+                    "query-migrate" => {
+                        let state = states[at.min(states.len() - 1)];
+                        at += 1;
+                        json!({"status": state})
+                    }
+                    "query-migrate-capabilities" => json!([{"capability": "postcopy-ram", "state": true}]),
+                    _ => {
+                        commands.push(format!("{name} {}", states[at.saturating_sub(1).min(states.len() - 1)]));
+                        json!({})
+                    }
+                };
+                writeln!(to, "{}", json!({"return": answer, "id": command["id"]})).unwrap();
+            }
+            commands
+        });
+        (Qmp::over(near, LONG).unwrap(), commands)
+    }
+
+    fn fate_of(states: &'static [&'static str], ends: bool) -> Fate {
+        let (mut qmp, commands) = qemu(states, ends);
+        let beside = Beside::of(Path::new("/tmp/qmp")).unwrap();
+        let fate = Waiting::over(&mut qmp, &beside, false, false, Capabilities::default()).fate();
+        drop(qmp);
+        commands.join().unwrap();
+        fate
+    }
+
+    #[test]
+    fn a_qemu_that_was_about_to_start_its_guest_ends() {
+        // As QEMU 10.0 says it, and QEMU 10.2.
+        for state in
+            [&["postcopy-active"; 3] as &[&str], &["postcopy-device"; 3], &["postcopy-device", "failing", "failed"]]
+        {
+            assert_eq!(fate_of(state, true), Fate::Ended, "{state:?}");
+        }
+        assert_eq!(fate_of(&["postcopy-device", "postcopy-active", "postcopy-paused"], false), Fate::Waits);
+        // What does not come to an end is not called one that waits for us.
+        assert_eq!(fate_of(&["postcopy-device"], false), Fate::Unknown);
+        assert_eq!(fate_of(&["failed"], false), Fate::Other("the migration is failed".into()));
+    }
+
+    #[test]
+    fn a_recovery_waits_until_the_devices_are_loaded() {
+        let (mut qmp, commands) =
+            qemu(&["postcopy-device", "postcopy-device", "postcopy-active", "postcopy-paused"], false);
+        let beside = Beside::of(Path::new("/tmp/qmp")).unwrap();
+        assert!(recover::listen(&mut qmp, &beside, None).is_ok());
+        drop(qmp);
+        let commands = commands.join().unwrap();
+        assert_eq!(commands[1..], ["migrate-pause postcopy-active", "migrate-recover postcopy-paused"]);
+        let (mut qmp, _) = qemu(&["postcopy-device"], true);
+        assert!(recover::listen(&mut qmp, &beside, None).is_err());
+    }
 }

@@ -7,6 +7,7 @@ mod native;
 mod record;
 mod refuse;
 mod serve;
+mod stuck;
 mod support;
 mod switches;
 

@@ -53,6 +53,12 @@ fn a_qemu_that_does_not_wait() {
     assert!(ended.error().contains("-incoming defer"), "{ended:?}");
     let ended = saved.load(&qemu, &["--recover"]);
     assert!(ended.error().contains("nothing to recover"), "{ended:?}");
+    // One that was told to listen, by a load that was killed before it connected.
+    let mut qemu = saved.waiting(&setup);
+    let uri = format!("unix:{}", qemu.dir().join("in").display());
+    qemu.execute("migrate-incoming", serde_json::json!({"uri": uri})).unwrap();
+    let ended = saved.load(&qemu, &[]);
+    assert!(ended.error().contains("already") && ended.error().contains("anew"), "{ended:?}");
 }
 
 #[test]

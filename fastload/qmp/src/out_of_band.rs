@@ -1,0 +1,116 @@
+//! The one command that has to work while QEMU's main thread is held up.
+
+use std::io::{BufRead, BufReader, ErrorKind, Write};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::QmpError;
+
+const COMMAND: &str = "migrate-recover";
+
+/// How long to wait before the command is repeated that QEMU has refused.
+const AGAIN: Duration = Duration::from_millis(20);
+
+/// Tells a QEMU to listen at `uri` for whoever brings a guest the rest of its memory, over a connection on which another
+/// process, which is gone, had enabled out-of-band execution ([`Qmp::is_out_of_band`](crate::Qmp::is_out_of_band)).
+///
+/// A guest that misses pages may hold QEMU's main thread up: a processor that takes an interrupt, or a device that reads
+/// its ring, waits for its page while it holds the lock that the main thread wants. QEMU then takes no command but this,
+/// and no new client.
+///
+/// # Errors
+/// If QEMU is gone, or goes on refusing (it has not noticed that its connection broke, or needs nothing any more).
+pub fn recover(socket: UnixStream, uri: &str, limit: Duration) -> Result<(), QmpError> {
+    let until = Instant::now() + limit;
+    socket.set_read_timeout(Some(AGAIN)).and_then(|()| socket.set_write_timeout(Some(limit))).map_err(closed)?;
+    let (mut to, mut from) = (&socket, BufReader::new(&socket));
+    let mut line = Vec::new();
+    for serial in 0.. {
+        let id = json!(format!("recover {serial}"));
+        let command = json!({"exec-oob": COMMAND, "arguments": {"uri": uri}, "id": id});
+        to.write_all(format!("{command}\n").as_bytes()).map_err(closed)?;
+        let begun = Instant::now();
+        let mut refused = None;
+        // A refusal is no reason to hurry.
+        while Instant::now() < until && (refused.is_none() || begun.elapsed() < AGAIN) {
+            match from.read_until(b'\n', &mut line) {
+                Ok(0) => return Err(QmpError::Closed),
+                Ok(_) => {}
+                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => continue,
+                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                Err(error) => return Err(closed(error)),
+            }
+            // The first may be the end of a line of which the other process has read the beginning.
+            let message: Value = serde_json::from_slice(&line).unwrap_or_default();
+            line.clear();
+            if message["id"] != id {
+                continue;
+            }
+            if message["error"].is_null() {
+                return Ok(());
+            }
+            let text = |name: &str| message["error"][name].as_str().unwrap_or_default().to_owned();
+            let (class, description) = (text("class"), text("desc"));
+            refused = Some(QmpError::Refused { command: COMMAND.to_owned(), class, description });
+        }
+        if Instant::now() >= until {
+            return Err(refused.unwrap_or(QmpError::Timeout { command: COMMAND.to_owned(), limit }));
+        }
+    }
+    Err(QmpError::Closed)
+}
+
+fn closed(_: std::io::Error) -> QmpError {
+    QmpError::Closed
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(20);
+
+    /// A QEMU that refuses `refusals` times.
+    fn qemu(socket: UnixStream, refusals: usize) -> std::io::Result<usize> {
+        let mut to = socket.try_clone()?;
+        // What the one before has left of a line, what was not for us, and what is no answer.
+        write!(to, "0, \"event\": \"X\"}}\r\n{{\"return\": {{}}, \"id\": 7}}\r\n{{\"event\": \"STOP\"}}\r\n")?;
+        let mut refused = 0;
+        for line in BufReader::new(socket).lines() {
+            let command: Value = serde_json::from_str(&line?)?;
+            assert_eq!((&command["exec-oob"], &command["arguments"]["uri"]), (&json!(COMMAND), &json!("unix:x")));
+            if refused == refusals {
+                writeln!(to, "{}", json!({"return": {}, "id": command["id"]}))?;
+                break;
+            }
+            refused += 1;
+            let error = json!({"class": "GenericError", "desc": "not paused"});
+            writeln!(to, "{}", json!({"error": error, "id": command["id"]}))?;
+        }
+        Ok(refused)
+    }
+
+    #[test]
+    fn it_repeats_until_qemu_listens() {
+        let (near, far) = UnixStream::pair().unwrap();
+        let other = thread::spawn(move || qemu(far, 3));
+        recover(near, "unix:x", LONG).unwrap();
+        assert_eq!(other.join().unwrap().unwrap(), 3);
+    }
+
+    #[test]
+    fn it_ends_with_qemu_and_in_time() {
+        let (near, far) = UnixStream::pair().unwrap();
+        let other = thread::spawn(move || qemu(far, usize::MAX));
+        let error = recover(near, "unix:x", Duration::from_millis(100)).unwrap_err();
+        assert!(error.to_string().contains("not paused"), "{error}");
+        assert!(other.join().unwrap().unwrap() > 0);
+        let (near, far) = UnixStream::pair().unwrap();
+        drop(far);
+        assert!(matches!(recover(near, "unix:x", LONG), Err(QmpError::Closed)));
+    }
+}

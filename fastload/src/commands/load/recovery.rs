@@ -1,0 +1,135 @@
+//! `fastload load --recover`, with QEMU's help or, where it is held up, without.
+
+use std::time::{Duration, Instant};
+
+use fastload_qmp::{Qmp, QmpError};
+use page_source::postcopy::{Address, ServeError, Server};
+
+use super::beside::{Beside, Note};
+use super::keeper::Keeper;
+use super::qemu::{self, Waiting};
+use super::{ANSWER, Load, PATIENCE, Times, check, recover};
+use crate::commands::Failure;
+use crate::commands::serving::{self, Fate, Image};
+
+/// How long it is tried at a time whether QEMU answers again.
+const TRIED: Duration = Duration::from_millis(250);
+
+impl Load {
+    /// Goes on after a crash.
+    pub(super) fn recover(&self, begun: Instant, image: &Image) -> Result<(), Failure> {
+        let known = Beside::of(&self.qmp).ok().and_then(|beside| Some((beside.read()?, beside)));
+        let Some((note, beside)) = known else {
+            let mut qmp = Qmp::connect(&self.qmp, PATIENCE)?;
+            let beside = Beside::of(&self.qmp)?;
+            let done = self
+                .listening(&mut qmp, image, &beside, None)
+                .and_then(|(server, waiting)| self.serve(begun, image, server, waiting));
+            if done.is_err() {
+                qmp.leave_open();
+            }
+            return done;
+        };
+        let connected = match Qmp::connect(&self.qmp, ANSWER) {
+            // Whoever was left behind has it, for a moment.
+            Err(QmpError::NoGreeting { .. }) => Qmp::connect(&self.qmp, PATIENCE),
+            other => other,
+        };
+        let mut qmp = match connected {
+            Err(QmpError::Mute { .. }) => return self.unasked(begun, image, &beside, &note),
+            other => other?,
+        };
+        qmp.set_limit(ANSWER);
+        let ready = self.listening(&mut qmp, image, &beside, Some(&note));
+        let late = |failure: &Failure| matches!(failure.downcast_ref(), Some(QmpError::Timeout { .. }));
+        if ready.as_ref().is_err_and(late) {
+            drop(ready);
+            drop(qmp);
+            return self.unasked(begun, image, &beside, &note);
+        }
+        let done = ready.and_then(|(server, waiting)| {
+            waiting.qmp.set_limit(PATIENCE);
+            self.serve(begun, image, server, waiting)
+        });
+        if done.is_err() {
+            qmp.leave_open();
+        }
+        done
+    }
+
+    /// Makes sure that it fits, and lets QEMU listen again.
+    fn listening<'a>(
+        &self,
+        qmp: &'a mut Qmp,
+        image: &Image,
+        beside: &Beside,
+        note: Option<&Note>,
+    ) -> Result<(Server, Waiting<'a>), Failure> {
+        let blocks = check::fits(qmp, &image.snapshot, &self.snapshot, self.compared())?;
+        // A note may be about another QEMU, which had the same monitor.
+        let note = match note {
+            Some(note) if qmp.listens_at(&beside.socket)? => Some(note),
+            _ => None,
+        };
+        if let Some(note) = note {
+            note.is_about(image, &self.snapshot)?;
+        }
+        // A guest to be recovered has what it was started with.
+        let preempt = qemu::has_preempt(&qmp.capabilities()?);
+        let server = image.server(&blocks, self.options(preempt))?;
+        let waiting = recover::listen(qmp, beside, note)?;
+        if note.is_none() {
+            // Should it be killed again.
+            let _ = beside.write(&Note::new(&self.snapshot, image, preempt, &blocks, waiting.before()));
+        }
+        serving::interrupts(server.control(), self.recovery())?;
+        Ok((server, waiting))
+    }
+
+    /// Serves a QEMU that says nothing, since its main thread waits for a page of the guest. Whoever stood by when the
+    /// server before was killed has let it listen.
+    fn unasked(&self, begun: Instant, image: &Image, beside: &Beside, note: &Note) -> Result<(), Failure> {
+        note.is_about(image, &self.snapshot)?;
+        let server = image.server(&note.page_sizes(), self.options(note.preempt))?;
+        serving::interrupts(server.control(), self.recovery())?;
+        serving::note("QEMU does not answer, as one whose guest holds it up: going on without asking it");
+        let connecting = Instant::now();
+        let address = Address::Unix(beside.socket.clone());
+        let (mut answering, mut keeper) = (None, None);
+        let served = serving::attend(image, server, &address, true, |_| {
+            let Ok(qmp) = Qmp::connect(&self.qmp, TRIED) else { return Ok(true) };
+            keeper = Keeper::start(&qmp, &beside.uri());
+            answering = Some(qmp);
+            Ok(false)
+        });
+        let report = match served {
+            Ok(report) => report,
+            Err(failure) => {
+                answering.into_iter().for_each(Qmp::leave_open);
+                return Err(self.explain(failure, beside));
+            }
+        };
+        keeper.into_iter().for_each(Keeper::dismiss);
+        let mut qmp = answering.map_or_else(|| Qmp::connect(&self.qmp, PATIENCE), Ok)?;
+        qmp.set_limit(PATIENCE);
+        let mut waiting = Waiting::recovered(&mut qmp, beside, note.preempt, Some(note))?;
+        waiting.finish(true)?;
+        self.tell(Times { begun, connecting, running: None }, &report, &mut waiting)
+    }
+
+    fn explain(&self, failure: Failure, beside: &Beside) -> Failure {
+        if let Some(ServeError::Connect { error, .. }) = failure.downcast_ref() {
+            let (qmp, socket) = (self.qmp.display(), beside.socket.display());
+            return format!(
+                "{qmp}: QEMU does not answer, and does not listen at {socket} either ({error}): it is stopped, or its \
+                 main thread is held up by its guest. Only a QMP client that was there before, and has enabled commands \
+                 out of band, can make it listen: {{\"exec-oob\": \"migrate-recover\", \"arguments\": {{\"uri\": \"{}\"}}, \
+                 \"id\": 1}}; then: {}",
+                beside.uri(),
+                self.recovery()
+            )
+            .into();
+        }
+        serving::explain(failure, &self.recovery(), || Fate::Unknown)
+    }
+}
