@@ -252,14 +252,14 @@ mod tests {
         let touch = |table: u64| ram.memory().write_slice(&[1], GuestAddress(table * PAGE_TABLE)).unwrap();
         let found = || {
             let runs = Existing::new(&ram).unwrap().shared_page_tables().unwrap().concat();
-            runs.iter().map(|run| run.first.0 / 512..run.end().0 / 512).collect::<Vec<_>>()
+            runs.iter().map(|run| (run.first.0 / 512, run.end().0 / 512)).collect::<Vec<_>>()
         };
         (0..5).for_each(touch);
         // One, one, two, and four for the fifth.
-        assert_eq!(found(), [0..8]);
+        assert_eq!(found(), [(0, 8)]);
         touch(20);
-        assert_eq!(found(), [0..8, 20..21]);
+        assert_eq!(found(), [(0, 8), (20, 21)]);
         (0..32).for_each(touch);
-        assert_eq!(found(), [0..32]);
+        assert_eq!(found(), [(0, 32)]);
     }
 }
