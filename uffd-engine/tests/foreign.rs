@@ -3,7 +3,7 @@
 mod common;
 
 use std::io::{BufRead, BufReader, IoSlice, IoSliceMut, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -12,6 +12,7 @@ use std::sync::Arc;
 use common::discards::give_back;
 use common::refused::right_or_refused;
 use common::{Kind, Memory};
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use page_source::{BlockId, HostAddr, Layout, PageCount, PageIndex, PageRun, PageSize, PageSource, RamBlock};
 use testkit::faults::{Fault, FaultySource};
@@ -118,13 +119,20 @@ impl Peer {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("socket");
         let listener = UnixListener::bind(&path).unwrap();
-        let process = Command::new(std::env::current_exe().unwrap())
-            .args(["the_other_process", "--exact"])
+        let mut process = Command::new(std::env::current_exe().unwrap())
+            .args(["the_other_process", "--exact", "--nocapture"])
             .env(ROLE, &path)
             .env(KIND, format!("{kind:?}"))
             .stdout(Stdio::null())
             .spawn()
             .unwrap();
+        while poll(&mut [PollFd::new(listener.as_fd(), PollFlags::POLLIN)], 100u16).unwrap() == 0 {
+            assert_eq!(
+                process.try_wait().unwrap(),
+                None,
+                "{kind:?}: the other process has ended, see its standard error"
+            );
+        }
         let (socket, _) = listener.accept().unwrap();
         let mut addrs = [[0; 8]; 2];
         let mut space = nix::cmsg_space!([i32; 1]);

@@ -44,7 +44,7 @@ impl Existing<'_> {
     }
 
     /// The same where it takes little time, whatever there is: of small pages, all those that have a page table in common
-    /// with one that exists, and some behind many of those. [`refine`](Existing::refine) makes it exact.
+    /// with one that exists. [`refine`](Existing::refine) makes it exact.
     pub(crate) fn shared_page_tables(&self) -> io::Result<Vec<Vec<PageRun>>> {
         self.look_up(|piece| piece.shared, page_tables_in_file)
     }
@@ -145,9 +145,6 @@ fn is_memfd(piece: &Piece) -> bool {
 /// What one page table covers (Intel SDM volume 3, 5.5.4): once it is there, its pages cost little.
 const PAGE_TABLE: u64 = 2 << 20;
 
-/// So much is taken to exist after as much that does.
-const MOST_AT_ONCE: u64 = 64 << 20;
-
 /// From where in the file there is data at all.
 fn page_tables_in_file(piece: &Piece, file: &File, offset: u64) -> io::Result<Vec<PageRun>> {
     let end = offset + piece.run.len().0;
@@ -161,15 +158,12 @@ fn page_tables_in_file(piece: &Piece, file: &File, offset: u64) -> io::Result<Ve
         };
         // By where it is in this piece, which begins wherever it does in the file and in the address space.
         let from = (data - offset) / PAGE_TABLE * PAGE_TABLE;
+        let to = (from + PAGE_TABLE).min(end - offset);
         let first = piece.run.first + PageCount(from >> PAGE_SHIFT);
-        let before = runs.last_mut().filter(|last| last.end() == first);
-        // Where there is much there is more: so not each page table is asked for.
-        let length = before.as_ref().map_or(0, |before| before.len().0).clamp(PAGE_TABLE, MOST_AT_ONCE);
-        let to = (from + length).min(end - offset);
         let pages = PageCount((to - from).div_ceil(1 << PAGE_SHIFT));
-        match before {
-            Some(before) => before.pages = PageCount(before.pages.0 + pages.0),
-            None => runs.push(PageRun::new(piece.run.block, first, pages)),
+        match runs.last_mut() {
+            Some(last) if last.end() == first => last.pages = PageCount(last.pages.0 + pages.0),
+            _ => runs.push(PageRun::new(piece.run.block, first, pages)),
         }
         at = offset + to;
     }
@@ -242,24 +236,5 @@ mod tests {
         let exact = [vec![run(0, 1), run(5, 1), run(511, 1), run(1024, 1), run(2303, 1)], vec![run(2304 + 1023, 1)]];
         assert_eq!(pages, exact);
         assert_eq!(existing.shared_pages().unwrap(), exact);
-    }
-
-    /// What is taken to exist and does not is no more than what does.
-    #[test]
-    fn many_page_tables_are_found_at_once() {
-        let spec = RamSpec::new("ram").at(GuestAddr(0), ByteLen(64 << 20));
-        let ram = GuestRam::allocate(&[spec], Backing::Memfd).unwrap();
-        let touch = |table: u64| ram.memory().write_slice(&[1], GuestAddress(table * PAGE_TABLE)).unwrap();
-        let found = || {
-            let runs = Existing::new(&ram).unwrap().shared_page_tables().unwrap().concat();
-            runs.iter().map(|run| (run.first.0 / 512, run.end().0 / 512)).collect::<Vec<_>>()
-        };
-        (0..5).for_each(touch);
-        // One, one, two, and four for the fifth.
-        assert_eq!(found(), [(0, 8)]);
-        touch(20);
-        assert_eq!(found(), [(0, 8), (20, 21)]);
-        (0..32).for_each(touch);
-        assert_eq!(found(), [(0, 32)]);
     }
 }

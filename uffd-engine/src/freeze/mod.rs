@@ -19,12 +19,14 @@ mod owner;
 mod page_table;
 mod pages;
 mod pool;
+mod protect;
 mod saver;
+mod shared;
 mod whereabouts;
 mod writes;
 
 pub use armed::{FreezeError, FreezeOptions, Freezer};
-pub(crate) use frozen::Shared;
 pub use frozen::{FreezeStats, Frozen, FrozenError};
 pub use huge_file::HugeFile;
 pub use page_table::PageTable;
+pub(crate) use shared::Shared;

@@ -8,7 +8,7 @@ use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use page_source::{ByteLen, HostAddr, PageSource};
 
-use super::frozen::Shared;
+use super::shared::Shared;
 use crate::core::Core;
 use crate::descriptor::Descriptor;
 use crate::fault::Origin;

@@ -9,10 +9,11 @@ use nix::errno::Errno;
 use page_source::{ByteLen, Flow, HostAddr, PAGE_SIZE, PageBytes, PageCount, PageRun, PageSink, is_zero};
 
 use super::fetch::Fetch;
-use super::frozen::{FrozenError, Shared, Zone};
+use super::frozen::FrozenError;
 use super::order::{Order, PIECE};
 use super::owner::Owner;
 use super::pool::Copied;
+use super::shared::{Shared, Zone};
 use super::whereabouts::{Whereabouts, fetched_at_a_time};
 use crate::PausePoint;
 use crate::sys::memory::{Scratch, read_granule};

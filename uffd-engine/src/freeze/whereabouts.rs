@@ -2,9 +2,10 @@
 
 use page_source::{ByteLen, Content, PageCount, PageSource};
 
-use super::frozen::{FrozenError, Shared, Zone};
+use super::frozen::FrozenError;
 use super::owner::Owner;
 use super::saver::page_table_error;
+use super::shared::{Shared, Zone};
 use crate::core::{Core, Place};
 use crate::loader;
 use crate::region::Backing;

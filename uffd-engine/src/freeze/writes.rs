@@ -7,9 +7,10 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use page_source::{ByteLen, HostAddr};
 
-use super::frozen::{FrozenError, Shared, Zone};
+use super::frozen::FrozenError;
 use super::owner::Owner;
 use super::pool::Copied;
+use super::shared::{Shared, Zone};
 use crate::PausePoint;
 use crate::core::Place;
 use crate::handler::bind;
