@@ -217,6 +217,8 @@ impl StateMap {
 
 #[cfg(test)]
 mod tests {
+    use nix::sys::resource::{UsageWho, getrusage};
+
     use super::*;
 
     #[test]
@@ -286,6 +288,35 @@ mod tests {
                 assert_eq!(map.give_back(granule), met);
                 assert_eq!(map.get(granule), Entry { state: was, requested: false, wanted: false });
             }
+        }
+    }
+
+    #[test]
+    fn the_first_access_to_a_page_of_the_table_is_a_write() {
+        const PAGES: usize = 64;
+        let accesses: [fn(&StateMap, usize); 7] = [
+            |map, at| assert_eq!(map.request(at, false), Some(false)),
+            |map, at| assert_eq!(map.get_to_change(at).state, State::Missing),
+            |map, at| assert_eq!(map.mark_zero(at).state, State::Missing),
+            |map, at| assert!(map.claim(at)),
+            |map, at| assert!(map.claim_missing(at)),
+            |map, at| assert_eq!(map.remove(at), State::Missing),
+            // As the loop of a fault does it.
+            |map, at| {
+                assert_eq!(map.get_to_change(at).state, State::Missing);
+                assert_eq!(map.request(at, true), Some(false));
+                assert!(map.claim(at));
+                map.settle(at, State::Present);
+            },
+        ];
+        let faults = || getrusage(UsageWho::RUSAGE_THREAD).unwrap().minor_page_faults();
+        for (number, access) in accesses.iter().enumerate() {
+            let map = StateMap::new(PAGES * 4096).unwrap();
+            let before = faults();
+            (0..PAGES).for_each(|page| access(&map, page * 4096));
+            let taken = usize::try_from(faults() - before).unwrap();
+            // Two for each page if it was read first.
+            assert!(taken < PAGES + PAGES / 2, "access {number}: {taken} faults for {PAGES} pages");
         }
     }
 
