@@ -6,6 +6,7 @@
 mod check;
 mod error;
 mod handle;
+mod mappings;
 mod options;
 mod sink;
 
@@ -99,6 +100,9 @@ pub(crate) fn take(
     let begun = Instant::now();
     let ram = vcpus.ram();
     check::memory(ram)?;
+    if options.check_mappings {
+        check::mappings(ram)?;
+    }
     let existing = Existing::new(ram).map_err(LiveError::Populated)?;
     existing.prepare().map_err(LiveError::Populated)?;
     let claim = FreezeClaim::new(ram).ok_or(LiveError::Busy)?;
