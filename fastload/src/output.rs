@@ -7,7 +7,7 @@ pub(crate) fn print(text: &str) -> io::Result<()> {
     let mut out = io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
-        done => done,
+        done => done.map_err(|error| io::Error::new(error.kind(), format!("writing the result failed: {error}"))),
     }
 }
 

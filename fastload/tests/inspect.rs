@@ -4,7 +4,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Command, Output};
 
-use serde_json::{Value, json};
+use serde_json::Value;
 use testkit::samples;
 
 fn inspect(file: &Path, arguments: &[&str]) -> Output {
@@ -23,6 +23,15 @@ fn refused(output: &Output) -> String {
     let text = String::from_utf8(output.stderr.clone()).unwrap();
     assert_eq!(text.lines().count(), 1, "{text}");
     text
+}
+
+/// What the JSON consists of: programs rely on it.
+const REPORT: [&str; 6] = ["machine", "base", "capabilities", "blocks", "sections", "warnings"];
+const BLOCK: [&str; 7] = ["name", "length", "page_size", "bitmap_offset", "pages_offset", "stored_pages", "zero_pages"];
+const SECTION: [&str; 7] = ["kind", "id", "name", "instance", "version", "start", "end"];
+
+fn keys(object: &Value) -> Vec<&str> {
+    object.as_object().unwrap().keys().map(String::as_str).collect()
 }
 
 #[test]
@@ -49,15 +58,16 @@ fn json_has_every_known_fact() {
             for (key, golden_key) in pairs {
                 assert_eq!(block[key], golden[golden_key], "{} {key}", sample.name);
             }
-            if block["in_file"] == json!(true) {
-                let pages = block["stored_pages"].as_u64().unwrap() + block["zero_pages"].as_u64().unwrap();
-                assert_eq!(pages * 4096, block["length"].as_u64().unwrap());
-            }
+            assert_eq!(keys(block), BLOCK);
+            let left_out = golden["bitmap_len"] == 0;
+            let pages = if left_out { 0 } else { golden["len"].as_u64().unwrap() / 4096 };
+            assert_eq!(block["stored_pages"].as_u64().unwrap() + block["zero_pages"].as_u64().unwrap(), pages);
         }
+        assert_eq!(keys(&report), REPORT);
         let sections = report["sections"].as_array().unwrap().iter().map(|section| {
-            let keys = ["kind", "id", "name", "instance", "version", "start", "end"];
+            assert_eq!(keys(section), SECTION);
             let keys =
-                keys.into_iter().filter(|key| section["kind"] != "CMD" || !["instance", "version"].contains(key));
+                SECTION.into_iter().filter(|key| section["kind"] != "CMD" || !["instance", "version"].contains(key));
             keys.map(|key| section[key].clone()).collect::<Value>()
         });
         assert_eq!(sections.collect::<Value>(), golden["sections"], "{}", sample.name);
@@ -104,6 +114,28 @@ fn devices_offsets_and_refusals() {
     assert!(said.contains("plain migration stream") && said.contains("pc-i440fx-10.0"), "{said}");
 }
 
+/// What is signed is shown so, in an array too.
+#[test]
+fn signed_numbers_have_their_sign() {
+    let directory = tempfile::tempdir().unwrap();
+    let all = samples::stripped();
+    let sample = all.iter().find(|sample| sample.name == "q10-pc-32-plain.mr").unwrap();
+    let path = sample.unpack(directory.path()).unwrap();
+    let levels = || {
+        let device = printed(&inspect(&path, &["--device", "PCIBUS", "--json"]));
+        let fields = device[0]["fields"].as_array().unwrap();
+        fields.iter().find(|field| field["name"] == "irq_count").unwrap().clone()
+    };
+    let before = levels();
+    assert_eq!((&before["type"], before["values"].as_array().map(Vec::len)), (&"int32".into(), Some(4)), "{before}");
+    let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+    let second = before["start"].as_u64().unwrap() + 4;
+    file.write_all_at(&(-7i32).to_be_bytes(), second).unwrap();
+    assert_eq!(levels()["values"], serde_json::json!([0, -7, 0, 0]));
+    let text = String::from_utf8(inspect(&path, &["--device", "PCIBUS"]).stdout).unwrap();
+    assert!(text.contains("irq_count: int32 = [0x0, -7, 0x0, 0x0]"), "{text}");
+}
+
 #[test]
 fn damaged_files_are_shown_with_warnings() {
     let directory = tempfile::tempdir().unwrap();
@@ -129,6 +161,19 @@ fn damaged_files_are_shown_with_warnings() {
     warnings(20 << 20, "truncated page area: RAM block \\\"pc.ram\\\"");
     file.set_len(90).unwrap();
     refused(&inspect(&path, &["--json"]));
+}
+
+#[test]
+fn a_result_that_can_not_be_written_is_a_failure_and_a_reader_that_left_is_none() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = samples::stripped()[0].unpack(directory.path()).unwrap();
+    let mut full = Command::new(env!("CARGO_BIN_EXE_fastload"));
+    full.arg("inspect").arg(&path).stdout(std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap());
+    assert!(refused(&full.output().unwrap()).contains("writing the result failed: No space left"));
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let left = Command::new(env!("CARGO_BIN_EXE_fastload")).arg("inspect").arg(&path).stdout(writer).output().unwrap();
+    assert!(left.status.success() && left.stderr.is_empty(), "{left:?}");
 }
 
 #[test]

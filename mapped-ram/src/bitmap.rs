@@ -208,7 +208,7 @@ fn word(words: &[u64; WORDS], page: u64) -> u64 {
     usize::try_from(page / 64).ok().and_then(|index| words.get(index)).copied().unwrap_or(0)
 }
 
-/// How many pages fit between `start` and `end` of a file; the last may be partial.
+/// How many whole pages fit between `start` and `end` of a file.
 pub(crate) fn pages_between(start: FileOffset, end: FileOffset) -> u64 {
     end.0.saturating_sub(start.0) / PAGE_SIZE
 }

@@ -15,6 +15,7 @@ mod behind;
 mod bitmap;
 mod blocks;
 mod cursor;
+mod device;
 mod diagnose;
 mod error;
 mod header;
@@ -27,10 +28,11 @@ mod sys;
 mod warning;
 mod writer;
 
+pub use device::Device;
 pub use error::{CreateError, OpenError, OpenErrorKind, PageError};
 pub use identity::Identity;
 pub use open::Options;
-pub use snapshot::{BlockFile, Device, Snapshot};
+pub use snapshot::{BlockFile, Snapshot};
 pub use warning::Warning;
 pub use writer::Writer;
 

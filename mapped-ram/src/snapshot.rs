@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use page_units::{BlockId, ByteLen, FileOffset, GuestAddr, Layout, PageCount, PageIndex};
-use vmstate::{Configuration, DeviceDesc, SectionEntry, SectionKind, Value, VmDesc, WalkError, walk};
+use vmstate::{Configuration, SectionEntry, VmDesc};
 
 use crate::bitmap::{Bitmap, BitmapError};
 use crate::open::{self, Options};
@@ -57,36 +57,6 @@ pub struct BlockFile {
     pub guest_address: Option<GuestAddr>,
     /// Whether the file has its pages. With x-ignore-shared, memory that is shared is left out.
     pub in_file: bool,
-}
-
-/// The state of one device, read from the file.
-#[derive(Debug)]
-pub struct Device<'a> {
-    entry: &'a SectionEntry,
-    desc: &'a DeviceDesc,
-    body: Vec<u8>,
-}
-
-impl Device<'_> {
-    /// Its section.
-    #[must_use]
-    pub fn entry(&self) -> &SectionEntry {
-        self.entry
-    }
-
-    /// Its section without header and footer.
-    #[must_use]
-    pub fn body(&self) -> &[u8] {
-        &self.body
-    }
-
-    /// Its decoded state.
-    ///
-    /// # Errors
-    /// If it is not what its description says.
-    pub fn decode(&self) -> Result<Value<'_>, WalkError> {
-        walk(&self.body, self.entry.body.start, self.desc)
-    }
 }
 
 impl Snapshot {
@@ -263,32 +233,6 @@ impl Snapshot {
         let mut bytes = vec![0; length.get()];
         self.file.read_exact_at(&mut bytes, range.start.0)?;
         Ok(bytes)
-    }
-
-    /// The first section of a device, found without a look at all of them.
-    fn device_section(&self, name: &str, instance: u32) -> Option<&SectionEntry> {
-        let key = |at: &usize| (self.sections[*at].name.as_str(), self.sections[*at].instance);
-        let sorted = self.by_device.get_or_init(|| {
-            let full = (0..self.sections.len()).filter(|at| self.sections[*at].kind == SectionKind::Full);
-            let mut sorted: Vec<usize> = full.collect();
-            sorted.sort_by_key(key);
-            sorted
-        });
-        let first = sorted.get(sorted.partition_point(|at| key(at) < (name, instance)))?;
-        (key(first) == (name, instance)).then(|| &self.sections[*first])
-    }
-
-    /// The state of a device; `None` if there is no such section, or it is not described.
-    ///
-    /// # Errors
-    /// If it can't be [read](Snapshot::read).
-    pub fn device(&self, name: &str, instance: u32) -> io::Result<Option<Device<'_>>> {
-        let entry = self.device_section(name, instance);
-        let desc = self.vmdesc.as_ref().and_then(|vmdesc| vmdesc.device(name, instance));
-        let (Some(entry), Some(desc)) = (entry, desc) else {
-            return Ok(None);
-        };
-        Ok(Some(Device { entry, desc, body: self.read(entry.body.clone())? }))
     }
 
     /// What identified the file when it was opened.

@@ -10,7 +10,7 @@ use common::{mapped_samples, samples};
 use mapped_ram::{OpenErrorKind, Options, Snapshot, Warning, Writer};
 use page_units::{BlockId, Layout, PAGE_SIZE, PageCount, PageIndex, PageRun, PageSize, RamBlock};
 use proptest::prelude::*;
-use vmstate::{Configuration, ConfigurationSubsection, Event, SectionHeader, SectionKind, StreamWriter};
+use vmstate::{Configuration, SectionKind};
 
 /// Does everything that a reader can do with a file.
 fn exercise(path: &Path, damaged: bool) {
@@ -263,75 +263,6 @@ fn device_state_without_description() {
     let look = Snapshot::open_with(&path, &Options { base: None, damaged: true }).unwrap();
     assert_eq!(look.device_state(), devices);
     assert_eq!(look.warnings(), [Warning::NoDescription]);
-}
-
-/// A file with many sections without a body.
-fn sections(path: &Path, names: impl Iterator<Item = u32>, description: &str) {
-    let layout = Layout::new(vec![RamBlock::new("ram", PageCount(1).to_bytes(), PageSize::SMALL).unwrap()]).unwrap();
-    let mut tail = StreamWriter::new(Vec::new());
-    for (id, instance) in (1000..).zip(names) {
-        let header = SectionHeader { id, name: "d".into(), instance, version: 1 };
-        tail.event(&Event::SectionFull(header)).unwrap();
-        tail.event(&Event::Footer { id }).unwrap();
-    }
-    tail.event(&Event::Eof).unwrap();
-    tail.event(&Event::VmDesc(description.as_bytes().to_vec())).unwrap();
-    let mut configuration = Configuration::new("m");
-    configuration.subsections.push(ConfigurationSubsection::Capabilities(vec!["mapped-ram".into()]));
-    Writer::create(path, &configuration, layout).unwrap().finish(&tail.into_inner()).unwrap();
-}
-
-/// A look at all devices, all sections, or all fields of one device for each section would take hours.
-#[test]
-fn many_sections_cost_no_more_each() {
-    let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("file");
-    let devices: Vec<String> = (0..200_000).map(|at| format!(r#"{{"name": "d", "instance_id": {at}}}"#)).collect();
-    sections(&path, (0..200_000).rev(), &format!(r#"{{"devices": [{}]}}"#, devices.join(",")));
-    let snapshot = Snapshot::open(&path).unwrap();
-    for at in 0..200_000 {
-        let device = snapshot.device("d", at).unwrap().unwrap();
-        assert_eq!((device.entry().instance, device.body().len()), (at, 0));
-    }
-    assert!(snapshot.device("d", 200_000).unwrap().is_none() && snapshot.device("e", 0).unwrap().is_none());
-
-    let fields = vec![r#"{"size": 0}"#; 200_000].join(",");
-    sections(
-        &path,
-        (0..500_000).map(|at| at % 3),
-        &format!(
-            r#"{{"devices": [{{"name": "d", "fields": [{fields}]}},
-        {{"name": "d", "instance_id": 1}}, {{"name": "d", "instance_id": 2}}]}}"#
-        ),
-    );
-    let snapshot = Snapshot::open(&path).unwrap();
-    let first = &snapshot.sections()[1..4];
-    for entry in first.iter().filter(|entry| entry.kind == SectionKind::Full) {
-        assert_eq!(snapshot.device("d", entry.instance).unwrap().unwrap().entry().range, entry.range);
-    }
-}
-
-/// A terabyte of device state that takes no room in the file takes none in memory.
-#[test]
-fn state_of_any_length_in_a_sparse_file() {
-    let directory = tempfile::tempdir().unwrap();
-    let (small, path) = (directory.path().join("small"), directory.path().join("file"));
-    let describe = |size: u64| format!(r#"{{"devices": [{{"name": "d", "fields": [{{"size": {size:20}}}]}}]}}"#);
-    sections(&small, std::iter::once(0), &describe(0));
-    let snapshot = Snapshot::open(&small).unwrap();
-    let body = snapshot.sections().last().unwrap().body.start.0;
-    let (bytes, text) = (std::fs::read(&small).unwrap(), describe(1 << 40));
-    let behind = [&bytes[usize::try_from(body).unwrap()..bytes.len() - text.len()], text.as_bytes()].concat();
-    let file = File::create(&path).unwrap();
-    file.write_all_at(&bytes[..usize::try_from(body).unwrap()], 0).unwrap();
-    file.write_all_at(&behind, body + (1 << 40)).unwrap();
-
-    let snapshot = Snapshot::open(&path).unwrap();
-    let entry = snapshot.sections().last().unwrap();
-    assert_eq!((entry.body.end - entry.body.start).0, 1 << 40);
-    for error in [snapshot.device("d", 0).unwrap_err(), snapshot.read(snapshot.tail()).unwrap_err()] {
-        assert!(error.to_string().contains("more than 1073741824 at once"), "{error}");
-    }
 }
 
 #[test]

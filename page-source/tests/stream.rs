@@ -238,6 +238,11 @@ fn hostile_streams_are_refused_with_their_offset() {
     (0..2).for_each(|_| twice.push(Section::builder("cpu", 0, 1).u64s("regs", &[1]).build().unwrap()));
     let twice = a().bytes(&twice.finish("pc-i440fx-10.0").unwrap()).out.into_inner();
     refused(twice, &["second state of device \"cpu\" 0"]);
+    let mut garbled = a().finish();
+    let text = garbled.iter().rposition(|byte| *byte == 0).unwrap();
+    let text = text + garbled[text..].iter().position(|byte| *byte == b'{').unwrap();
+    garbled[text + 1] = b'!';
+    refused(garbled, &["column 2", &format!("the description begins at offset {text:#x})")]);
     // What may be there: the guest has stopped, the end of RAM.
     let switched = a().event(&Event::Command(Command::SwitchoverStart.encode().unwrap()));
     let switched = switched.event(&Event::SectionEnd { id: 2 }).bytes(&0x10u64.to_be_bytes()).footer();

@@ -10,3 +10,8 @@ pub mod require;
 pub mod samples;
 pub mod source;
 mod sys;
+
+/// The examples of the README.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+mod readme {}

@@ -176,7 +176,8 @@ impl Builder {
         };
         let staging = Staging::new(self.staging.max(asked_for(&self.background)));
         let staging = staging.map_err(system("memory for huge pages"))?;
-        let core = Core::new(descriptor, self.regions, staging, self.policy, self.background.window, self.pauses);
+        let (layout, window) = (source.layout(), self.background.window);
+        let core = Core::new(descriptor, self.regions, layout, staging, self.policy, window, self.pauses);
         let core = Arc::new(core.map_err(system("memory for the page states"))?);
         let waiter = waiter(&core, &self.handlers)?;
         // First of all: a source may begin to push at once.
@@ -283,10 +284,12 @@ impl Engine {
             reported: vec![false; self.core.areas.len()],
         };
         self.supervisor = Some(spawn("uffd-supervisor".into(), move || supervisor.run())?);
+        let alone = handlers.cores.len() == 1;
         for (number, &cpu) in handlers.cores.iter().enumerate() {
             let (core, waiter, origin) = (Arc::clone(&self.core), Arc::clone(&self.waiter), Arc::clone(origin));
             self.waiter.joining(&self.core);
-            let thread = spawn(format!("uffd-fault-{number}"), move || handler::run(&core, &waiter, &origin, cpu));
+            let thread =
+                spawn(format!("uffd-fault-{number}"), move || handler::run(&core, &waiter, &origin, cpu, alone));
             match thread {
                 Ok(thread) => self.threads.push(thread),
                 Err(error) => {

@@ -5,12 +5,13 @@ use std::io;
 use std::sync::Arc;
 use std::thread::ThreadId;
 
-use page_source::{BlockId, ByteLen, HostAddr, PageCount, PageIndex, PageRun};
-use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use page_source::{BlockId, ByteLen, HostAddr, Layout, PageCount, PageIndex, PageRun};
+use parking_lot::{Mutex, RwLock};
 
 use crate::deferred::Deferred;
 use crate::descriptor::Descriptor;
 use crate::freeze::Shared;
+use crate::gate::{Alone, Gate, GateLock, InHaste};
 use crate::hints::Hints;
 use crate::options::FailurePolicy;
 use crate::outstanding::Outstanding;
@@ -26,6 +27,8 @@ use crate::waiting::Waiting;
 #[derive(Debug)]
 pub(crate) struct Area {
     pub(crate) region: Region,
+    /// Of the RAM block, for messages.
+    pub(crate) name: Arc<str>,
     pub(crate) states: StateMap,
     /// 4 KiB pages per granule.
     pub(crate) granule: PageCount,
@@ -37,11 +40,6 @@ pub(crate) struct Place {
     pub(crate) area: usize,
     pub(crate) granule: usize,
 }
-
-/// Somebody installs: nothing is frozen, and no event is read, before it is dropped.
-pub(crate) type Gate<'a> = RwLockReadGuard<'a, Option<Arc<Shared>>>;
-/// Nobody installs until it is dropped.
-pub(crate) type Alone<'a> = RwLockWriteGuard<'a, Option<Arc<Shared>>>;
 
 #[derive(Debug)]
 pub(crate) struct Core {
@@ -57,8 +55,8 @@ pub(crate) struct Core {
     pub(crate) policy: FailurePolicy,
     pub(crate) pauses: Pauses,
     /// Held shared from a claim to the end of its install; alone while memory is frozen and, with events, while they
-    /// are read. In it, who has frozen the memory: installs are ordered with that.
-    gate: RwLock<Option<Arc<Shared>>>,
+    /// are read.
+    pub(crate) gate: GateLock,
     /// Held shared by a discard that was announced, and alone, before the gate, while memory is frozen: neither happens
     /// in the middle of the other.
     pub(crate) discarding: RwLock<()>,
@@ -78,6 +76,7 @@ impl Core {
     pub(crate) fn new(
         descriptor: Descriptor,
         regions: Vec<Region>,
+        layout: &Layout,
         staging: Staging,
         policy: FailurePolicy,
         window: PageCount,
@@ -86,7 +85,8 @@ impl Core {
         let gated = descriptor.features().contains(crate::Features::EVENT_REMOVE);
         let area = |region: Region| {
             let states = StateMap::new(region.granules())?;
-            Ok(Area { states, granule: region.backing.granule().pages(), region })
+            let name = layout.get(region.run.block).map(|block| block.name().into()).unwrap_or_default();
+            Ok(Area { states, granule: region.backing.granule().pages(), name, region })
         };
         let areas = regions.into_iter().map(area).collect::<io::Result<Vec<Area>>>()?;
         let mut by_address: Vec<_> = areas.iter().enumerate().map(|(i, area)| (area.region.start, i)).collect();
@@ -102,7 +102,7 @@ impl Core {
             staging,
             policy,
             pauses,
-            gate: RwLock::default(),
+            gate: GateLock::default(),
             discarding: RwLock::default(),
             gated,
             handlers: Mutex::default(),
@@ -114,22 +114,22 @@ impl Core {
 
     /// Held from a claim to the end of its install.
     pub(crate) fn installing(&self) -> Gate<'_> {
-        self.gate.read()
+        self.gate.shared()
     }
 
     /// Held while events are read and applied, if there are any.
-    pub(crate) fn reading(&self) -> Option<Alone<'_>> {
-        self.gated.then(|| self.gate.write())
+    pub(crate) fn reading(&self) -> Option<InHaste<'_>> {
+        self.gated.then(|| self.gate.alone_in_haste())
     }
 
     /// Held while memory is frozen.
     pub(crate) fn gate_alone(&self) -> Alone<'_> {
-        self.gate.write()
+        self.gate.alone()
     }
 
     /// Forgets who has frozen the memory.
     pub(crate) fn forget_freeze(&self, shared: &Arc<Shared>) {
-        let mut gate = self.gate.write();
+        let mut gate = self.gate.alone();
         if gate.as_ref().is_some_and(|held| Arc::ptr_eq(held, shared)) {
             *gate = None;
         }
@@ -137,7 +137,7 @@ impl Core {
 
     /// Who has frozen the memory, if somebody has.
     pub(crate) fn frozen(&self) -> Option<Arc<Shared>> {
-        self.gate.read().as_ref().filter(|shared| !shared.has_ended()).map(Arc::clone)
+        self.gate.shared().as_ref().filter(|shared| !shared.has_ended()).map(Arc::clone)
     }
 
     /// Whether discards are reported by the kernel.
@@ -145,9 +145,14 @@ impl Core {
         self.gated
     }
 
-    /// How much one install covers at most: little where the readers of events wait for it.
+    /// How many granules one install covers at most: little where the readers of events wait for it, and least where they
+    /// did so lately.
     pub(crate) fn longest_install(&self) -> usize {
-        if self.gated() { 16 } else { 256 }
+        match self.gated() {
+            true if self.gate.in_haste_lately() => 4,
+            true => 32,
+            false => 256,
+        }
     }
 
     pub(crate) fn on_reader_thread(&self) -> bool {

@@ -16,7 +16,6 @@ use crate::sys::open;
 pub struct Descriptor {
     uffd: Uffd,
     features: Features,
-    nonblocking: bool,
     foreign: bool,
 }
 
@@ -39,7 +38,7 @@ impl Descriptor {
         let features = needed | (welcome & available);
         let fd = open::new_descriptor(nonblocking)?;
         open::handshake(&fd, features).map_err(OpenError::Handshake)?;
-        Ok(Descriptor { uffd: into_uffd(fd), features, nonblocking, foreign: false })
+        Ok(Descriptor { uffd: into_uffd(fd), features, foreign: false })
     }
 
     /// A descriptor that came from elsewhere, usually from another process over a socket: its handshake is done and
@@ -51,12 +50,8 @@ impl Descriptor {
     /// # Errors
     /// If its flags can't be changed: it is no open descriptor.
     pub fn handed_over(fd: OwnedFd, features: Features) -> Result<Descriptor, OpenError> {
-        let change = |fd: BorrowedFd<'_>| {
-            let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
-            fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))
-        };
-        change(fd.as_fd()).map_err(|errno| OpenError::Handover(errno.into()))?;
-        Ok(Descriptor { uffd: into_uffd(fd), features, nonblocking: true, foreign: true })
+        set_blocking(fd.as_fd(), false).map_err(|errno| OpenError::Handover(errno.into()))?;
+        Ok(Descriptor { uffd: into_uffd(fd), features, foreign: true })
     }
 
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
@@ -65,10 +60,6 @@ impl Descriptor {
 
     pub(crate) fn features(&self) -> Features {
         self.features
-    }
-
-    pub(crate) fn nonblocking(&self) -> bool {
-        self.nonblocking
     }
 
     /// Whether its memory may belong to another process.
@@ -87,6 +78,29 @@ impl Descriptor {
     pub(crate) fn wake(&self, start: HostAddr, len: ByteLen) -> userfaultfd::Result<()> {
         self.uffd.wake(pointer(start), len.get())
     }
+}
+
+impl Descriptor {
+    /// This range, which is the engine's own, is ordinary memory from now on, and nobody waits for it. Woken last: see
+    /// `Core::unregister`.
+    pub(crate) fn silence(&self, start: HostAddr, len: ByteLen) {
+        for done in [self.unregister(start, len), self.wake(start, len)] {
+            if let Err(error) = done {
+                log::debug!("silencing {len} bytes at {start} failed: {error}");
+            }
+        }
+    }
+
+    /// Whether a read waits for a message. Not to be changed while somebody else reads.
+    pub(crate) fn set_blocking(&self, blocking: bool) -> nix::Result<()> {
+        set_blocking(self.fd(), blocking)
+    }
+}
+
+fn set_blocking(fd: BorrowedFd<'_>, blocking: bool) -> nix::Result<()> {
+    let mut flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
+    flags.set(OFlag::O_NONBLOCK, !blocking);
+    fcntl(fd, FcntlArg::F_SETFL(flags)).map(drop)
 }
 
 /// An address as the `userfaultfd` crate takes it; nothing dereferences it.

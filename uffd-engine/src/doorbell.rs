@@ -38,7 +38,7 @@ impl Doorbell {
         let Some(page) = self.pages.iter().find(|page| page.addr() == addr) else { return false };
         // Refused while a discard is not read yet, and the handler that has heard the bell reads no more.
         if ops::zeropage(descriptor.fd(), page.addr().0, PAGE.0) != Done::All {
-            silence(descriptor, page);
+            descriptor.silence(page.addr(), PAGE);
         }
         true
     }
@@ -63,17 +63,8 @@ impl Doorbell {
     pub(crate) fn left(&self, descriptor: &Descriptor) {
         if self.alive.fetch_sub(1, Ordering::AcqRel) == 1 {
             for page in &self.pages {
-                silence(descriptor, page);
+                descriptor.silence(page.addr(), PAGE);
             }
-        }
-    }
-}
-
-/// The page is ordinary memory from now on, and nobody waits for it. Woken last: see `Core::unregister`.
-fn silence(descriptor: &Descriptor, page: &Scratch) {
-    for done in [descriptor.unregister(page.addr(), PAGE), descriptor.wake(page.addr(), PAGE)] {
-        if let Err(error) = done {
-            log::debug!("silencing the doorbell of a fault handler failed: {error}");
         }
     }
 }

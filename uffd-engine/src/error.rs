@@ -94,8 +94,10 @@ pub enum StartError {
 #[non_exhaustive]
 pub enum EngineError {
     /// The source has no content for some pages.
-    #[error("{run}: {error}")]
+    #[error("pages {}..{} of RAM block \"{block}\": {error}", run.first, run.end())]
     Source {
+        /// The name of their RAM block.
+        block: Arc<str>,
         /// The pages.
         run: PageRun,
         /// What the source says.
@@ -106,8 +108,10 @@ pub enum EngineError {
     #[error("the source of the pages broke: {0}")]
     Broken(#[source] SourceError),
     /// The kernel refused to install pages.
-    #[error("installing {run} at {at} failed: {errno}")]
+    #[error("installing pages {}..{} of RAM block \"{block}\" at {at} failed: {errno}", run.first, run.end())]
     Install {
+        /// The name of their RAM block.
+        block: Arc<str>,
         /// The pages.
         run: PageRun,
         /// Where.
@@ -116,8 +120,12 @@ pub enum EngineError {
         errno: Errno,
     },
     /// Pages of a huge granule could not be put together.
-    #[error("putting together the huge page of {run} failed: {error}")]
+    #[error(
+        "putting together the huge page of pages {}..{} of RAM block \"{block}\" failed: {error}", run.first, run.end()
+    )]
     Staging {
+        /// The name of their RAM block.
+        block: Arc<str>,
         /// The pages.
         run: PageRun,
         /// What the system said.

@@ -6,7 +6,8 @@ use nix::errno::Errno;
 use page_source::{ByteLen, Feed, HostAddr, PageCount, PageRun, PageSource, Urgency};
 
 use crate::EngineError;
-use crate::core::{Alone, Area, Core, Gate, Place};
+use crate::core::{Area, Core, Place};
+use crate::gate::{Alone, Gate};
 use crate::install::{Content, frozen};
 use crate::pause::PausePoint;
 use crate::state::State;

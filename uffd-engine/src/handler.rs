@@ -15,6 +15,8 @@ use page_source::HostAddr;
 use crate::core::Core;
 use crate::doorbell::Doorbell;
 use crate::fault::Origin;
+use crate::gate::{Alone, InHaste};
+use crate::solo::Solo;
 use crate::sys::abi::{Message, UFFD_EVENT_PAGEFAULT, UFFD_EVENT_REMOVE, UFFD_EVENT_UNMAP};
 use crate::sys::ops;
 use crate::{EngineError, StartError};
@@ -86,20 +88,28 @@ impl Waiter {
 
     /// Waits for messages (not at all if `again`, since there is something to try again) and reads them. Events are
     /// read and applied while no install is under way.
-    fn next(&self, core: &Core, messages: &mut [Message], again: bool) -> Result<Woken, Errno> {
+    fn next(&self, core: &Core, solo: &mut Solo, messages: &mut [Message], again: bool) -> Result<Woken, Errno> {
         match self {
-            Waiter::Bell(_) if !core.descriptor.nonblocking() => {}
-            Waiter::Bell(_) => drop(wait_readable(core, None, again)?),
-            Waiter::Event(event) => {
-                if wait_readable(core, Some(event.as_fd()), again)? {
-                    return Ok(Woken::Stop);
-                }
-            }
+            Waiter::Bell(_) if !core.gated() => {}
+            Waiter::Bell(_) => match solo.read(core, messages, again) {
+                Some(count) => return Ok(Woken::Messages(count?)),
+                None if wait(core, None, again)? != Ready::Messages => return Ok(Woken::Messages(0)),
+                None => {}
+            },
+            Waiter::Event(event) => match wait(core, Some(event.as_fd()), again)? {
+                Ready::Stop => return Ok(Woken::Stop),
+                Ready::Nothing => return Ok(Woken::Messages(0)),
+                Ready::Messages => {}
+            },
             Waiter::Spin(stop) => {
                 if stop.load(Ordering::Acquire) {
                     return Ok(Woken::Stop);
                 }
                 std::hint::spin_loop();
+                // Not through the gate for nothing.
+                if core.gated() && wait(core, None, true)? != Ready::Messages {
+                    return Ok(Woken::Messages(0));
+                }
             }
         }
         Ok(Woken::Messages(core.read(messages)?))
@@ -109,18 +119,27 @@ impl Waiter {
 impl Core {
     /// Reads messages, and applies the events among them, while no install is under way. Answers how many there are.
     fn read(&self, messages: &mut [Message]) -> Result<usize, Errno> {
-        let alone = self.reading();
-        let count = match ops::read(self.descriptor.fd(), messages) {
-            Ok(count) => count,
-            Err(Errno::EAGAIN | Errno::EINTR) => 0,
-            Err(errno) => return Err(errno),
-        };
-        for message in &messages[..count] {
+        let reading = self.reading();
+        let count = self.receive(messages)?;
+        self.apply(reading.as_ref().and_then(InHaste::alone), &messages[..count]);
+        Ok(count)
+    }
+
+    /// Reads messages. Answers how many there are.
+    pub(crate) fn receive(&self, messages: &mut [Message]) -> Result<usize, Errno> {
+        match ops::read(self.descriptor.fd(), messages) {
+            Err(Errno::EAGAIN | Errno::EINTR) => Ok(0),
+            other => other,
+        }
+    }
+
+    /// Applies the events among messages that were read while the reader was alone.
+    pub(crate) fn apply(&self, alone: Option<&Alone<'_>>, messages: &[Message]) {
+        for message in messages {
             if matches!(message.event, UFFD_EVENT_REMOVE | UFFD_EVENT_UNMAP) {
-                self.removed(alone.as_ref(), HostAddr(message.word0), HostAddr(message.word1));
+                self.removed(alone, HostAddr(message.word0), HostAddr(message.word1));
             }
         }
-        Ok(count)
     }
 
     /// Before the first handler starts, and after the last one has died, an event would be waited for in vain: reads
@@ -140,14 +159,24 @@ impl Core {
     }
 }
 
-/// Waits until there is a message (not at all if `again`); `true` if it is time to stop.
-fn wait_readable(core: &Core, stop: Option<BorrowedFd<'_>>, again: bool) -> Result<bool, Errno> {
+/// What a poll says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ready {
+    Nothing,
+    Messages,
+    Stop,
+}
+
+/// Waits until there is a message (not at all if `again`), or it is time to stop.
+fn wait(core: &Core, stop: Option<BorrowedFd<'_>>, again: bool) -> Result<Ready, Errno> {
     let timeout = if again { PollTimeout::ZERO } else { PollTimeout::NONE };
     let uffd = core.descriptor.fd();
     let mut fds = [PollFd::new(uffd, PollFlags::POLLIN), PollFd::new(stop.unwrap_or(uffd), PollFlags::POLLIN)];
     let used = if stop.is_some() { 2 } else { 1 };
     match poll(&mut fds[..used], timeout) {
-        Ok(_) | Err(Errno::EINTR) => Ok(stop.is_some() && fds[1].any().unwrap_or(false)),
+        Ok(_) if stop.is_some() && fds[1].any().unwrap_or(false) => Ok(Ready::Stop),
+        Ok(_) if fds[0].any().unwrap_or(true) => Ok(Ready::Messages),
+        Ok(_) | Err(Errno::EINTR) => Ok(Ready::Nothing),
         Err(errno) => Err(errno),
     }
 }
@@ -163,21 +192,28 @@ impl Drop for Leaving {
         if std::thread::panicking() {
             self.core.status.fail(EngineError::ThreadDied("a fault handler panicked"));
         }
+        // Whoever reads for want of handlers must not wait.
+        if self.core.gated()
+            && let Err(errno) = self.core.descriptor.set_blocking(false)
+        {
+            log::error!("the descriptor of an engine can't be made non-blocking: {errno}");
+        }
         self.waiter.left(&self.core);
     }
 }
 
-/// Runs a handler on this thread until it is stopped.
-pub(crate) fn run(core: &Arc<Core>, waiter: &Arc<Waiter>, origin: &Origin, cpu: Option<usize>) {
+/// Runs a handler on this thread until it is stopped. `alone`: there is no other.
+pub(crate) fn run(core: &Arc<Core>, waiter: &Arc<Waiter>, origin: &Origin, cpu: Option<usize>, alone: bool) {
     let _leaving = Leaving { core: Arc::clone(core), waiter: Arc::clone(waiter) };
     core.reads_events();
     bind(cpu);
     let mut messages = [Message::default(); BATCH];
     let mut again = core.deferred.some();
     let mut singles = 0;
+    let mut solo = Solo::new(alone);
     loop {
         let room = if core.gated() || singles % READS_OF_ONE == 0 { BATCH } else { 1 };
-        let count = match waiter.next(core, &mut messages[..room], again) {
+        let count = match waiter.next(core, &mut solo, &mut messages[..room], again) {
             Ok(Woken::Messages(count)) => count,
             Ok(Woken::Stop) => return,
             Err(errno) => return core.status.fail(EngineError::Events(errno)),
@@ -189,6 +225,9 @@ pub(crate) fn run(core: &Arc<Core>, waiter: &Arc<Waiter>, origin: &Origin, cpu: 
             let addr = HostAddr(message.word1);
             if waiter.answers(core, addr) {
                 stop = true;
+                continue;
+            }
+            if core.gate.is_knock(addr) {
                 continue;
             }
             core.fault(origin, addr, message.word0, since);

@@ -7,8 +7,9 @@ use nix::errno::Errno;
 use page_source::{ByteLen, Flow, PageBytes, SinkError};
 
 use crate::EngineError;
-use crate::core::{Area, Core, Gate, Place};
+use crate::core::{Area, Core, Place};
 use crate::freeze::Shared;
+use crate::gate::Gate;
 use crate::pause::PausePoint;
 use crate::region::Backing;
 use crate::state::State;
@@ -185,7 +186,8 @@ impl Core {
                 Step::Stop(stopped())
             }
             _ => {
-                self.status.fail(EngineError::Install { run, at: area.addr(at.granule), errno });
+                let block = Arc::clone(&area.name);
+                self.status.fail(EngineError::Install { block, run, at: area.addr(at.granule), errno });
                 Step::Stop(stopped())
             }
         }

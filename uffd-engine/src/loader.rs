@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use page_source::{ByteLen, Content, PageCount, PageRun, Urgency};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 
 use crate::EngineError;
 use crate::core::{Core, Place};
@@ -111,6 +111,8 @@ impl Plan {
             cursor.following = (!later.is_empty()).then_some((area, later));
             return Some((area, now));
         }
+        // Whether the source has just been asked for a page, and knows no more than before.
+        let mut asked = false;
         loop {
             let area = core.areas.get(cursor.area)?;
             if cursor.granule >= area.states.len() {
@@ -127,20 +129,18 @@ impl Plan {
                 }
                 // What a source does not know before it was asked is often known for a long way after one page.
                 Content::Unknown
-                    if area.small() && core.areas[cursor.area].states.get(cursor.granule).state == State::Missing =>
+                    if !asked && area.small() && area.states.get(cursor.granule).state == State::Missing =>
                 {
                     let one = PageRun::single(area.block(), page);
                     let number = cursor.area;
                     cursor.granule += 1;
-                    if self.unknown_stays_unknown(core, origin, number, one) {
-                        let take = self.granules(area.granule).min(granules.max(1)) - 1;
-                        let first = cursor.granule;
-                        cursor.granule += take;
-                        return Some((number, area.pages(first, take)));
-                    }
+                    // Others go on meanwhile, and whoever has to begin again does not wait for a source that hangs.
+                    asked = MutexGuard::unlocked(&mut cursor, || self.unknown_stays_unknown(core, origin, number, one));
                 }
                 Content::Zero | Content::Stored | Content::Unknown => {
-                    let take = self.granules(area.granule).min(granules.max(1));
+                    // With the page that was asked for before, one turn.
+                    let most = self.granules(area.granule) - usize::from(asked);
+                    let take = most.clamp(1, granules.max(1));
                     let first = cursor.granule;
                     cursor.granule += take;
                     return Some((cursor.area, area.pages(first, take)));

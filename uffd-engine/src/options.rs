@@ -136,8 +136,8 @@ impl Background {
 pub enum Discards {
     /// The kernel reports each discard in any thread (`UFFD_FEATURE_EVENT_REMOVE`), and whoever discards waits until
     /// the engine has read it. No install may be under way at that moment, so reading faults waits for the install of
-    /// the background that is in progress (of at most 64 KiB then): correct for every discard, and a demand fault
-    /// waits a little longer.
+    /// the background that is in progress (of at most 128 KiB then, and of 16 KiB while there are faults): correct for
+    /// every discard, and a demand fault waits a little longer while the background runs.
     Events,
     /// Every discard of memory that is being served goes through [`Engine::discard`](crate::Engine::discard): the
     /// caller promises it. Faults are then read without any lock, which is the fastest way.

@@ -12,6 +12,8 @@ pub enum PausePoint {
     DiscardRead,
     /// A fault was read, and nothing was done about it yet.
     FaultRead,
+    /// The only handler is inside the gate, and is about to wait for a message there.
+    WaitsInside,
     /// A discard was announced, and a granule of it is not marked in the page map yet.
     Discarding,
     /// A piece of a huge page has come, whose other pages are (or were) still missing.

@@ -12,14 +12,14 @@ use crate::pause::PausePoint;
 use crate::staging::{Added, Whole};
 use crate::state::State;
 use crate::stats::bump;
-use crate::status::{Task, source_error};
+use crate::status::Task;
 
 impl PageSink for Core {
     fn data(&self, run: PageRun, bytes: PageBytes<'_>) -> Flow {
         if bytes.len() != run.len() {
             let reason = format!("{} bytes were delivered for {run}", bytes.len());
             let error = SourceError::Stopped { reason: reason.clone() };
-            self.status.fail(EngineError::Source { run, error });
+            self.status.fail(self.source_error(run, error));
             return Flow::Break(SinkError::Stopped { reason });
         }
         for (number, part) in self.parts(run) {
@@ -58,7 +58,7 @@ impl PageSink for Core {
             if !self.status.running() {
                 return Flow::Break(stopped());
             }
-            let error = source_error(part, error.clone());
+            let error = self.source_error(part, error.clone());
             if self.policy == FailurePolicy::PoisonMissing {
                 self.status.fail(error);
                 return Flow::Break(stopped());
@@ -84,6 +84,12 @@ impl PageSink for Core {
 }
 
 impl Core {
+    /// An error that the source gave for some pages.
+    fn source_error(&self, run: PageRun, error: SourceError) -> EngineError {
+        let area = self.areas.iter().find(|area| area.block() == run.block);
+        EngineError::Source { block: area.map(|area| Arc::clone(&area.name)).unwrap_or_default(), run, error }
+    }
+
     /// One granule is zero. Installed only if somebody waits for it.
     fn zero_granule(&self, number: usize, granule: usize) -> Flow {
         let area = &self.areas[number];
@@ -206,7 +212,8 @@ impl Core {
                 Flow::Break(SinkError::Unreadable(here))
             }
             Err(error) => {
-                self.status.fail(EngineError::Staging { run: here, error: Arc::new(error) });
+                let (block, error) = (Arc::clone(&area.name), Arc::new(error));
+                self.status.fail(EngineError::Staging { block, run: here, error });
                 Flow::Break(stopped())
             }
         }

@@ -5,7 +5,6 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
-use page_source::PageRun;
 use parking_lot::{Condvar, Mutex};
 
 use crate::EngineError;
@@ -157,9 +156,4 @@ impl Status {
         }
         slot.clone()
     }
-}
-
-/// An error that a source gave for some pages.
-pub(crate) fn source_error(run: PageRun, error: page_source::SourceError) -> EngineError {
-    EngineError::Source { run, error }
 }

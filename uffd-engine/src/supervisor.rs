@@ -152,7 +152,7 @@ impl Supervisor {
         log::error!("{error}");
         self.core.outstanding.wake();
         if let Some(frozen) = self.core.frozen() {
-            frozen.end(Err(FrozenError::Engine(error.clone())));
+            frozen.end(Err(FrozenError::Engine(Box::new(error.clone()))));
         }
         self.core.fail_closed(&*self.origin.source);
         stay_open(&self.core);

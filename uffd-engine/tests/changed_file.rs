@@ -55,11 +55,11 @@ fn a_file_that_is_truncated() {
         let touched = memory.read(BlockId(0), PageIndex(900)).unwrap_err();
         assert_eq!(touched.raw_os_error(), Some(libc::EFAULT), "{kind:?}");
         let error = engine.wait().unwrap_err();
-        let EngineError::Source { run, error: why } = &error else { panic!("{kind:?}: {error}") };
+        let EngineError::Source { run, error: why, .. } = &error else { panic!("{kind:?}: {error}") };
         assert!(run.iter().any(|page| page.0 == 900), "{kind:?}: {error}");
         assert!(matches!(why, SourceError::Truncated { .. } | SourceError::Changed { .. }), "{kind:?}: {error}");
         let text = error.to_string();
-        for part in [path.to_str().unwrap(), "\"ram\"", "offset", "block 0 pages"] {
+        for part in [path.to_str().unwrap(), "\"ram\"", "offset", "of RAM block \"ram\""] {
             assert!(text.contains(part), "{kind:?}: no {part} in {text}");
         }
         let refused = right_or_refused(&memory, &oracle);

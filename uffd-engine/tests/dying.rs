@@ -5,6 +5,7 @@ mod common;
 
 use std::panic::panic_any;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc;
 use std::time::Duration;
 
@@ -28,10 +29,10 @@ fn touch_until_refused(memory: &Memory) {
 #[test]
 fn a_handler_that_dies_at_any_point_fails_the_engine() {
     testkit::require!(Userfaultfd);
-    for point in [PausePoint::FaultRead, PausePoint::Claimed, PausePoint::Installed] {
-        for (wait, discards) in
-            [(Wait::Block, Discards::Events), (Wait::Block, Discards::Announced), (Wait::Spin, Discards::Events)]
-        {
+    let waits = [(Wait::Block, Discards::Events), (Wait::Block, Discards::Announced), (Wait::Spin, Discards::Events)];
+    let points = [PausePoint::FaultRead, PausePoint::Claimed, PausePoint::Installed].map(|point| (point, &waits[..]));
+    for (point, waits) in points.into_iter().chain([(PausePoint::WaitsInside, &waits[..1])]) {
+        for &(wait, discards) in waits {
             let oracle = full(256);
             let memory = Memory::new(Kind::Anonymous, oracle.layout());
             let engine = memory
@@ -59,23 +60,28 @@ fn a_handler_that_dies_at_any_point_fails_the_engine() {
 #[test]
 fn a_handler_that_dies_with_a_discard_unread_fails_the_engine() {
     testkit::require!(Userfaultfd);
-    for wait in [Wait::Block, Wait::Spin] {
+    // After some faults in peace a handler that blocks does so in its read.
+    for (wait, before) in [(Wait::Block, 0), (Wait::Block, 20), (Wait::Spin, 0)] {
         let oracle = full(64);
         let memory = Memory::new(Kind::Anonymous, oracle.layout());
         let gate = Gate::closed();
         let at_gate = gate.clone();
+        let faults = AtomicU64::new(0);
         let engine = memory
             .engine(Arc::new(MemorySource::new(Arc::clone(&oracle))))
             .handlers(Handlers::threads(1).waiting(wait))
             .background(Background::off())
             .pauses(move |at| {
-                if at == PausePoint::FaultRead {
+                if at == PausePoint::FaultRead && faults.fetch_add(1, Ordering::Relaxed) == before {
                     at_gate.enter();
                     panic_any("injected");
                 }
             })
             .start()
             .unwrap();
+        for page in 0..before {
+            assert!(memory.read(BlockId(0), PageIndex(20 + page)).is_ok());
+        }
         std::thread::scope(|scope| {
             let touching = Thread::spawn(scope, || memory.read(BlockId(0), PageIndex(9)));
             gate.wait_for(1);

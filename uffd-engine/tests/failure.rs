@@ -109,7 +109,7 @@ fn the_vmm_is_told_after_everything_missing_is_poisoned() {
         .unwrap();
     let error = engine.wait().unwrap_err();
     assert!(matches!(&error, EngineError::Source { run, .. } if run.pages == PageCount(16)), "{error}");
-    assert!(error.to_string().contains("block 0 pages 48..64"), "{error}");
+    assert!(error.to_string().contains("pages 48..64 of RAM block \"ram\""), "{error}");
     assert!(heard.iter().any(|event| matches!(event, Event::Failed(EngineError::Source { .. }))));
     // Three pieces of 16 came; the failed piece and the rest did not.
     assert_eq!(right_or_refused(&memory, &oracle), 2048 - 48);

@@ -12,7 +12,7 @@ use page_source::{BlockId, ByteLen, PageCount, PageIndex, PageRun, PageSink, Pag
 use testkit::gate::Gate;
 use testkit::hugepages::Overcommit;
 use testkit::oracle::Oracle;
-use uffd_engine::{FreezeOptions, Freezer, Frozen, FrozenError, Handlers, PausePoint};
+use uffd_engine::{FreezeError, FreezeOptions, Freezer, Frozen, FrozenError, Handlers, PausePoint, StartError};
 
 /// Fills what the oracle has content for: the rest stays a hole.
 fn populate(memory: &Memory, oracle: &Oracle) -> Vec<PageRun> {
@@ -106,6 +106,48 @@ fn what_is_delivered_is_what_was_there_at_the_freeze_point() {
             sink.assert_equals(&before);
             drop(feed);
         });
+    }
+}
+
+/// Anonymous memory in transparent huge pages, where the kernel has some: they are protected as such and taken apart by
+/// writers, one page at a time.
+#[test]
+fn transparent_huge_pages_are_frozen_exactly() {
+    testkit::require!(Userfaultfd);
+    let pages = 8 * 512;
+    let oracle = Oracle::random(9, layout(&[pages]), 200);
+    for seed in 0..6u64 {
+        let memory = Memory::new(Kind::Anonymous, oracle.layout());
+        ask_for_huge_pages(&memory, pages);
+        // Every page: the kernel gives huge ones, which hold zeros too.
+        for page in (0..pages).map(PageIndex) {
+            memory.store(BlockId(0), page, oracle.run(PageRun::single(BlockId(0), page)));
+        }
+        let before = copy_of(&memory, &[PageRun::new(BlockId(0), PageIndex(0), PageCount(pages))]);
+        let pool = if seed % 2 == 0 { ByteLen(32 << 20) } else { ByteLen(64 << 12) };
+        let frozen = freeze(&memory, &[], pool, 1 + usize::try_from(seed % 2).unwrap());
+        let stop = AtomicBool::new(false);
+        storm(&memory, &stop, 2, seed % 4 < 2, || {
+            let sink = Collector::new(oracle.layout(), None, u64::MAX);
+            let feed = frozen.start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
+            assert!(sink.complete());
+            frozen.wait().unwrap();
+            sink.assert_equals(&before);
+            drop(feed);
+        });
+    }
+}
+
+#[test]
+fn handlers_on_cores_that_do_not_exist_are_refused() {
+    testkit::require!(Userfaultfd);
+    let oracle = Oracle::random(5, layout(&[8]), 255);
+    let memory = Memory::new(Kind::Anonymous, oracle.layout());
+    for core in [1000, 1 << 20] {
+        let options = FreezeOptions { handlers: Handlers::on_cores([0, core]), ..FreezeOptions::default() };
+        let error = Freezer::prepare(memory.regions(), memory.layout.clone(), &options).unwrap_err();
+        assert!(matches!(error, FreezeError::Start(StartError::Core(found)) if found == core), "{error}");
+        assert!(error.to_string().contains(&core.to_string()), "{error}");
     }
 }
 
@@ -306,4 +348,11 @@ fn give_back(memory: &Memory) {
     let at = std::ptr::NonNull::new(std::ptr::with_exposed_provenance_mut(at)).unwrap();
     // SAFETY: pages of the test's own mapping, of which nothing is borrowed.
     unsafe { nix::sys::mman::madvise(at, 16 * 4096, nix::sys::mman::MmapAdvise::MADV_DONTNEED) }.unwrap();
+}
+
+#[expect(unsafe_code, reason = "asking for huge pages has no safe wrapper")]
+fn ask_for_huge_pages(memory: &Memory, pages: u64) {
+    let at = std::ptr::with_exposed_provenance_mut(usize::try_from(memory.addr(BlockId(0)).0).unwrap());
+    // SAFETY: the memory of a test; only what it is made of may change.
+    assert_eq!(unsafe { libc::madvise(at, usize::try_from(pages * 4096).unwrap(), libc::MADV_HUGEPAGE) }, 0);
 }

@@ -10,7 +10,7 @@ use common::{HUGE_KINDS, Kind, Memory, PAGE, SMALL_KINDS};
 use page_source::{BlockId, PageCount, PageIndex, PageRun};
 use testkit::gate::Gate;
 use testkit::hugepages::Overcommit;
-use uffd_engine::{Background, Discards, PausePoint, StartError};
+use uffd_engine::{Background, Discards, EngineError, PausePoint, StartError};
 
 const HUGE: u64 = 512;
 
@@ -194,5 +194,53 @@ fn all_that_was_asked_for_may_be_incomplete_at_a_time() {
     });
     engine.wait().unwrap();
     memory.assert_equals(&oracle);
+    source.forget_sink();
+}
+
+/// The limit is kept whatever a source does, and the error says what was too much.
+#[test]
+fn more_incomplete_huge_pages_than_were_allowed_fail() {
+    testkit::require!(Userfaultfd, Hugepages);
+    let _pages = Overcommit::reserve(1).unwrap();
+    for (asked, limit) in [(1, 17), (20, 20)] {
+        let oracle = full((limit + 2) * HUGE);
+        let memory = Memory::new(Kind::HugetlbPrivate, oracle.layout());
+        let source = Arc::new(Scripted::new(Arc::clone(&oracle)));
+        let background = Background::off().with_window(PageCount(1));
+        let builder = memory.engine(Arc::<Scripted>::clone(&source)).background(background);
+        let engine = builder.incomplete_huge_pages(asked).start().unwrap();
+        for huge in 0..limit {
+            assert!(source.push(run(huge * HUGE + huge, 1)).is_continue(), "{huge}: {:?}", engine.outcome());
+        }
+        assert!(engine.outcome().is_none());
+        assert!(source.push(run(limit * HUGE + 5, 1)).is_break());
+        let error = engine.wait().unwrap_err();
+        assert!(matches!(&error, EngineError::Staging { block, .. } if &**block == "ram"), "{error}");
+        let page = limit * HUGE + 5;
+        for part in [format!("pages {page}..{} of RAM block \"ram\"", page + 1), format!("more than {limit} huge")] {
+            assert!(error.to_string().contains(&part), "{error}");
+        }
+        // None of it became memory: not what came in part, and not what never came.
+        for page in [0, HUGE + 1, page] {
+            assert!(memory.read(BlockId(0), PageIndex(page)).is_err(), "page {page}");
+        }
+        source.forget_sink();
+    }
+}
+
+/// The memory is gone: the kernel takes nothing, and the error names the block.
+#[test]
+fn an_install_that_the_kernel_refuses_names_the_block() {
+    testkit::require!(Userfaultfd);
+    let oracle = full(8);
+    let memory = Memory::new(Kind::Anonymous, oracle.layout());
+    let source = Arc::new(Scripted::new(Arc::clone(&oracle)));
+    let builder = memory.engine(Arc::<Scripted>::clone(&source)).background(Background::off());
+    let engine = builder.discards(Discards::Announced).start().unwrap();
+    drop(memory);
+    assert!(source.push(run(3, 2)).is_break());
+    let error = engine.wait().unwrap_err();
+    assert!(matches!(&error, EngineError::Install { block, .. } if &**block == "ram"), "{error}");
+    assert!(error.to_string().contains("pages 3..5 of RAM block \"ram\" at 0x"), "{error}");
     source.forget_sink();
 }

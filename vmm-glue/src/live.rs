@@ -107,7 +107,7 @@ pub(crate) fn take(
     let configuration = Configuration::new(options.machine.clone());
     let writer = Writer::create(path, &configuration, ram.layout().clone())?;
     if options.check_space {
-        check::space(ram, &existing, path, engine.map_or(PageCount(0), Engine::missing))?;
+        check::space(ram, &existing, &writer, engine.map_or(PageCount(0), Engine::missing))?;
     }
     let sink = Arc::new(LiveSink::new(writer, claim));
 

@@ -22,6 +22,8 @@ use crate::{Bus, MachineError, StopHandle, VcpuOptions, Vm, blueprint};
 #[derive(Debug)]
 pub struct SavedVm {
     source: Arc<dyn PageSource>,
+    /// Device and inode of the file.
+    file: (u64, u64),
     state: Arc<MachineState>,
     memory: Vec<RamSpec>,
     steps: Vec<(Step, std::time::Duration)>,
@@ -162,9 +164,10 @@ impl SavedVm {
         let state = Arc::new(MachineState::load(&snapshot)?);
         host.check(kvm, &state)?;
         clock.done(Step::State);
+        let file = snapshot.identity().inode;
         let source = Arc::new(MappedRam::new(snapshot)?);
         clock.done(Step::Open);
-        Ok((SavedVm { source, state, memory, steps: clock.steps }, made))
+        Ok((SavedVm { source, file, state, memory, steps: clock.steps }, made))
     }
 
     /// Takes the pages from another source instead: the same content from elsewhere, or the same source wrapped.
@@ -294,7 +297,7 @@ impl SavedVm {
         steps.extend([(Step::Machine, times.machine), (Step::Load, times.load), (Step::Threads, times.threads)]);
         let source = self.source.layout().clone();
         let report = RestoreReport { mode, backing: options.backing, took: begun.elapsed(), steps, source };
-        Ok(Vm::new(vcpus, engine, report))
+        Ok(Vm::new(vcpus, engine, report, self.file))
     }
 }
 

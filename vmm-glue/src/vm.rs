@@ -1,6 +1,7 @@
 //! A running guest: its vCPUs, and the engine that still brings its memory.
 
 use std::fmt;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,6 +26,8 @@ pub struct Vm {
     vcpus: Option<Vcpus>,
     engine: Option<Engine>,
     report: RestoreReport,
+    /// Device and inode of the file that the memory comes from.
+    file: (u64, u64),
 }
 
 /// Why a guest can't go on.
@@ -69,8 +72,8 @@ pub enum VmStopError {
 }
 
 impl Vm {
-    pub(crate) fn new(vcpus: Vcpus, engine: Option<Engine>, report: RestoreReport) -> Vm {
-        Vm { vcpus: Some(vcpus), engine, report }
+    pub(crate) fn new(vcpus: Vcpus, engine: Option<Engine>, report: RestoreReport, file: (u64, u64)) -> Vm {
+        Vm { vcpus: Some(vcpus), engine, report, file }
     }
 
     /// The vCPUs: to stop them, let them run, and look at them.
@@ -176,6 +179,15 @@ impl Vm {
         save(self.vcpus(), host, path, options)
     }
 
+    fn is_loading(&self) -> bool {
+        self.engine.as_ref().is_some_and(|engine| engine.outcome().is_none())
+    }
+
+    /// Whether this is the file that the memory comes from, under whatever name.
+    fn is_loaded_from(&self, path: &Path) -> bool {
+        std::fs::metadata(path).is_ok_and(|of| (of.dev(), of.ino()) == self.file)
+    }
+
     /// Pages that could not be loaded, and that the guest must not touch: they have no content to be saved.
     fn poisoned(&self) -> Option<PageCount> {
         let pages = self.engine.as_ref().map(|engine| PageCount(engine.stats().poisoned_pages));
@@ -189,11 +201,17 @@ impl Vm {
     /// the writers too, and it becomes complete only after the live snapshot has its pages. Dropping the guest meanwhile
     /// fails that snapshot.
     ///
+    /// The file that memory is still being loaded from can't be the one that is written: replacing it would take away
+    /// what is missing. When loading is [complete](Vm::wait_complete) it can.
+    ///
     /// # Errors
-    /// If anything fails: the guest goes on, and there is no file.
+    /// If anything fails: the guest goes on, and there is no file, or the one that was there before.
     pub fn snapshot_live(&self, host: &Host, path: &Path, options: &LiveOptions) -> Result<LiveSnapshot, LiveError> {
         if let Some(pages) = self.poisoned() {
             return Err(LiveError::Poisoned(pages));
+        }
+        if self.is_loading() && self.is_loaded_from(path) {
+            return Err(LiveError::Source { path: path.into() });
         }
         live::take(self.vcpus(), host, path, options, self.engine.as_ref())
     }

@@ -77,6 +77,61 @@ fn damaged_state_is_an_error_and_no_panic() {
     SavedVm::open(&damaged, &kvm, &host).unwrap();
 }
 
+/// Whatever a file lacks would be that of a new machine: it is refused.
+#[test]
+fn state_that_contradicts_itself_is_refused() {
+    require!(Kvm);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("guest.mr");
+    let kvm = Kvm::new().unwrap();
+    let host = Host::probe(&kvm).unwrap();
+    let rig = Rig::boot(Privilege::User, MachineConfig::full(2), Backing::Memfd, 20);
+    rig.step();
+    let state = rig.vcpus.save_state(&host).unwrap();
+    vmm_glue::save(&rig.vcpus, &host, &path, &SaveOptions::default()).unwrap();
+    let blueprint = |from: &Snapshot| {
+        let value = from.device("vm-memory", 0).unwrap().unwrap();
+        let pieces = value.decode().unwrap().field("pieces").unwrap().as_u64s().unwrap();
+        vmstate::Section::builder("vm-memory", 0, 1).u64s("pieces", &pieces).build().unwrap()
+    };
+    let original = Snapshot::open(&path).unwrap();
+    let opened = |change: &dyn Fn(&mut MachineState)| {
+        let mut state = state.clone();
+        change(&mut state);
+        let mut devices = vmstate::DeviceWriter::new(2);
+        devices.push(blueprint(&original));
+        state.sections().unwrap().into_iter().for_each(|section| devices.push(section));
+        let path = dir.path().join("changed.mr");
+        let layout = original.layout().clone();
+        let writer = mapped_ram::Writer::create(&path, original.configuration(), layout).unwrap();
+        writer.finish(&devices.finish("vmm-glue").unwrap()).unwrap();
+        SavedVm::open(&path, &kvm, &host).map(drop).map_err(|error| error.to_string())
+    };
+    opened(&|_| ()).unwrap();
+    for (change, words) in [
+        (
+            &(|state: &mut MachineState| state.vcpus[1].lapic = None) as &dyn Fn(&mut MachineState),
+            "vCPU 1 has no local",
+        ),
+        (&|state: &mut MachineState| (state.vm.interrupts, state.vm.pit) = (None, None), "no I/O APIC"),
+        (
+            &|state: &mut MachineState| {
+                state.vm.interrupts = None;
+                state.vcpus.iter_mut().for_each(|vcpu| vcpu.lapic = None);
+            },
+            "no interrupt controllers",
+        ),
+        (
+            &|state: &mut MachineState| state.vm.interrupts.as_mut().unwrap().ioapic.truncate(100),
+            "\"ioapic\" of 100 bytes instead of 512",
+        ),
+        (&|state: &mut MachineState| state.vcpus.clear(), "without vCPUs"),
+    ] {
+        let error = opened(change).unwrap_err();
+        assert!(error.contains(words), "{error}");
+    }
+}
+
 #[test]
 fn a_snapshot_of_another_machine_is_refused_by_name() {
     require!(Kvm);

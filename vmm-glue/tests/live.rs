@@ -16,8 +16,7 @@ use testkit::guest::{GuestConfig, Pattern, Privilege};
 use testkit::require;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_glue::{
-    Backing, Discard, FreezeOptions, Handlers, Host, LiveEvent, LiveOptions, MachineConfig, MachineState, Vm,
-    snapshot_live,
+    Backing, Discard, FreezeOptions, Handlers, Host, LiveEvent, LiveOptions, MachineConfig, MachineState, snapshot_live,
 };
 
 /// Where files are quick to write, if there is such a place.
@@ -335,18 +334,6 @@ fn a_guest_that_stands_still_stays_so() {
     live::finish(&vcpus, &image, &bus, &kind);
 }
 
-/// Loads it, and the guest does nothing but what it does; the background waits.
-fn loading(path: &std::path::Path, backing: Backing) -> (Vm, Arc<common::Signals>) {
-    let kvm = Kvm::new().unwrap();
-    let host = Host::probe(&kvm).unwrap();
-    let saved = vmm_glue::SavedVm::open(path, &kvm, &host).unwrap();
-    let bus = Arc::new(common::Signals::default());
-    let options = vmm_glue::RestoreOptions::default().with_backing(backing);
-    let paused = uffd_engine::Background::default().paused();
-    let vm = saved.restore_on_demand(&kvm, &host, Arc::clone(&bus) as _, &options, |e| e.background(paused));
-    (vm.unwrap(), bus)
-}
-
 #[test]
 fn what_is_still_loading_is_saved_at_once() {
     require!(Kvm, Userfaultfd, Hugepages);
@@ -366,7 +353,7 @@ fn what_is_still_loading_is_saved_at_once() {
         live::snapshot(&vcpus, &path, &LiveOptions::default()).unwrap();
         drop(vcpus);
 
-        let (vm, bus) = loading(&path, backing);
+        let (vm, bus) = live::loading(&path, backing);
         // One after the other, each over what the last one showed.
         for round in 0..3 {
             live::progress(vm.vcpus(), &image, 100);
@@ -384,7 +371,7 @@ fn what_is_still_loading_is_saved_at_once() {
             live::assert_same(&live::content_of(&next), &copy.take());
         }
         // A restored one goes on from there, and so does the original.
-        let (other, other_bus) = loading(&dir.path().join("next-2.mr"), Backing::Anonymous);
+        let (other, other_bus) = live::loading(&dir.path().join("next-2.mr"), Backing::Anonymous);
         live::progress(other.vcpus(), &image, 100);
         other.engine().unwrap().resume_background();
         assert!(other.wait_complete(PATIENCE).unwrap());

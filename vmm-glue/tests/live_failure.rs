@@ -93,6 +93,37 @@ fn whatever_fails_leaves_the_guest_and_the_last_file_alone() {
     live::finish(&vcpus, &image, &bus, &KIND);
 }
 
+/// Whoever restores a guest from a file and saves it under the same name again: replacing the file would take away what
+/// is still missing.
+#[test]
+fn the_file_that_memory_is_loaded_from_is_not_replaced_before_that_is_complete() {
+    require!(Kvm, Userfaultfd);
+    let dir = tempfile::tempdir().unwrap();
+    let [path, symlink, link] = ["live.mr", "symlink", "link"].map(|name| dir.path().join(name));
+    let (vcpus, image, _) = live::running(&KIND);
+    live::snapshot(&vcpus, &path, &LiveOptions::default()).unwrap();
+    drop(vcpus);
+    std::os::unix::fs::symlink("live.mr", &symlink).unwrap();
+    std::fs::hard_link(&path, &link).unwrap();
+    let before = live::content_of(&path);
+
+    let (vm, bus) = live::loading(&path, Backing::Anonymous);
+    for name in [&path, &symlink, &link] {
+        let stopped = LiveOptions::default().with_drain(|_| panic!("it is refused before anything stops"));
+        let error = vm.snapshot_live(&host(), name, &stopped).unwrap_err();
+        assert!(matches!(&error, LiveError::Source { path } if path == name), "{error}");
+        assert!(error.to_string().contains(name.to_str().unwrap()), "{error}");
+    }
+    live::assert_same(&live::content_of(&path), &before);
+    // What was missing comes all the same, and then nothing speaks against it.
+    vm.engine().unwrap().resume_background();
+    assert!(vm.wait_complete(PATIENCE).unwrap());
+    let copy = live::Copy::default();
+    vm.snapshot_live(&host(), &path, &copy.options(LiveOptions::default())).unwrap().wait().unwrap();
+    live::assert_same(&live::content_of(&path), &copy.take());
+    live::finish(vm.vcpus(), &image, &bus, &KIND);
+}
+
 #[test]
 fn memory_given_back_meanwhile_is_an_error() {
     require!(Kvm, Userfaultfd);
@@ -236,6 +267,15 @@ fn a_full_disk() {
         assert!(offset.0 > 0 && error.to_string().contains(&offset.to_string()), "{error}");
         assert_eq!(live::names(disk.0.path()), [""; 0]);
         live::progress(&vcpus, &image, 10);
+        // A symlink from a disk with room to this one, and the other way round.
+        let roomy = tempfile::tempdir().unwrap();
+        let [here, there] = [roomy.path().join("to-small"), disk.0.path().join("to-roomy")];
+        std::os::unix::fs::symlink(&path, &here).unwrap();
+        std::os::unix::fs::symlink(roomy.path().join("live.mr"), &there).unwrap();
+        let error = snapshot_live(&vcpus, &host(), &here, &LiveOptions::default()).unwrap_err();
+        assert!(matches!(&error, LiveError::Space { path, .. } if *path == here), "{error}");
+        live::snapshot(&vcpus, &there, &LiveOptions::default()).unwrap();
+        assert!(here.is_symlink() && there.is_symlink() && roomy.path().join("live.mr").is_file());
     }
     live::finish(&vcpus, &image, &bus, &KIND);
 }

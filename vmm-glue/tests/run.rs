@@ -2,12 +2,18 @@
 
 mod common;
 
+use std::sync::Arc;
+use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
 use common::{PATIENCE, Rig, VARIANTS};
+use kvm_ioctls::Kvm;
+use page_source::{ByteLen, GuestAddr};
+use testkit::gate::Gate;
 use testkit::guest::{Privilege, Program, Signal};
 use testkit::require;
-use vmm_glue::{Backing, MachineConfig};
+use vm_memory::{Bytes, GuestAddress};
+use vmm_glue::{Backing, Bus, GuestRam, Machine, MachineConfig, Next, RamSpec, StopError, VcpuOptions, Vcpus};
 
 #[test]
 fn guests_do_their_work_at_both_levels() {
@@ -80,4 +86,71 @@ fn dropping_stops_a_guest_that_never_ends() {
     rig.vcpus.resume();
     assert!(rig.vcpus.wait_stopped(Duration::from_millis(1)).is_err());
     drop(rig);
+}
+
+/// Writes over the border of two pages that are a device's: two accesses of one instruction. Then writes to a port, and
+/// so on for ever.
+const TWO_ACCESSES: [u8; 16] = [
+    0xb8, 0x00, 0x20, // mov ax, 0x2000
+    0x8e, 0xc0, // mov es, ax
+    0x66, 0x26, 0xa3, 0xfe, 0x0f, // mov es:[0xffe], eax
+    0xb0, 0x01, // mov al, 1
+    0xe6, 0xe9, // out 0xe9, al
+    0xeb, 0xf5, // jmp to the second mov
+];
+
+/// A device that takes its time for each access.
+struct Slow {
+    first: Gate,
+    second: Gate,
+    port: SyncSender<()>,
+}
+
+impl Bus for Slow {
+    fn mmio_write(&self, _: u32, address: u64, _: &[u8]) -> Next {
+        if address == 0x2_0ffe {
+            self.first.enter()
+        } else {
+            self.second.enter()
+        }
+        Next::Run
+    }
+
+    fn io_out(&self, _: u32, _: u16, _: &[u8]) -> Next {
+        // Until nobody wants to know any more.
+        if self.port.send(()).is_ok() { Next::Run } else { Next::Stop }
+    }
+}
+
+/// Stopping took too long, and was taken back while a vCPU was about to stop: it goes on.
+#[test]
+fn a_stop_that_is_taken_back_is_no_stop() {
+    require!(Kvm);
+    let kvm = Kvm::new().unwrap();
+    let spec = RamSpec::new("ram").at(GuestAddr(0), ByteLen(0x1_0000));
+    let ram = Arc::new(GuestRam::allocate(&[spec], Backing::Anonymous).unwrap());
+    ram.memory().write_slice(&TWO_ACCESSES, GuestAddress(0x1000)).unwrap();
+    let machine = Machine::new(&kvm, ram, MachineConfig::bare(1)).unwrap();
+    let vcpu = &machine.vcpus()[0];
+    let mut sregs = vcpu.get_sregs().unwrap();
+    (sregs.cs.base, sregs.cs.selector) = (0, 0);
+    vcpu.set_sregs(&sregs).unwrap();
+    let mut regs = vcpu.get_regs().unwrap();
+    regs.rip = 0x1000;
+    vcpu.set_regs(&regs).unwrap();
+    let (port, written) = sync_channel(0);
+    let slow = Arc::new(Slow { first: Gate::closed(), second: Gate::closed(), port });
+    let vcpus = Vcpus::start(machine, Arc::clone(&slow) as Arc<dyn Bus>, VcpuOptions::default()).unwrap();
+
+    slow.first.wait_for(1);
+    let error = vcpus.pause(Duration::ZERO).unwrap_err();
+    assert!(matches!(error, StopError::Timeout { .. }), "{error}");
+    // It completes the instruction, and is about to stop.
+    slow.first.open();
+    slow.second.wait_for(1);
+    vcpus.resume();
+    slow.second.open();
+    written.recv_timeout(PATIENCE).expect("it goes on");
+    drop(written);
+    vcpus.wait_stopped(PATIENCE).unwrap();
 }

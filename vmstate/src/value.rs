@@ -141,9 +141,7 @@ impl<'a> Value<'a> {
     /// # Errors
     /// If it is something else.
     pub fn as_i64(&self) -> Result<i64, ValueError> {
-        let value = self.as_u64()?;
-        let unused = 64 - 8 * u32::try_from(self.bytes.len()).unwrap_or(8).clamp(1, 8);
-        Ok((value << unused).cast_signed() >> unused)
+        Ok(signed(self.as_u64()?, self.bytes.len() as u64))
     }
 
     /// Whether a plain integer is not zero.
@@ -167,6 +165,18 @@ impl<'a> Value<'a> {
             }
             _ => Err(self.is_not("an array of integers")),
         }
+    }
+
+    /// The numbers of an array of signed integers (or of a single one).
+    ///
+    /// # Errors
+    /// If it is something else.
+    pub fn as_i64s(&self) -> Result<Vec<i64>, ValueError> {
+        let each = match self.content {
+            Content::Array { size, .. } => size,
+            _ => self.bytes.len() as u64,
+        };
+        Ok(self.as_u64s()?.into_iter().map(|value| signed(value, each)).collect())
     }
 
     /// Whether the encoding is a big-endian integer.
@@ -213,6 +223,12 @@ impl<'a> Value<'a> {
         };
         ValueError::Type { name: self.name.to_owned(), at: self.range.start, found, wanted }
     }
+}
+
+/// What an integer of so many bytes is if its highest bit is a sign.
+fn signed(value: u64, bytes: u64) -> i64 {
+    let unused = 64 - 8 * bytes.clamp(1, 8);
+    (value << unused).cast_signed() >> unused
 }
 
 fn big_endian(bytes: &[u8]) -> u64 {

@@ -7,6 +7,12 @@ use crate::setup::{self, Need};
 
 /// What the benchmarks take.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  cargo xtask bench --list
+  cargo xtask bench resume fault.same_core
+  cargo xtask bench --json figures.json && jq '.[] | select(.ok | not)' figures.json
+
+It fails if a goal was missed.")]
 pub(crate) struct Args {
     /// Only figures whose name begins so, such as `resume` or `fault.same_core`
     names: Vec<String>,

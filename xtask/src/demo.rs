@@ -5,6 +5,10 @@ use crate::setup::{self, Need};
 
 /// What the demo takes.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  cargo xtask demo
+  cargo xtask demo --ram 256M
+  cargo xtask demo --json | jq .on_demand.resume_us")]
 pub(crate) struct Args {
     /// Guest memory, such as 256M or 1G
     #[arg(long, default_value = "1G", value_name = "SIZE")]

@@ -9,6 +9,10 @@ use crate::test;
 
 /// What it takes.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  cargo xtask e2e
+  cargo xtask e2e --full
+  cargo xtask e2e recover     tests with that word in their name")]
 pub(crate) struct Args {
     /// Also the long matrices
     #[arg(long)]

@@ -12,6 +12,10 @@ use crate::tidy;
 
 /// What the gate takes.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  cargo xtask test             what CI runs: some ten minutes
+  cargo xtask test --quick     while you work
+  CI=true cargo xtask test     a test that lacks something fails instead of being skipped")]
 pub(crate) struct Args {
     /// Also the long matrices (an hour or more)
     #[arg(long, conflicts_with = "quick")]
@@ -127,7 +131,9 @@ impl Gate {
         if let Some(filter) = &self.filter {
             command.args(["--", filter]);
         }
-        self.counted(&mut command)
+        let before = self.counts;
+        self.counted(&mut command)?;
+        chosen(self.filter.as_deref(), before, self.counts)
     }
 
     fn finish(mut self) -> Done {
@@ -147,6 +153,14 @@ impl Gate {
         println!("\n{}", self.counts);
         let failed: Vec<&str> = self.steps.iter().filter(|(_, _, ok)| !ok).map(|(name, ..)| *name).collect();
         if failed.is_empty() { Ok(()) } else { Err(format!("failed: {}", failed.join(", ")).into()) }
+    }
+}
+
+/// That a filter has chosen something: a word that fits no test is a mistake, and no success.
+fn chosen(filter: Option<&str>, before: Counts, after: Counts) -> Done {
+    match filter {
+        Some(filter) if before == after => Err(format!("no test has \"{filter}\" in its name").into()),
+        _ => Ok(()),
     }
 }
 
@@ -188,4 +202,16 @@ fn fuzz_targets(directory: &Path) -> Done<Vec<String>> {
         .collect();
     names.sort();
     if names.is_empty() { Err(format!("no fuzz target in {}", directory.display()).into()) } else { Ok(names) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_filter_that_fits_no_test_is_an_error() {
+        let (none, one) = (Counts::default(), Counts { passed: 1, ..Counts::default() });
+        assert!(chosen(Some("recoverr"), none, none).unwrap_err().to_string().contains("recoverr"));
+        assert!(chosen(Some("recover"), none, one).is_ok() && chosen(None, none, none).is_ok());
+    }
 }

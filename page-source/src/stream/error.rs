@@ -68,8 +68,14 @@ pub enum ReadError {
         at: FileOffset,
     },
     /// The description of the device state can't be read.
-    #[error(transparent)]
-    Description(#[from] DescError),
+    #[error("{error} (the description begins at offset {at})")]
+    Description {
+        /// Where its text begins.
+        at: FileOffset,
+        /// What is wrong, by its position in the text.
+        #[source]
+        error: DescError,
+    },
     /// The device state is not what its description says.
     #[error("device \"{device}\": {error}")]
     Device {

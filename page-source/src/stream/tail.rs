@@ -38,7 +38,10 @@ pub(super) fn check(bytes: &[u8], at: FileOffset) -> Result<(), ReadError> {
     let Some(text) = find_vmdesc(&mut Cursor::new(bytes), within.clone())? else {
         return Err(ReadError::NoDescription { at: end });
     };
-    let vmdesc = VmDesc::parse(&text.value)?;
+    let vmdesc = VmDesc::parse(&text.value).map_err(|error| {
+        let text_at = text.range.end.0.saturating_sub(text.value.len() as u64);
+        ReadError::Description { at: FileOffset(at.0.saturating_add(text_at)), error }
+    })?;
     let mut stream = StreamReader::nested(bytes, at);
     let (mut ended, mut seen) = (false, HashSet::new());
     while let Some(event) = stream.next_event()? {

@@ -15,3 +15,8 @@ pub use program::{Ended, Fastload, fastload};
 pub use qemu::{Qemu, QemuError};
 pub use ram::{RamDump, first_difference, first_hidden_difference};
 pub use start::{Machine, MemoryBackend, Setup};
+
+/// The examples of the README.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+mod readme {}

@@ -17,6 +17,7 @@ use super::pool::Pool;
 use super::writes;
 use crate::core::Core;
 use crate::descriptor::Descriptor;
+use crate::handler::check_cores;
 use crate::region::{self, Backing, Region};
 use crate::sys::abi::Features;
 use crate::sys::ops;
@@ -99,6 +100,7 @@ impl Freezer {
     /// If anything is missing. Nothing has happened to the memory then.
     pub fn prepare(regions: Vec<Region>, layout: Layout, options: &FreezeOptions) -> Result<Freezer, FreezeError> {
         region::check(&regions, &layout)?;
+        check_cores(options.handlers.cores.iter().flatten())?;
         let mut features = Features::EVENT_REMOVE;
         for region in &regions {
             features |= region.backing.features() | needs(region);

@@ -107,7 +107,7 @@ pub enum FrozenError {
     Changed(#[source] SourceError),
     /// The memory is still being loaded, and that has failed or was given up.
     #[error("the engine that loads the memory has ended: {0}")]
-    Engine(#[source] EngineError),
+    Engine(#[source] Box<EngineError>),
     /// The content of pages could not be loaded: they are poisoned.
     #[error("{0} could not be loaded, and has no content")]
     Poisoned(PageRun),

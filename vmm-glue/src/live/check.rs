@@ -2,10 +2,10 @@
 
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
 
+use mapped_ram::Writer;
 use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
-use nix::sys::statvfs::statvfs;
+use nix::sys::statvfs::fstatvfs;
 use page_source::{ByteLen, PageCount};
 
 use super::LiveError;
@@ -43,17 +43,20 @@ fn in_memory(file: &File) -> bool {
     fstatfs(file).is_ok_and(|of| matches!(of.filesystem_type(), TMPFS_MAGIC | HUGETLBFS_MAGIC))
 }
 
-/// Whether what exists of the memory, and what is `missing` of it, fits where `path` is.
-pub(super) fn space(ram: &GuestRam, existing: &Existing<'_>, path: &Path, missing: PageCount) -> Result<(), LiveError> {
+/// Whether what exists of the memory, and what is `missing` of it, fits on the disk of the file that `writer` has begun.
+/// Its name may lie elsewhere: a symlink is followed.
+pub(super) fn space(
+    ram: &GuestRam,
+    existing: &Existing<'_>,
+    writer: &Writer,
+    missing: PageCount,
+) -> Result<(), LiveError> {
+    let (file, path) = (writer.file(), writer.path());
     let runs = existing.pages().map_err(LiveError::Populated)?;
     let pages = PageCount(missing.0 + runs.iter().flatten().map(|run| run.pages.0).sum::<u64>());
     // A bit for each page, whether it exists or not.
     let needed = ByteLen(pages.to_bytes().0 + ram.layout().total().to_pages().0 / 8 + METADATA.0);
-    let directory = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    let of = statvfs(directory).map_err(|errno| LiveError::Statistics { path: directory.into(), errno })?;
+    let of = fstatvfs(file).map_err(|errno| LiveError::Statistics { path: path.into(), errno })?;
     let available = ByteLen(of.blocks_available().saturating_mul(of.fragment_size()));
     if needed > available {
         return Err(LiveError::Space { path: path.into(), needed, available });

@@ -21,8 +21,17 @@ pub enum LiveError {
     #[error("the guest's memory could not be loaded: {0}")]
     Load(EngineError),
     /// Another live snapshot of the same memory is not complete yet.
-    #[error("another live snapshot of this guest is not complete yet")]
+    #[error("another live snapshot of this guest is not complete yet: wait for it, or cancel it")]
     Busy,
+    /// The memory is still being loaded from the file that would be replaced.
+    #[error(
+        "{}: the guest's memory is still being loaded from this file, which can't be replaced before that is complete: wait for it, or choose another name",
+        path.display()
+    )]
+    Source {
+        /// The file.
+        path: PathBuf,
+    },
     /// Some of the memory has no content.
     #[error("{0} pages of the guest's memory could not be loaded, and can not be saved")]
     Poisoned(PageCount),
@@ -40,7 +49,10 @@ pub enum LiveError {
     #[error(transparent)]
     Regions(#[from] MemoryError),
     /// The file would not fit.
-    #[error("{}: up to {needed} bytes are needed, and {available} are free", path.display())]
+    #[error(
+        "{}: up to {needed} bytes are needed, and {available} are free: make room, or, if much of the memory is zero, do without this check",
+        path.display()
+    )]
     Space {
         /// The file.
         path: PathBuf,
@@ -52,7 +64,7 @@ pub enum LiveError {
     /// The file system does not say how much is free.
     #[error("{}: asking for the free space failed: {errno}", path.display())]
     Statistics {
-        /// The directory.
+        /// The file.
         path: PathBuf,
         /// What the kernel said.
         errno: Errno,

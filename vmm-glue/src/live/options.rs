@@ -108,7 +108,8 @@ impl LiveOptions {
         self
     }
 
-    /// `observer` is told of the freeze point, on the calling thread.
+    /// `observer` is told of the freeze point, on the calling thread. Saving begins when it returns: until then writers of
+    /// the guest go on only as long as there is room for copies in the [pool](FreezeOptions::pool).
     #[must_use]
     pub fn with_observer(mut self, observer: impl Fn(&LiveEvent) + Send + Sync + 'static) -> LiveOptions {
         self.observer = Some(Arc::new(observer));

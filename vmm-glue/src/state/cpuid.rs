@@ -49,8 +49,15 @@ const FEATURES: &[Features] = &[
     },
     Features { leaf: 7, subleaf: 0, register: "edx", of: |entry| entry.edx, names: "" },
     Features { leaf: 7, subleaf: 1, register: "eax", of: |entry| entry.eax, names: "" },
+    Features { leaf: 7, subleaf: 1, register: "ecx", of: |entry| entry.ecx, names: "" },
+    Features { leaf: 7, subleaf: 1, register: "edx", of: |entry| entry.edx, names: "" },
+    Features { leaf: 7, subleaf: 2, register: "edx", of: |entry| entry.edx, names: "" },
+    // What of the extended state can be switched on: in XCR0, and in IA32_XSS.
     Features { leaf: 0xd, subleaf: 0, register: "eax", of: |entry| entry.eax, names: "" },
+    Features { leaf: 0xd, subleaf: 0, register: "edx", of: |entry| entry.edx, names: "" },
     Features { leaf: 0xd, subleaf: 1, register: "eax", of: |entry| entry.eax, names: "xsaveopt xsavec xgetbv1 xsaves" },
+    Features { leaf: 0xd, subleaf: 1, register: "ecx", of: |entry| entry.ecx, names: "" },
+    Features { leaf: 0xd, subleaf: 1, register: "edx", of: |entry| entry.edx, names: "" },
     Features {
         leaf: 0x8000_0001,
         subleaf: 0,
@@ -60,6 +67,16 @@ const FEATURES: &[Features] = &[
                 - lwp fma4",
     },
     Features { leaf: 0x8000_0001, subleaf: 0, register: "edx", of: |entry| entry.edx, names: "" },
+    Features { leaf: 0x8000_0007, subleaf: 0, register: "edx", of: |entry| entry.edx, names: "- - - - - - - - invtsc" },
+    Features {
+        leaf: 0x8000_0008,
+        subleaf: 0,
+        register: "ebx",
+        of: |entry| entry.ebx,
+        names: "clzero irperf xsaveerptr - rdpru - - - - wbnoinvd - - amd_ibpb - amd_ibrs amd_stibp - \
+                stibp_always_on - - - - - amd_ppin amd_ssbd virt_ssbd amd_ssb_no cppc amd_psfd btc_no",
+    },
+    Features { leaf: 0x8000_0021, subleaf: 0, register: "eax", of: |entry| entry.eax, names: "" },
     Features { leaf: 0x4000_0001, subleaf: 0, register: "eax", of: |entry| entry.eax, names: "" },
 ];
 
@@ -90,6 +107,17 @@ pub(super) fn missing(wanted: &[kvm_cpuid_entry2], host: &[kvm_cpuid_entry2]) ->
     missing
 }
 
+/// Which parts of the extended state can be switched on, as bits of XCR0; x87 and SSE always can.
+pub(super) fn extended_state(entries: &[kvm_cpuid_entry2]) -> u64 {
+    let leaf = entries.iter().find(|entry| entry.function == 0xd && entry.index == 0);
+    leaf.map_or(0, |leaf| u64::from(leaf.edx) << 32 | u64::from(leaf.eax)) | 3
+}
+
+/// Whether the guest can have shadow stacks.
+pub(super) fn has_shadow_stacks(entries: &[kvm_cpuid_entry2]) -> bool {
+    entries.iter().any(|entry| entry.function == 7 && entry.index == 0 && entry.ecx >> 7 & 1 == 1)
+}
+
 /// The interface other than KVM's own that a vCPU shows, whose state is not saved. (The leaves that are left to
 /// hypervisors: Linux Documentation/virt/kvm/x86/cpuid.rst, Hyper-V TLFS 2.4, Xen public/arch-x86/cpuid.h.)
 pub(super) fn other_hypervisor(entries: &[kvm_cpuid_entry2]) -> Option<&'static str> {
@@ -116,5 +144,7 @@ mod tests {
         assert_eq!(names, ["CPU feature avx512f", "CPU feature CPUID[0x7.0].ebx bit 22"]);
         let switched_on = kvm_cpuid_entry2 { function: 1, ecx: 1 << 27, ..kvm_cpuid_entry2::default() };
         assert!(missing(&[switched_on], &host).is_empty());
+        let speculation = kvm_cpuid_entry2 { function: 0x8000_0008, ebx: 1 << 14, ..kvm_cpuid_entry2::default() };
+        assert_eq!(missing(&[speculation], &host), ["CPU feature amd_ibrs"]);
     }
 }

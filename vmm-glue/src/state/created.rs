@@ -39,9 +39,11 @@ pub(super) fn only_x87(xcrs: &kvm_xcrs) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
     use kvm_ioctls::Kvm;
 
     use super::*;
+    use crate::state::msrs;
 
     #[test]
     fn kvm_makes_them_so() {
@@ -61,6 +63,14 @@ mod tests {
             }
             assert_eq!(vcpu.get_mp_state().unwrap(), FIRST_RUNS);
             assert!(no_events(&vcpu.get_vcpu_events().unwrap()));
+            vcpu.set_cpuid2(&kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).unwrap()).unwrap();
+            let unlisted: Vec<u32> = msrs::unlisted().collect();
+            let there = msrs::get(&vcpu, 0, &unlisted).unwrap();
+            assert!(there.len() > 100, "{there:x?}");
+            let other: Vec<_> = there.iter().filter(|(index, value)| !host.creates_msr(*index, *value)).collect();
+            assert!(other.is_empty(), "{other:x?}");
+            let bank = there.iter().find(|(index, _)| *index == 0x404).unwrap();
+            assert!(!host.creates_msr(0x404, !bank.1), "another value");
         }
     }
 }

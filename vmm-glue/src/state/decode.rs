@@ -2,13 +2,14 @@
 
 use kvm_bindings::{kvm_cpuid_entry2, kvm_lapic_state, kvm_sregs, kvm_sregs2, kvm_xcr, kvm_xcrs};
 use mapped_ram::Snapshot;
-use vmstate::{SectionKind, Value, ValueError};
+use vmstate::{SectionKind, Value};
 
 use crate::blueprint;
 
 use super::encode::{VCPU, VERSION, VM};
 use super::error::Call;
 use super::record::{Field, Record};
+use super::vm::CHIP;
 use super::{Interrupts, MachineState, StateError, VcpuState, VmState};
 
 /// More vCPUs than KVM allows on any host.
@@ -105,7 +106,8 @@ impl VcpuState {
     /// # Errors
     /// If something is missing, of another kind, or not known here.
     pub fn from_section(id: u32, value: &Value<'_>) -> Result<VcpuState, StateError> {
-        const SUBSECTIONS: [&str; 4] = ["kvm-vcpu/sregs2", "kvm-vcpu/tsc_khz", "kvm-vcpu/tsc_offset", "kvm-vcpu/lapic"];
+        const SUBSECTIONS: [&str; 5] =
+            ["kvm-vcpu/sregs2", "kvm-vcpu/tsc_khz", "kvm-vcpu/tsc_offset", "kvm-vcpu/lapic", "kvm-vcpu/ssp"];
         check(value, VCPU, &SUBSECTIONS)?;
         let leaf = |leaf: [u64; 7]| -> Result<kvm_cpuid_entry2, StateError> {
             let [function, index, flags, eax, ebx, ecx, edx] = leaf.map(|word| word & u64::from(u32::MAX)).map(low);
@@ -151,6 +153,7 @@ impl VcpuState {
             mp_state: Record::read(value.field("mp_state")?)?,
             msrs: groups::<2>(value.field("msrs")?)?.into_iter().map(msr).collect::<Result<_, _>>()?,
             lapic: value.get(SUBSECTIONS[3]).map(lapic).transpose()?,
+            ssp: optional(value, SUBSECTIONS[4], "ssp")?,
         })
     }
 }
@@ -171,8 +174,14 @@ impl VmState {
     pub fn from_section(value: &Value<'_>) -> Result<VmState, StateError> {
         check(value, VM, &["kvm-vm/irqchip", "kvm-vm/pit", "kvm-vm/clock"])?;
         let chips = |value: &Value<'_>| {
-            let chip = |name| -> Result<Vec<u8>, ValueError> { Ok(value.field(name)?.bytes().to_vec()) };
-            Ok::<_, ValueError>(Interrupts {
+            let chip = |name| -> Result<Vec<u8>, StateError> {
+                let bytes = value.field(name)?.bytes();
+                if bytes.len() == CHIP {
+                    return Ok(bytes.to_vec());
+                }
+                Err(StateError::Invalid(format!("\"{name}\" of {} bytes instead of {CHIP}", bytes.len())))
+            };
+            Ok::<_, StateError>(Interrupts {
                 pic_master: chip("pic_master")?,
                 pic_slave: chip("pic_slave")?,
                 ioapic: chip("ioapic")?,
@@ -205,6 +214,25 @@ impl MachineState {
             vcpus.push(VcpuState::from_section(id, &device.decode()?)?);
         }
         no_others(snapshot, vcpus.len())?;
-        Ok(MachineState { vm, vcpus })
+        let state = MachineState { vm, vcpus };
+        state.coherent()?;
+        Ok(state)
+    }
+
+    /// Refuses a machine that can't have been saved: what it lacks would be that of a new one.
+    fn coherent(&self) -> Result<(), StateError> {
+        let invalid = |what: String| Err(StateError::Invalid(what));
+        if self.vcpus.is_empty() {
+            return invalid("it is of a machine without vCPUs".into());
+        }
+        let chips = self.vm.interrupts.is_some();
+        if self.vm.pit.is_some() && !chips {
+            return invalid("there is a timer (kvm-vm/pit), but no interrupt controllers".into());
+        }
+        match self.vcpus.iter().find(|vcpu| vcpu.lapic.is_some() != chips) {
+            Some(vcpu) if chips => invalid(format!("vCPU {} has no local APIC (kvm-vcpu/lapic)", vcpu.id)),
+            Some(vcpu) => invalid(format!("vCPU {} has a local APIC, but there is no I/O APIC", vcpu.id)),
+            None => Ok(()),
+        }
     }
 }

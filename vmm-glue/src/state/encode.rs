@@ -47,6 +47,9 @@ fn vcpu(state: &VcpuState) -> Result<Section, StateError> {
     if let Some(offset) = state.tsc_offset {
         section = section.subsection("kvm-vcpu/tsc_offset", 1, |to| to.u64("tsc_offset", offset));
     }
+    if let Some(ssp) = state.ssp {
+        section = section.subsection("kvm-vcpu/ssp", 1, |to| to.u64("ssp", ssp));
+    }
     if let Some(lapic) = &state.lapic {
         let bytes = lapic.regs.map(i8::cast_unsigned);
         section = section.subsection("kvm-vcpu/lapic", 1, |to| to.buffer("regs", &bytes));

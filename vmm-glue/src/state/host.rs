@@ -21,6 +21,8 @@ pub(super) struct Abilities {
     shown: OnceLock<CpuId>,
     /// In ascending order.
     pub(super) msrs: Vec<u32>,
+    /// Those that KVM does not list, with what they are in a new vCPU. In ascending order.
+    unlisted: Vec<(u32, u64)>,
     /// How fast the time stamp counter of a new vCPU runs, if KVM tells.
     tsc_khz: Option<u32>,
     pub(super) sregs2: bool,
@@ -29,6 +31,12 @@ pub(super) struct Abilities {
     pub(super) vm_tsc: bool,
     /// Bytes of extended state, 0 if only the classic 4096 are there.
     pub(super) xsave_len: usize,
+    /// How many vCPUs a VM can have.
+    max_vcpus: usize,
+    /// What else a VM can have: interrupt controllers, timer, clock.
+    irqchip: bool,
+    pit: bool,
+    clock: bool,
 }
 
 /// Whether a guest that has measured one frequency can go on with the other: within 250 ppm, what an NTP client corrects.
@@ -55,22 +63,36 @@ impl Host {
             }
         }
         let listed = kvm.get_msr_index_list().call("KVM_GET_MSR_INDEX_LIST", None)?;
-        let mut msrs: Vec<u32> = listed.as_slice().iter().copied().chain(msrs::unlisted()).collect();
+        let vm = kvm.create_vm().call("KVM_CREATE_VM", None)?;
+        let vcpu = vm.create_vcpu(0).call("KVM_CREATE_VCPU", None)?;
+        let tsc_khz = vcpu.get_tsc_khz().ok();
+        let mut unlisted = msrs::get(&vcpu, 0, &msrs::unlisted().collect::<Vec<_>>())?;
+        unlisted.sort_unstable();
+        let there = unlisted.iter().map(|&(index, _)| index);
+        let mut msrs: Vec<u32> = listed.as_slice().iter().copied().chain(there).collect();
         msrs.sort_unstable();
         msrs.dedup();
-        let vm = kvm.create_vm().call("KVM_CREATE_VM", None)?;
-        let tsc_khz = vm.create_vcpu(0).call("KVM_CREATE_VCPU", None)?.get_tsc_khz().ok();
         let has = Abilities {
             supported: kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).call("KVM_GET_SUPPORTED_CPUID", None)?,
             shown: OnceLock::new(),
             msrs,
+            unlisted,
             tsc_khz,
             sregs2: has(KVM_CAP_SREGS2) > 0,
             tsc_control: kvm.check_extension(Cap::TscControl),
             vm_tsc: has(KVM_CAP_VM_TSC_CONTROL) > 0,
             xsave_len: usize::try_from(has(KVM_CAP_XSAVE2)).unwrap_or(0),
+            max_vcpus: kvm.get_max_vcpus(),
+            irqchip: kvm.check_extension(Cap::Irqchip),
+            pit: kvm.check_extension(Cap::Pit2) && kvm.check_extension(Cap::PitState2),
+            clock: kvm.check_extension(Cap::AdjustClock),
         };
         Ok(Host { has: Arc::new(has) })
+    }
+
+    /// Whether a vCPU that was just created has this value in an MSR that KVM does not list.
+    pub(super) fn creates_msr(&self, index: u32, value: u64) -> bool {
+        self.has.unlisted.binary_search(&(index, value)).is_ok()
     }
 
     fn shown(&self, kvm: &Kvm) -> Result<&CpuId, StateError> {
@@ -90,7 +112,22 @@ impl Host {
     /// [`StateError::Unsupported`] with everything that is missing.
     pub fn check(&self, kvm: &Kvm, state: &MachineState) -> Result<(), StateError> {
         let mut missing = Vec::new();
+        let (wanted, has) = (&state.vm, &self.has);
+        for (lacks, what) in [
+            (wanted.interrupts.is_some() && !has.irqchip, "KVM_CAP_IRQCHIP (interrupt controllers)"),
+            (wanted.pit.is_some() && !has.pit, "KVM_CAP_PIT_STATE2 (the 8254 timer)"),
+            (wanted.clock.is_some() && !has.clock, "KVM_CAP_ADJUST_CLOCK (kvmclock)"),
+        ] {
+            missing.extend(lacks.then(|| what.to_owned()));
+        }
+        if state.vcpus.len() > has.max_vcpus {
+            missing.push(format!("{} vCPUs (this host allows {})", state.vcpus.len(), has.max_vcpus));
+        }
+        let possible = cpuid::extended_state(has.supported.as_slice());
         for vcpu in &state.vcpus {
+            let lacking = vcpu.extended_state() & !possible;
+            let bits = (0..u64::BITS).filter(|bit| lacking >> bit & 1 == 1);
+            missing.extend(bits.map(|bit| format!("extended state (XSAVE) component {bit}")));
             if !cpuid::missing(&vcpu.cpuid, self.has.supported.as_slice()).is_empty() {
                 let both = [self.has.supported.as_slice(), self.shown(kvm)?.as_slice()].concat();
                 missing.extend(cpuid::missing(&vcpu.cpuid, &both));
@@ -114,5 +151,49 @@ impl Host {
         missing.sort_unstable();
         missing.dedup();
         if missing.is_empty() { Ok(()) } else { Err(StateError::Unsupported(missing.join(", "))) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kvm_bindings::kvm_pit_state2;
+
+    use super::*;
+    use crate::state::{Interrupts, VcpuState};
+
+    /// What a host lacks, of a state that another one could have.
+    #[test]
+    fn each_thing_that_is_lacking_is_named() {
+        testkit::require!(Kvm);
+        let kvm = Kvm::new().unwrap();
+        let mut state = MachineState::default();
+        state.vm.interrupts =
+            Some(Interrupts { pic_master: vec![0; 512], pic_slave: vec![0; 512], ioapic: vec![0; 512] });
+        (state.vm.pit, state.vm.clock) = (Some(kvm_pit_state2::default()), Some(1));
+        state.vcpus = vec![VcpuState::default(); 2];
+        Host::probe(&kvm).unwrap().check(&kvm, &state).unwrap();
+        let lacking = |without: &dyn Fn(&mut Abilities), state: &MachineState| {
+            let mut host = Host::probe(&kvm).unwrap();
+            without(Arc::get_mut(&mut host.has).unwrap());
+            host.check(&kvm, state).unwrap_err().to_string()
+        };
+        for (without, what) in [
+            (&(|has: &mut Abilities| has.irqchip = false) as &dyn Fn(&mut Abilities), "KVM_CAP_IRQCHIP"),
+            (&|has: &mut Abilities| has.pit = false, "KVM_CAP_PIT_STATE2"),
+            (&|has: &mut Abilities| has.clock = false, "KVM_CAP_ADJUST_CLOCK"),
+            (&|has: &mut Abilities| has.max_vcpus = 1, "2 vCPUs (this host allows 1)"),
+        ] {
+            let error = lacking(without, &state);
+            assert!(error.ends_with(what) || error.contains(&format!("{what} (")), "{error}");
+            assert!(!error.contains(", "), "nothing else: {error}");
+        }
+        let mut newer = state.clone();
+        newer.vcpus[1].xcrs.nr_xcrs = 1;
+        newer.vcpus[1].xcrs.xcrs[0].value = 1 << 60;
+        assert!(lacking(&|_| (), &newer).ends_with("component 60"));
+        let mut newer = state.clone();
+        newer.vcpus[0].xsave = vec![0; 1024];
+        newer.vcpus[0].xsave[129] = 1 << 29;
+        assert!(lacking(&|_| (), &newer).ends_with("component 61"));
     }
 }

@@ -19,23 +19,19 @@ pub(super) const KVM_SYSTEM_TIME: u32 = 0x12;
 pub(super) const KVM_SYSTEM_TIME_NEW: u32 = 0x4b56_4d01;
 
 /// What KVM keeps, but does not list (`KVM_GET_MSR_INDEX_LIST` of Linux 6.18): the memory type ranges (Intel SDM volume 3,
-/// 13.11), and the machine-check status with 32 banks, as many as KVM knows (volume 3, 17.3). Those that a vCPU does not
-/// have are passed by.
+/// 13.11), and machine checks: capabilities, status, and 32 banks, as many as KVM knows, each with whether corrected
+/// errors interrupt (volume 3, 17.3). Those that a vCPU does not have are passed by.
+///
+/// The capabilities can't be written: a guest that was given others than a new vCPU has (`KVM_X86_SETUP_MCE`) is refused.
 pub(super) fn unlisted() -> impl Iterator<Item = u32> {
     let ranges = (0x200..=0x20f).chain([0x250, 0x258, 0x259]).chain(0x268..=0x26f).chain([0x2ff]);
     // Control, status, address and miscellany of each bank.
-    ranges.chain([0x17a]).chain(0x400..0x480)
+    ranges.chain([0x179, 0x17a]).chain(0x280..0x2a0).chain(0x400..0x480)
 }
 
-/// Whether a vCPU that was just created has this value there.
-pub(super) fn created(index: u32, value: u64) -> bool {
-    match index {
-        // What is to be reported is all switched on, and nothing was.
-        0x400..0x480 if index.is_multiple_of(4) => value == u64::MAX,
-        0x400..0x480 | 0x17a | 0x200..=0x20f | 0x250 | 0x258 | 0x259 | 0x268..=0x26f | 0x2ff => value == 0,
-        _ => false,
-    }
-}
+/// KVM takes fewer than 256 at once (`MAX_IO_MSRS` in arch/x86/kvm/x86.c): a processor with many performance counters has
+/// more.
+const AT_ONCE: usize = 255;
 
 fn list(entries: &[kvm_msr_entry]) -> Result<Msrs, StateError> {
     Msrs::from_entries(entries).map_err(|error| StateError::Invalid(format!("{} MSRs: {error:?}", entries.len())))
@@ -47,11 +43,12 @@ pub(super) fn get(vcpu: &VcpuFd, number: u32, indices: &[u32]) -> Result<Vec<(u3
     let mut rest = indices;
     while !rest.is_empty() {
         let entry = |&index: &u32| kvm_msr_entry { index, ..kvm_msr_entry::default() };
-        let mut msrs = list(&rest.iter().map(entry).collect::<Vec<_>>())?;
-        let done = vcpu.get_msrs(&mut msrs).call("KVM_GET_MSRS", number)?.min(rest.len());
+        let now = &rest[..rest.len().min(AT_ONCE)];
+        let mut msrs = list(&now.iter().map(entry).collect::<Vec<_>>())?;
+        let done = vcpu.get_msrs(&mut msrs).call("KVM_GET_MSRS", number)?.min(now.len());
         found.extend(msrs.as_slice()[..done].iter().map(|entry| (entry.index, entry.data)));
         // The one at which KVM stopped does not exist on this vCPU.
-        rest = &rest[(done + 1).min(rest.len())..];
+        rest = &rest[(done + 1).min(now.len())..];
     }
     Ok(found)
 }
@@ -67,10 +64,11 @@ pub(super) fn set(vcpu: &VcpuFd, number: u32, values: impl Iterator<Item = (u32,
     let mut rest = ordered.as_slice();
     while !rest.is_empty() {
         let entry = |&(index, data): &(u32, u64)| kvm_msr_entry { index, data, ..kvm_msr_entry::default() };
-        let msrs = list(&rest.iter().map(entry).collect::<Vec<_>>())?;
-        let done = vcpu.set_msrs(&msrs).call("KVM_SET_MSRS", number)?.min(rest.len());
+        let now = &rest[..rest.len().min(AT_ONCE)];
+        let msrs = list(&now.iter().map(entry).collect::<Vec<_>>())?;
+        let done = vcpu.set_msrs(&msrs).call("KVM_SET_MSRS", number)?.min(now.len());
         rest = &rest[done..];
-        if let Some((&(index, value), others)) = rest.split_first() {
+        if let Some((&(index, value), others)) = rest.split_first().filter(|_| done < now.len()) {
             let has = get(vcpu, number, &[index])?;
             // Writing 0 to what does not exist changes nothing.
             if has.first().map_or(0, |&(_, has)| has) != value {
@@ -80,4 +78,47 @@ pub(super) fn set(vcpu: &VcpuFd, number: u32, values: impl Iterator<Item = (u32,
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use kvm_ioctls::{Kvm, VmFd};
+
+    use super::*;
+
+    const SYSENTER_CS: u32 = 0x174;
+    const PAT: u32 = 0x277;
+    /// Nobody has this one.
+    const NONE: u32 = 0xdead_beef;
+
+    fn vcpu() -> (VmFd, VcpuFd) {
+        let vm = Kvm::new().unwrap().create_vm().unwrap();
+        let vcpu = vm.create_vcpu(0).unwrap();
+        (vm, vcpu)
+    }
+
+    #[test]
+    fn one_that_does_not_exist_is_passed_by() {
+        testkit::require!(Kvm);
+        let (_vm, vcpu) = vcpu();
+        set(&vcpu, 0, [(SYSENTER_CS, 8), (NONE, 0), (PAT, 0x0007_0406)].into_iter()).unwrap();
+        let found = get(&vcpu, 0, &[NONE, SYSENTER_CS, NONE, NONE, PAT, NONE]).unwrap();
+        assert_eq!(found, [(SYSENTER_CS, 8), (PAT, 0x0007_0406)]);
+        let error = set(&vcpu, 7, [(NONE, 5), (SYSENTER_CS, 16)].into_iter()).unwrap_err();
+        assert!(matches!(error, StateError::Msr { index: NONE, vcpu: 7, value: 5 }), "{error}");
+    }
+
+    #[test]
+    fn there_may_be_more_than_kvm_takes_at_once() {
+        testkit::require!(Kvm);
+        let (_vm, vcpu) = vcpu();
+        for count in [255_usize, 256, 257, 1000] {
+            let last = u64::try_from(count).unwrap();
+            let values = (1..=last).map(|value| (SYSENTER_CS, value));
+            set(&vcpu, 0, values.chain([(NONE, 0)])).unwrap();
+            let mut indices = vec![SYSENTER_CS; count];
+            indices.push(NONE);
+            assert_eq!(get(&vcpu, 0, &indices).unwrap(), vec![(SYSENTER_CS, last); indices.len() - 1]);
+        }
+    }
 }

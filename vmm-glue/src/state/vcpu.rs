@@ -1,8 +1,8 @@
 //! A vCPU: every register that KVM lets us see.
 
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_regs, kvm_sregs,
-    kvm_sregs2, kvm_vcpu_events, kvm_xcrs,
+    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_REG_GUEST_SSP, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state,
+    kvm_regs, kvm_sregs, kvm_sregs2, kvm_vcpu_events, kvm_x86_reg_kvm, kvm_xcrs,
 };
 use kvm_ioctls::VcpuFd;
 
@@ -16,6 +16,37 @@ use crate::sys;
 const CR4_VMXE: u64 = 1 << 13;
 /// The guest has switched on SVM (AMD APM volume 2, 3.1.7).
 const EFER_SVME: u64 = 1 << 12;
+
+/// The guest has switched on control-flow enforcement (Intel SDM volume 1, 17.1).
+const CR4_CET: u64 = 1 << 23;
+/// The shadow stack pointer, which is in no other structure (Linux 6.18, Documentation/virt/kvm/api.rst, 4.68).
+const SSP: u64 = kvm_x86_reg_kvm(KVM_REG_GUEST_SSP);
+
+/// What can't be saved of a guest.
+fn not_saved(sregs: &kvm_sregs, events: &kvm_vcpu_events, cpuid: &[kvm_cpuid_entry2]) -> Option<String> {
+    if sregs.cr4 & CR4_VMXE != 0 || sregs.efer & EFER_SVME != 0 {
+        return Some("a guest that runs guests itself".into());
+    }
+    if let Some(name) = cpuid::other_hypervisor(cpuid) {
+        return Some(format!("a guest that runs on {name}"));
+    }
+    (events.smi.smm != 0).then(|| "a guest in system management mode".into())
+}
+
+/// The shadow stack pointer of a vCPU that has one. KVM before Linux 6.18 does not tell it.
+fn shadow_stack(vcpu: &VcpuFd, cpuid: &[kvm_cpuid_entry2], cr4: u64, id: u32) -> Result<Option<u64>, StateError> {
+    if !cpuid::has_shadow_stacks(cpuid) {
+        return Ok(None);
+    }
+    let mut bytes = [0; 8];
+    match vcpu.get_one_reg(SSP, &mut bytes) {
+        Ok(_) => Ok(Some(u64::from_le_bytes(bytes))),
+        Err(_) if cr4 & CR4_CET == 0 => Ok(None),
+        Err(error) => Err(StateError::Unsupported(format!(
+            "saving a guest that uses shadow stacks (vCPU {id}): KVM does not tell the pointer ({error})"
+        ))),
+    }
+}
 
 /// The state of one vCPU.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -49,6 +80,8 @@ pub struct VcpuState {
     pub msrs: Vec<(u32, u64)>,
     /// The local APIC, if it is in the kernel.
     pub lapic: Option<kvm_lapic_state>,
+    /// The shadow stack pointer, if there is one and KVM tells it.
+    pub ssp: Option<u64>,
 }
 
 impl VcpuState {
@@ -62,15 +95,9 @@ impl VcpuState {
         let mp_state = vcpu.get_mp_state().call("KVM_GET_MP_STATE", id)?;
         let cpuid = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).call("KVM_GET_CPUID2", id)?;
         let sregs = vcpu.get_sregs().call("KVM_GET_SREGS", id)?;
-        if sregs.cr4 & CR4_VMXE != 0 || sregs.efer & EFER_SVME != 0 {
-            return Err(StateError::Unsupported(format!("saving a guest that runs guests itself (vCPU {id})")));
-        }
-        if let Some(name) = cpuid::other_hypervisor(cpuid.as_slice()) {
-            return Err(StateError::Unsupported(format!("saving a guest that runs on {name} (vCPU {id})")));
-        }
         let events = vcpu.get_vcpu_events().call("KVM_GET_VCPU_EVENTS", id)?;
-        if events.smi.smm != 0 {
-            return Err(StateError::Unsupported(format!("saving a guest in system management mode (vCPU {id})")));
+        if let Some(what) = not_saved(&sregs, &events, cpuid.as_slice()) {
+            return Err(StateError::Unsupported(format!("saving {what} (vCPU {id})")));
         }
         let lapic = if irqchip { Some(vcpu.get_lapic().call("KVM_GET_LAPIC", id)?) } else { None };
         let sregs2 = if host.has.sregs2 { Some(sys::get_sregs2(vcpu).call("KVM_GET_SREGS2", id)?) } else { None };
@@ -87,6 +114,7 @@ impl VcpuState {
             debug: vcpu.get_debug_regs().call("KVM_GET_DEBUGREGS", id)?,
             msrs: msrs::get(vcpu, id, &host.has.msrs)?,
             lapic,
+            ssp: shadow_stack(vcpu, cpuid.as_slice(), sregs.cr4, id)?,
             events,
             mp_state,
         })
@@ -135,9 +163,12 @@ impl VcpuState {
         if let Some(lapic) = &self.lapic {
             vcpu.set_lapic(lapic).call("KVM_SET_LAPIC", id)?;
         }
-        let wanted = self.msrs.iter().filter(|&&(index, value)| !(fresh && msrs::created(index, value)));
+        let wanted = self.msrs.iter().filter(|&&(index, value)| !(fresh && host.creates_msr(index, value)));
         msrs::set(vcpu, id, wanted.copied())?;
         vcpu.set_regs(&self.regs).call("KVM_SET_REGS", id)?;
+        if let Some(ssp) = self.ssp.filter(|&ssp| !(fresh && ssp == 0)) {
+            vcpu.set_one_reg(SSP, &ssp.to_le_bytes()).call("KVM_SET_ONE_REG (shadow stack pointer)", id)?;
+        }
         if !(fresh && created::no_events(&self.events)) {
             vcpu.set_vcpu_events(&self.events).call("KVM_SET_VCPU_EVENTS", id)?;
         }
@@ -151,6 +182,15 @@ impl VcpuState {
             log::debug!("the kvmclock of vCPU {id} can't be told that it was stopped: {error}");
         }
         Ok(())
+    }
+
+    /// Which parts of the extended state there are, as bits of XCR0: those that are switched on, and those that are not
+    /// what they are after reset (`XSTATE_BV`, Intel SDM volume 1, 13.4.2).
+    pub(super) fn extended_state(&self) -> u64 {
+        let used = usize::try_from(self.xcrs.nr_xcrs).unwrap_or(usize::MAX).min(self.xcrs.xcrs.len());
+        let on = self.xcrs.xcrs[..used].iter().filter(|xcr| xcr.xcr == 0).fold(0, |all, xcr| all | xcr.value);
+        let [low, high] = [128, 129].map(|word| u64::from(self.xsave.get(word).copied().unwrap_or(0)));
+        on | high << 32 | low
     }
 
     /// Whether the guest has switched on the clock page (Linux Documentation/virt/kvm/x86/msr.rst).
@@ -195,4 +235,52 @@ pub(super) fn align_tsc(states: &[VcpuState], vcpus: &[&VcpuFd]) -> Result<(), S
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use kvm_bindings::kvm_x86_reg_msr;
+    use kvm_ioctls::Kvm;
+
+    use super::*;
+
+    #[test]
+    fn what_can_not_be_saved_is_named() {
+        let leaf = |name: &[u8; 12]| {
+            let [ebx, ecx, edx] = [0, 4, 8].map(|at| u32::from_le_bytes(name[at..at + 4].try_into().unwrap()));
+            [kvm_cpuid_entry2 { function: 0x4000_0000, ebx, ecx, edx, ..kvm_cpuid_entry2::default() }]
+        };
+        let (sregs, events) = (kvm_sregs::default(), kvm_vcpu_events::default());
+        let kvm = leaf(b"KVMKVMKVM\0\0\0");
+        assert_eq!(not_saved(&sregs, &events, &kvm), None);
+        for nested in [kvm_sregs { cr4: CR4_VMXE, ..sregs }, kvm_sregs { efer: EFER_SVME, ..sregs }] {
+            assert!(not_saved(&nested, &events, &kvm).unwrap().contains("runs guests itself"));
+        }
+        for (signature, name) in [(b"Microsoft Hv", "Hyper-V"), (b"XenVMMXenVMM", "Xen")] {
+            assert!(not_saved(&sregs, &events, &leaf(signature)).unwrap().ends_with(name));
+        }
+        let mut managed = events;
+        managed.smi.smm = 1;
+        assert!(not_saved(&sregs, &managed, &kvm).unwrap().contains("system management"));
+    }
+
+    #[test]
+    fn a_shadow_stack_that_kvm_does_not_tell_of_is_refused() {
+        testkit::require!(Kvm);
+        let kvm = Kvm::new().unwrap();
+        let vm = kvm.create_vm().unwrap();
+        // Without CPUID: it has none, and KVM says so.
+        let vcpu = vm.create_vcpu(0).unwrap();
+        let leaf = [kvm_cpuid_entry2 { function: 7, ecx: 1 << 7, ..kvm_cpuid_entry2::default() }];
+        assert_eq!(shadow_stack(&vcpu, &[], CR4_CET, 0).unwrap(), None);
+        assert_eq!(shadow_stack(&vcpu, &leaf, 0, 0).unwrap(), None);
+        let error = shadow_stack(&vcpu, &leaf, CR4_CET, 3).unwrap_err().to_string();
+        assert!(error.contains("shadow stacks (vCPU 3)"), "{error}");
+        // The call is right where KVM has it: an MSR is read in the same way.
+        let mut bytes = [0; 8];
+        if vcpu.get_one_reg(kvm_x86_reg_msr(0x277), &mut bytes).is_ok() {
+            let pat = msrs::get(&vcpu, 0, &[0x277]).unwrap();
+            assert_eq!(pat, [(0x277, u64::from_le_bytes(bytes))]);
+        }
+    }
 }

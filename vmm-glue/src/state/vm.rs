@@ -35,7 +35,7 @@ pub struct VmState {
 }
 
 /// How many bytes the union of `struct kvm_irqchip` has.
-const CHIP: usize = 512;
+pub(super) const CHIP: usize = 512;
 
 fn get_chip(vm: &VmFd, chip_id: u32) -> Result<Vec<u8>, StateError> {
     let mut chip = kvm_irqchip { chip_id, ..kvm_irqchip::default() };

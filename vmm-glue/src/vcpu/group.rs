@@ -41,7 +41,9 @@ impl Default for VcpuOptions {
 #[non_exhaustive]
 pub enum StopError {
     /// They are still in `KVM_RUN`: most likely they wait for a page of memory. They stop as soon as it is there.
-    #[error("vCPUs {vcpus:?} did not stop within {limit:?}")]
+    #[error(
+        "vCPUs {vcpus:?} did not stop within {limit:?}: most likely they wait for pages of memory that have not come yet"
+    )]
     Timeout {
         /// Which.
         vcpus: Vec<u32>,

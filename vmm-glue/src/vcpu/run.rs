@@ -148,7 +148,8 @@ impl Runner<'_> {
                 Ok(_) => Phase::Paused,
                 Err(error) => Phase::Failed(Arc::new(error)),
             };
-            if entry.wanted == Wanted::Run {
+            // One that was only asked to stop, and whose stop was taken back meanwhile, goes on.
+            if entry.wanted == Wanted::Run && (entry.by_device || failed) {
                 entry.wanted = Wanted::Pause;
             }
             if failed {

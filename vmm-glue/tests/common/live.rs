@@ -238,6 +238,18 @@ pub fn restore(path: &Path, backing: Backing, config: GuestConfig, on_demand: bo
     (vm, image, bus)
 }
 
+/// Loads it, and the guest does nothing but what it does; the background waits.
+pub fn loading(path: &Path, backing: Backing) -> (Vm, Arc<Signals>) {
+    let kvm = Kvm::new().unwrap();
+    let host = Host::probe(&kvm).unwrap();
+    let saved = SavedVm::open(path, &kvm, &host).unwrap();
+    let bus = Arc::new(Signals::default());
+    let options = RestoreOptions::default().with_backing(backing);
+    let paused = uffd_engine::Background::default().paused();
+    let vm = saved.restore_on_demand(&kvm, &host, Arc::clone(&bus) as _, &options, |e| e.background(paused));
+    (vm.unwrap(), bus)
+}
+
 /// Lets the guest come to an end soon, and compares everything with what plain Rust says it should be.
 pub fn finish(vcpus: &Vcpus, image: &GuestImage, bus: &Signals, kind: &Kind) {
     vcpus.pause(PATIENCE).unwrap();

@@ -1,5 +1,5 @@
-//! A disk that takes as long for each write as a test wants: a file system of one directory, whose content is in
-//! ordinary files, and whose writes stand still until they are let go.
+//! A disk that takes as long for each write as a test wants, or fails: a file system of one directory, whose content is
+//! in ordinary files, and whose writes stand still until they are let go.
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
@@ -19,6 +19,15 @@ use parking_lot::{Condvar, Mutex};
 /// Who asked again finds what has changed meanwhile.
 const FOR_NOW: Duration = Duration::ZERO;
 
+/// What a disk can't do any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Failure {
+    /// To write, after so many more writes.
+    WriteAfter(u64),
+    /// To make durable what was written.
+    Sync,
+}
+
 /// Holds writes.
 #[derive(Default)]
 pub(crate) struct Turnstile {
@@ -32,6 +41,7 @@ struct State {
     came: u64,
     passed: u64,
     open: bool,
+    failure: Option<Failure>,
 }
 
 impl Turnstile {
@@ -56,7 +66,26 @@ impl Turnstile {
         self.change.notify_all();
     }
 
-    fn pass(&self) {
+    /// From now on, or not any more.
+    pub(crate) fn fail(&self, failure: Option<Failure>) {
+        self.state.lock().failure = failure;
+    }
+
+    /// Waits its turn: to write, or to make durable.
+    fn pass(&self, sync: bool) -> Result<(), Errno> {
+        self.stand();
+        match &mut self.state.lock().failure {
+            Some(Failure::WriteAfter(0)) if !sync => Err(Errno::EIO),
+            Some(Failure::WriteAfter(left)) if !sync => {
+                *left -= 1;
+                Ok(())
+            }
+            Some(Failure::Sync) if sync => Err(Errno::EIO),
+            _ => Ok(()),
+        }
+    }
+
+    fn stand(&self) {
         let mut state = self.state.lock();
         state.came += 1;
         let me = state.came;
@@ -228,8 +257,8 @@ impl Filesystem for Slow {
         _: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        self.turnstile.pass();
-        let written = self.file(number).and_then(|file| Ok(file.write_all_at(bytes, offset)?));
+        let passed = self.turnstile.pass(false);
+        let written = passed.and_then(|()| Ok(self.file(number)?.write_all_at(bytes, offset)?));
         answer!(reply, written, _done => reply.written(u32::try_from(bytes.len()).unwrap()));
     }
 
@@ -238,8 +267,8 @@ impl Filesystem for Slow {
     }
 
     fn fsync(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
-        self.turnstile.pass();
-        reply.ok();
+        let passed = self.turnstile.pass(true);
+        answer!(reply, passed, _done => reply.ok());
     }
 
     fn fsyncdir(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {

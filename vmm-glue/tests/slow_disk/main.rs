@@ -1,4 +1,4 @@
-//! Live snapshots to a disk that takes its time: the guest does not wait for it.
+//! Live snapshots to a disk that takes its time, or fails: the guest does not wait for it, and goes on.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 
 use common::live::{self, Kind};
 use common::{PATIENCE, Signals};
-use disk::SlowDisk;
+use disk::{Failure, SlowDisk};
 use kvm_ioctls::Kvm;
-use page_source::ByteLen;
+use page_source::{ByteLen, SinkError};
 use parking_lot::Mutex;
 use testkit::guest::{GuestImage, Pattern, Privilege};
 use testkit::require;
@@ -49,6 +49,10 @@ impl Rig {
     }
 
     fn snapshot(&self, path: &Path, pool: ByteLen) -> LiveSnapshot {
+        self.try_snapshot(path, pool).unwrap()
+    }
+
+    fn try_snapshot(&self, path: &Path, pool: ByteLen) -> Result<LiveSnapshot, LiveError> {
         let copy = Arc::clone(&self.copy);
         let freeze = FreezeOptions { pool, handlers: Handlers::default() };
         let options = LiveOptions::default().with_freeze(freeze).with_drain(move |ram| {
@@ -56,7 +60,7 @@ impl Rig {
             Ok(())
         });
         let host = Host::probe(&Kvm::new().unwrap()).unwrap();
-        snapshot_live(&self.vcpus, &host, path, &options).unwrap()
+        snapshot_live(&self.vcpus, &host, path, &options)
     }
 
     /// Takes a snapshot and lets the writes of its beginning pass, when `ready` says so.
@@ -160,5 +164,41 @@ fn cancelled_while_the_disk_holds_a_write() {
     disk.turnstile.open();
     assert!(matches!(snapshot.wait(), Err(LiveError::Cancelled)));
     assert_eq!(std::fs::read_dir(disk.path()).unwrap().count(), 0);
+    live::finish(&rig.vcpus, &rig.image, &rig.bus, &KIND);
+}
+
+#[test]
+fn a_disk_that_fails_in_the_middle_or_at_the_end() {
+    require!(Kvm, Userfaultfd, Root, Fuse);
+    let disk = SlowDisk::mount();
+    disk.turnstile.open();
+    let rig = Rig::start();
+    let path = disk.path().join("live.mr");
+    let names = || live::names(disk.path());
+    let pool = ByteLen(32 << 20);
+    for failure in [Failure::WriteAfter(0), Failure::WriteAfter(3), Failure::WriteAfter(7), Failure::Sync] {
+        let before = path.exists().then(|| live::content_of(&path));
+        disk.turnstile.fail(Some(failure));
+        let error = rig.try_snapshot(&path, pool).and_then(LiveSnapshot::wait).unwrap_err();
+        let text = error.to_string();
+        assert!(text.contains(path.to_str().unwrap()) && text.contains("os error 5"), "{failure:?}: {text}");
+        match (failure, &error) {
+            (Failure::WriteAfter(0), LiveError::Create(_)) => assert!(text.contains("offset 0"), "{text}"),
+            (Failure::WriteAfter(_), LiveError::Write(SinkError::Write { offset, .. })) => {
+                assert!(offset.0 > 0 && text.contains(&format!("offset {offset}")), "{text}");
+            }
+            (Failure::Sync, LiveError::Write(SinkError::File(_))) => assert!(text.contains("durable"), "{text}"),
+            (failure, error) => panic!("{failure:?}: {error:?}"),
+        }
+        // Nothing half-written is there, what was there is, and the guest goes on.
+        assert_eq!(names(), if before.is_some() { vec!["live.mr"] } else { vec![] }, "{failure:?}");
+        if let Some(before) = before {
+            live::assert_same(&live::content_of(&path), &before);
+        }
+        rig.goes_on();
+        disk.turnstile.fail(None);
+        rig.snapshot(&path, pool).wait().unwrap();
+        live::assert_same(&live::content_of(&path), &rig.copy.lock());
+    }
     live::finish(&rig.vcpus, &rig.image, &rig.bus, &KIND);
 }

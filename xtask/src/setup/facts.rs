@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 use super::Need;
 use super::apt::{self, Entry};
 use super::debian::OsRelease;
+use super::libclang;
 use crate::run::cargo_path;
 
 /// Everything that the plan depends on.
@@ -35,7 +36,7 @@ impl Facts {
                 present.push(need);
             }
         };
-        note(Need::Libclang, libclang());
+        note(Need::Libclang, libclang::found());
         note(Need::Cxx, runs(Command::new("c++").arg("--version")));
         note(Need::Rustfmt, runs(Command::new(cargo_path()).args(["fmt", "--version"])));
         note(Need::Clippy, runs(Command::new(cargo_path()).args(["clippy", "--version"])));
@@ -80,34 +81,6 @@ fn effective_user() -> Option<u32> {
     line.split_ascii_whitespace().nth(1)?.parse().ok()
 }
 
-/// Whether bindgen will find a libclang: a shared library of that name where `LIBCLANG_PATH` says, or else in the usual
-/// ones of the directories that it looks in (clang-sys, `build/common.rs`). The compiler's own headers, which come in
-/// another package, don't matter: `linux/userfaultfd.h` includes none of them.
-fn libclang() -> bool {
-    if let Some(path) = std::env::var_os("LIBCLANG_PATH") {
-        return Path::new(&path).is_file() || holds_libclang(Path::new(&path));
-    }
-    let fixed = ["/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/local/lib64", "/usr/lib/x86_64-linux-gnu"];
-    let versioned =
-        fs::read_dir("/usr/lib").into_iter().flatten().flatten().map(|entry| entry.path()).filter(|path| {
-            path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with("llvm"))
-        });
-    let mut directories = fixed.iter().map(|path| path.into()).chain(versioned.map(|path| path.join("lib")));
-    directories.any(|directory| holds_libclang(&directory))
-}
-
-fn holds_libclang(directory: &Path) -> bool {
-    let Ok(entries) = fs::read_dir(directory) else { return false };
-    entries.flatten().any(|entry| entry.file_name().to_str().is_some_and(is_libclang))
-}
-
-fn is_libclang(name: &str) -> bool {
-    let Some(rest) = name.strip_prefix("libclang") else { return false };
-    let Some((version, _)) = rest.split_once(".so") else { return false };
-    version.is_empty()
-        || version.starts_with('-') && version[1..].bytes().all(|byte| byte.is_ascii_digit() || byte == b'.')
-}
-
 fn qemu_major() -> Option<u32> {
     let output = Command::new("qemu-system-x86_64").arg("--version").stdin(Stdio::null()).output().ok()?;
     parse_qemu_major(&String::from_utf8_lossy(&output.stdout))
@@ -121,16 +94,6 @@ fn parse_qemu_major(version: &str) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn names_of_libclang() {
-        for name in ["libclang.so", "libclang-14.so.1", "libclang-14.so", "libclang.so.14.0.6"] {
-            assert!(is_libclang(name), "{name}");
-        }
-        for name in ["libclang-cpp.so.14", "libclang.a", "libclang_rt.so", "clang.so"] {
-            assert!(!is_libclang(name), "{name}");
-        }
-    }
 
     #[test]
     fn versions_of_qemu() {

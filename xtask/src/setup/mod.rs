@@ -3,6 +3,7 @@
 mod apt;
 mod debian;
 mod facts;
+mod libclang;
 mod plan;
 
 use crate::run::{Done, in_ci};
@@ -40,6 +41,9 @@ impl Need {
 
 /// What `setup` takes.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  cargo xtask setup              install what is missing (root), or print the command to type
+  cargo xtask setup --dry-run    only look")]
 pub(crate) struct Args {
     /// Only print what would be done
     #[arg(long)]
@@ -58,12 +62,13 @@ pub(crate) fn run(args: &Args) -> Done {
             Some(problem) => println!("{:9} {device} ({problem}): {cure}", "no access"),
         }
     }
-    let plan = plan::make(&facts, &Need::ALL)?;
+    let plan = plan::make(&facts, &Need::ALL);
     if args.dry_run {
         if !plan.is_empty() {
-            println!("\nThis would be done:\n\n  {}", plan.shell(true));
+            let who = if facts.root || !plan.needs_root() { "This would be done" } else { "To be typed by you" };
+            println!("\n{who}:\n\n  {}", plan.shell(facts.root));
         }
-        return Ok(());
+        return left_over(&plan);
     }
     carry_out(&facts, &plan)
 }
@@ -81,7 +86,7 @@ pub(crate) fn ensure(needs: &[Need]) -> Done {
     for need in &missing {
         eprintln!("Missing: {}", need.name());
     }
-    carry_out(&facts, &plan::make(&facts, &missing)?)
+    carry_out(&facts, &plan::make(&facts, &missing))
 }
 
 /// As [`ensure`], but where it fails and this is not CI, says so and goes on: the tests that need it are then skipped.
@@ -97,9 +102,39 @@ pub(crate) fn ensure_or_skip(need: Need) -> Done {
 
 fn carry_out(facts: &Facts, plan: &Plan) -> Done {
     if plan.needs_root() && !facts.root {
-        return Err(
-            format!("not running as root, so please type this, then try again:\n\n  {}\n", plan.shell(false)).into()
-        );
+        let also: String = plan.by_hand().iter().map(|what| format!("\nBesides, {what}")).collect();
+        let command = plan.shell(false);
+        return Err(format!("not running as root, so please type this, then try again:\n\n  {command}\n{also}").into());
     }
-    plan.execute().map_err(|error| format!("{error}\nThe whole set-up by hand:\n\n  {}\n", plan.shell(false)).into())
+    plan.execute().map_err(|error| format!("{error}\nThe whole set-up by hand:\n\n  {}\n", plan.shell(facts.root)))?;
+    left_over(plan)
+}
+
+/// An error if something is left to the user.
+fn left_over(plan: &Plan) -> Done {
+    match plan.by_hand() {
+        [] => Ok(()),
+        left => Err(left.join("\n").into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A user who may not install is told all of it at once: what to type, and what no command of ours brings.
+    #[test]
+    fn the_command_is_said_whatever_else_is_missing() {
+        let os = debian::OsRelease { id: "debian".into(), codename: "trixie".into(), version: Some(13) };
+        let facts = Facts { os, apt_get: true, ..Facts::default() };
+        let said = carry_out(&facts, &plan::make(&facts, &Need::ALL)).unwrap_err().to_string();
+        assert!(
+            said.contains("sudo sh -c 'apt-get update && apt-get install") && said.contains("libclang-dev"),
+            "{said}"
+        );
+        assert!(said.contains("rustfmt, clippy"), "{said}");
+        let facts = Facts { apt_get: false, present: vec![Need::Rustfmt, Need::Clippy], ..facts };
+        let said = carry_out(&facts, &plan::make(&facts, &Need::ALL)).unwrap_err().to_string();
+        assert!(said.contains("please install with your package manager: libclang"), "{said}");
+    }
 }

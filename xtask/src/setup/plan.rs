@@ -24,81 +24,84 @@ enum Step {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Plan {
     steps: Vec<Step>,
+    /// What can't be done from here, and is left to the user; the rest can be done all the same.
+    by_hand: Vec<String>,
 }
 
-/// Plans to bring those of `needs` that are missing.
-///
-/// # Errors
-/// If this machine is not one that we know how to set up; the error says what to install.
-pub(crate) fn make(facts: &Facts, needs: &[Need]) -> Done<Plan> {
+/// Plans to bring those of `needs` that are missing. What this machine can't be made to have is
+/// [left to the user](Plan::by_hand), in words.
+pub(crate) fn make(facts: &Facts, needs: &[Need]) -> Plan {
     let missing: Vec<Need> = needs.iter().copied().filter(|&need| !facts.has(need)).collect();
-    let mut steps = Vec::new();
-    if missing.iter().any(|need| matches!(need, Need::Libclang | Need::Cxx | Need::Qemu)) {
-        if !facts.os.is_debian() || !facts.apt_get {
-            let names: Vec<&str> = missing.iter().map(|need| need.name()).collect();
-            return Err(format!(
-                "this is not a Debian with apt-get; please install with your package manager: {}",
-                names.join(", ")
-            )
-            .into());
+    let mut plan = Plan::default();
+    let in_packages = |need: &Need| matches!(need, Need::Libclang | Need::Cxx | Need::Qemu);
+    let (system, toolchain): (Vec<Need>, Vec<Need>) = missing.into_iter().partition(in_packages);
+    if !system.is_empty() {
+        if facts.os.is_debian() && facts.apt_get {
+            plan.packages(facts, &system);
+        } else {
+            let names: Vec<&str> = system.iter().map(|need| need.name()).collect();
+            let what = "this is not a Debian with apt-get; please install with your package manager";
+            plan.by_hand.push(format!("{what}: {}", names.join(", ")));
         }
-        steps.extend(packages(facts, &missing)?);
     }
-    let components: Vec<&str> = missing
-        .iter()
-        .filter_map(|need| match need {
-            Need::Rustfmt => Some("rustfmt"),
-            Need::Clippy => Some("clippy"),
-            Need::Libclang | Need::Cxx | Need::Qemu => None,
-        })
-        .collect();
+    let components: Vec<&str> =
+        toolchain.iter().map(|need| if *need == Need::Rustfmt { "rustfmt" } else { "clippy" }).collect();
     if !components.is_empty() {
-        if !facts.rustup {
-            return Err(
-                format!("there is no rustup; please add to your Rust toolchain: {}", components.join(", ")).into()
-            );
+        if facts.rustup {
+            plan.steps.push(Step::Components(components));
+        } else {
+            let names = components.join(", ");
+            plan.by_hand.push(format!("there is no rustup; please add to your Rust toolchain: {names}"));
         }
-        steps.push(Step::Components(components));
     }
-    Ok(Plan { steps })
-}
-
-fn packages(facts: &Facts, missing: &[Need]) -> Done<Vec<Step>> {
-    let mut own = Vec::new();
-    let mut from_backports = Vec::new();
-    let mut steps = Vec::new();
-    if missing.contains(&Need::Libclang) {
-        own.push("libclang-dev");
-    }
-    if missing.contains(&Need::Cxx) {
-        own.push("g++");
-    }
-    if missing.contains(&Need::Qemu) {
-        if facts.os.has_own_qemu() { &mut own } else { &mut from_backports }.push("qemu-system-x86");
-    }
-    let backports = format!("{}-backports", facts.os.codename);
-    if !from_backports.is_empty() && !facts.sources.iter().any(|entry| entry.offers_main_of(&backports)) {
-        let Some(entry) = facts.sources.iter().find(|entry| entry.offers_main_of(&facts.os.codename)) else {
-            return Err(format!(
-                "apt has no source for \"{}\", from which the one for \"{backports}\" could be made",
-                facts.os.codename
-            )
-            .into());
-        };
-        let (extension, text) = entry.for_suite(&backports);
-        steps.push(Step::AddSource { path: format!("/etc/apt/sources.list.d/fastload-backports.{extension}"), text });
-    }
-    steps.push(Step::Update);
-    if !own.is_empty() {
-        steps.push(Step::Install { packages: own, suite: None });
-    }
-    if !from_backports.is_empty() {
-        steps.push(Step::Install { packages: from_backports, suite: Some(backports) });
-    }
-    Ok(steps)
+    plan
 }
 
 impl Plan {
+    fn packages(&mut self, facts: &Facts, missing: &[Need]) {
+        let mut own = Vec::new();
+        let mut from_backports = Vec::new();
+        if missing.contains(&Need::Libclang) {
+            own.push("libclang-dev");
+        }
+        if missing.contains(&Need::Cxx) {
+            own.push("g++");
+        }
+        if missing.contains(&Need::Qemu) {
+            if facts.os.has_own_qemu() { &mut own } else { &mut from_backports }.push("qemu-system-x86");
+        }
+        let backports = format!("{}-backports", facts.os.codename);
+        if !from_backports.is_empty() && !facts.sources.iter().any(|entry| entry.offers_main_of(&backports)) {
+            if let Some(entry) = facts.sources.iter().find(|entry| entry.offers_main_of(&facts.os.codename)) {
+                let (extension, text) = entry.for_suite(&backports);
+                let path = format!("/etc/apt/sources.list.d/fastload-backports.{extension}");
+                self.steps.push(Step::AddSource { path, text });
+            } else {
+                self.by_hand.push(format!(
+                    "apt has no source for \"{}\", from which the one for \"{backports}\" could be made; please \
+                     install {}",
+                    facts.os.codename,
+                    Need::Qemu.name()
+                ));
+                from_backports.clear();
+            }
+        }
+        if !own.is_empty() || !from_backports.is_empty() {
+            self.steps.push(Step::Update);
+        }
+        if !own.is_empty() {
+            self.steps.push(Step::Install { packages: own, suite: None });
+        }
+        if !from_backports.is_empty() {
+            self.steps.push(Step::Install { packages: from_backports, suite: Some(backports) });
+        }
+    }
+
+    /// What is left to the user, one sentence each; empty if nothing is.
+    pub(crate) fn by_hand(&self) -> &[String] {
+        &self.by_hand
+    }
+
     /// Whether there is nothing to do.
     pub(crate) fn is_empty(&self) -> bool {
         self.steps.is_empty()
@@ -201,7 +204,7 @@ mod tests {
 
     #[test]
     fn an_old_debian_takes_qemu_from_its_backports() {
-        let plan = make(&fresh(12, "bookworm"), &Need::ALL).unwrap();
+        let plan = make(&fresh(12, "bookworm"), &Need::ALL);
         assert!(plan.needs_root());
         assert_eq!(
             plan.shell(true),
@@ -216,12 +219,12 @@ mod tests {
         fs::create_dir(etc.path().join("sources.list.d")).unwrap();
         fs::write(etc.path().join("sources.list.d/more.sources"), more).unwrap();
         configured.sources.extend(apt::read_all(etc.path()));
-        assert!(make(&configured, &[Need::Qemu]).unwrap().shell(true).starts_with("apt-get update && apt-get install"));
+        assert!(make(&configured, &[Need::Qemu]).shell(true).starts_with("apt-get update && apt-get install"));
     }
 
     #[test]
     fn a_newer_debian_has_its_own() {
-        let plan = make(&fresh(13, "trixie"), &Need::ALL).unwrap();
+        let plan = make(&fresh(13, "trixie"), &Need::ALL);
         assert_eq!(
             plan.shell(false),
             "sudo sh -c 'apt-get update && apt-get install -y --no-install-recommends libclang-dev g++ qemu-system-x86'"
@@ -232,25 +235,38 @@ mod tests {
     fn toolchain_parts_need_no_root() {
         let facts =
             Facts { present: vec![Need::Libclang, Need::Cxx, Need::Qemu], root: false, ..fresh(12, "bookworm") };
-        let plan = make(&facts, &Need::ALL).unwrap();
+        let plan = make(&facts, &Need::ALL);
         assert!(!plan.needs_root());
         assert_eq!(plan.shell(false), "rustup component add rustfmt clippy");
-        make(&Facts { rustup: false, ..facts }, &Need::ALL).unwrap_err();
+        let plan = make(&Facts { rustup: false, ..facts }, &Need::ALL);
+        assert!(plan.is_empty() && plan.by_hand()[0].contains("rustfmt, clippy"), "{plan:?}");
     }
 
     #[test]
     fn nothing_missing_is_nothing_to_do() {
         let facts = Facts { present: Need::ALL.to_vec(), ..Facts::default() };
-        assert!(make(&facts, &Need::ALL).unwrap().is_empty());
+        assert_eq!(make(&facts, &Need::ALL), Plan::default());
     }
 
     #[test]
-    fn what_can_not_be_done_is_said() {
-        let elsewhere = Facts { os: OsRelease { id: "other".into(), ..OsRelease::default() }, ..fresh(12, "bookworm") };
-        assert!(make(&elsewhere, &[Need::Qemu]).unwrap_err().to_string().contains("QEMU 10"));
+    fn what_can_not_be_done_is_said_and_the_rest_is_done() {
+        let other = OsRelease { id: "other".into(), ..OsRelease::default() };
+        let elsewhere = Facts { os: other, present: vec![Need::Rustfmt], ..fresh(12, "bookworm") };
+        let plan = make(&elsewhere, &[Need::Qemu, Need::Clippy]);
+        assert_eq!(plan.shell(false), "rustup component add clippy");
+        assert!(plan.by_hand().len() == 1 && plan.by_hand()[0].contains("QEMU 10"), "{plan:?}");
+
+        let no_rustup = Facts { rustup: false, present: Vec::new(), ..fresh(13, "trixie") };
+        let plan = make(&no_rustup, &[Need::Libclang, Need::Rustfmt, Need::Clippy]);
+        let apt = "apt-get update && apt-get install -y --no-install-recommends libclang-dev";
+        assert_eq!(plan.shell(false), format!("sudo sh -c '{apt}'"));
+        assert!(plan.by_hand().len() == 1 && plan.by_hand()[0].contains("rustfmt, clippy"), "{plan:?}");
+
         let no_sources = Facts { sources: Vec::new(), ..fresh(12, "bookworm") };
-        assert!(make(&no_sources, &[Need::Qemu]).unwrap_err().to_string().contains("bookworm-backports"));
-        assert!(make(&no_sources, &[Need::Libclang]).is_ok());
+        let plan = make(&no_sources, &[Need::Qemu]);
+        assert!(plan.is_empty() && plan.by_hand()[0].contains("bookworm-backports"), "{plan:?}");
+        let plan = make(&no_sources, &[Need::Qemu, Need::Libclang]);
+        assert_eq!((plan.shell(true), plan.by_hand().len()), (apt.to_owned(), 1));
     }
 
     #[test]
@@ -258,7 +274,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("x.list").to_str().unwrap().to_owned();
         let text = "deb [signed-by='/a b'] http://mirror.test/debian x main\n".to_owned();
-        let plan = Plan { steps: vec![Step::AddSource { path: path.clone(), text: text.clone() }] };
+        let plan = Plan { steps: vec![Step::AddSource { path: path.clone(), text: text.clone() }], ..Plan::default() };
         plan.execute().unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), text);
         fs::remove_file(&path).unwrap();

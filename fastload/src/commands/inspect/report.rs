@@ -30,8 +30,11 @@ struct Block {
     pages_offset: u64,
     /// What the bitmap says, even of pages that a truncated file does not have; `None` if it can't be used.
     stored_pages: Option<u64>,
+    /// What the bitmap does not mark. Of a block without content in the file 0, as is `stored_pages`: together they are
+    /// fewer than its pages.
     zero_pages: Option<u64>,
     /// Whether the file has the block's content: not with x-ignore-shared, if the memory is shared.
+    #[serde(skip)]
     in_file: bool,
 }
 

@@ -67,19 +67,25 @@ fn write_members(out: &mut String, value: &Value<'_>, depth: usize) -> std::fmt:
 }
 
 fn plain(value: &Value<'_>) -> String {
-    if let Ok(numbers) = value.as_u64s() {
-        let signed = value.as_i64().ok().filter(|number| *number < 0 && value.kind.starts_with("int"));
+    if let (Ok(numbers), Ok(signed)) = (value.as_u64s(), value.as_i64s()) {
         let many = if numbers.len() > SHOWN { ", ..." } else { "" };
-        let shown: Vec<String> = numbers.iter().take(SHOWN).map(|number| format!("{number:#x}")).collect();
-        return match (signed, shown.as_slice()) {
-            (Some(number), _) => number.to_string(),
-            (None, [one]) => one.clone(),
-            (None, all) => format!("[{}{many}]", all.join(", ")),
+        let shown = numbers.iter().zip(&signed).take(SHOWN).map(|(number, signed)| match signed {
+            ..0 if is_signed(value) => signed.to_string(),
+            _ => format!("{number:#x}"),
+        });
+        let shown: Vec<String> = shown.collect();
+        return match shown.as_slice() {
+            [one] => one.clone(),
+            all => format!("[{}{many}]", all.join(", ")),
         };
     }
     let bytes = value.bytes();
     let more = if bytes.len() > SHOWN { " ..." } else { "" };
     format!("{} bytes {}{more}", bytes.len(), hex(&bytes[..bytes.len().min(SHOWN)]))
+}
+
+fn is_signed(value: &Value<'_>) -> bool {
+    value.kind.starts_with("int")
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -97,16 +103,15 @@ fn member(value: &Value<'_>) -> serde_json::Value {
     let (key, content) = match &value.content {
         Content::Struct { .. } => ("fields", members(value)),
         Content::Elements(_) => ("elements", members(value)),
-        Content::Plain => match value.as_u64() {
-            Ok(number) if value.kind.starts_with("int") => {
-                ("value", value.as_i64().map_or_else(|_| json!(number), |number| json!(number)))
-            }
-            Ok(number) => ("value", json!(number)),
-            Err(_) => ("bytes", json!(hex(value.bytes()))),
+        Content::Plain => match (value.as_u64(), value.as_i64()) {
+            (_, Ok(number)) if is_signed(value) => ("value", json!(number)),
+            (Ok(number), _) => ("value", json!(number)),
+            _ => ("bytes", json!(hex(value.bytes()))),
         },
-        Content::Array { .. } => match value.as_u64s() {
-            Ok(numbers) => ("values", json!(numbers)),
-            Err(_) => ("bytes", json!(hex(value.bytes()))),
+        Content::Array { .. } => match (value.as_u64s(), value.as_i64s()) {
+            (_, Ok(numbers)) if is_signed(value) => ("values", json!(numbers)),
+            (Ok(numbers), _) => ("values", json!(numbers)),
+            _ => ("bytes", json!(hex(value.bytes()))),
         },
     };
     object[key] = content;

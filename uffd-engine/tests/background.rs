@@ -1,0 +1,112 @@
+//! The background loader is held: by who asks it to pause, and by a source that hangs.
+
+mod common;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use common::collector::layout;
+use common::refused::right_or_refused;
+use common::{Kind, Memory};
+use page_source::{
+    BlockId, Feed, Layout, PageCount, PageIndex, PageRun, PageSink, PageSource, SourceError, Span, Urgency,
+};
+use testkit::gate::Gate;
+use testkit::oracle::Oracle;
+use testkit::source::MemorySource;
+use uffd_engine::{Background, EngineError, FreezeOptions};
+
+/// Requests of the background come to a gate before they are answered.
+#[derive(Debug)]
+struct Held {
+    inner: MemorySource,
+    gate: Gate,
+    /// Passed by the supervisor each time it looks whether something is missing.
+    checked: Gate,
+}
+
+#[derive(Debug)]
+struct HeldFeed(Box<dyn Feed>, Gate);
+
+impl Held {
+    fn new(inner: MemorySource) -> (Arc<Held>, Gate) {
+        let gate = Gate::closed();
+        (Arc::new(Held { inner, gate: gate.clone(), checked: Gate::open_at_first() }), gate)
+    }
+}
+
+impl PageSource for Held {
+    fn layout(&self) -> &Layout {
+        self.inner.layout()
+    }
+
+    fn run_at(&self, block: BlockId, first: PageIndex) -> Span {
+        if std::thread::current().name() == Some("uffd-supervisor") {
+            self.checked.enter();
+        }
+        self.inner.run_at(block, first)
+    }
+
+    fn start(&self, sink: Arc<dyn PageSink>) -> Result<Box<dyn Feed>, SourceError> {
+        Ok(Box::new(HeldFeed(self.inner.start(sink)?, self.gate.clone())))
+    }
+}
+
+impl Feed for HeldFeed {
+    fn request(&self, run: PageRun, urgency: Urgency) {
+        if urgency == Urgency::Background {
+            self.1.enter();
+        }
+        self.0.request(run, urgency);
+    }
+}
+
+#[test]
+fn a_pause_stops_the_background_and_not_the_demand() {
+    testkit::require!(Userfaultfd);
+    const PAGES: u64 = 8192;
+    const PIECE: u64 = 64;
+    let oracle = Arc::new(Oracle::random(11, layout(&[PAGES]), 255));
+    let memory = Memory::new(Kind::Anonymous, oracle.layout());
+    let (source, gate) = Held::new(MemorySource::new(Arc::clone(&oracle)));
+    let background = Background::default().with_piece(PageCount(PIECE));
+    let engine = memory.engine(source).background(background).start().unwrap();
+    gate.wait_for(1);
+    engine.pause_background();
+    gate.open();
+    let half = PAGES / 2;
+    for page in (0..half).map(PageIndex) {
+        assert!(memory.load(BlockId(0), page) == oracle.run(PageRun::single(BlockId(0), page)), "page {page}");
+    }
+    let stats = engine.stats();
+    assert!(stats.background_pages <= PIECE, "what was under way, and no more: {stats:?}");
+    assert!(stats.demand_faults >= half - PIECE && engine.outcome().is_none(), "{stats:?}");
+    engine.resume_background();
+    let stats = engine.wait().unwrap().stats;
+    assert!(stats.background_pages >= half, "{stats:?}");
+    memory.assert_equals(&oracle);
+}
+
+/// The supervisor begins the load again while a loader stands in its source, and is then to end the engine.
+#[test]
+fn the_end_does_not_wait_for_a_source_that_hangs() {
+    testkit::require!(Userfaultfd);
+    let oracle = Arc::new(Oracle::random(12, layout(&[256]), 255));
+    let memory = Memory::new(Kind::Anonymous, oracle.layout());
+    let (source, gate) = Held::new(MemorySource::new(Arc::clone(&oracle)).knowing_nothing());
+    let engine = memory.engine(Arc::<Held>::clone(&source)).start().unwrap();
+    gate.wait_for(1);
+    let freezer = engine.freezer(memory.regions(), oracle.layout().clone(), &FreezeOptions::default()).unwrap();
+    drop(freezer.arm(&[]).unwrap());
+    // The end of the freeze has it look what is missing: from then on it is on its way to begin again.
+    source.checked.wait_for_passed(1);
+    std::thread::scope(|scope| {
+        scope.spawn(|| engine.cancel());
+        let ended = engine.wait_for(Duration::from_secs(20));
+        // Poisoned, although the source has not answered.
+        let refused = if ended.is_some() { right_or_refused(&memory, &oracle) } else { 0 };
+        gate.open();
+        assert!(matches!(ended, Some(Err(EngineError::Cancelled))), "{ended:?}");
+        assert_eq!(refused, 256);
+    });
+}
