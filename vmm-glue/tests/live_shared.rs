@@ -2,17 +2,20 @@
 
 mod common;
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::sync::Arc;
 
-use common::{PATIENCE, Signals, live};
+use common::live::{self, Kind};
+use common::{PATIENCE, Signals};
 use kvm_ioctls::Kvm;
 use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 use page_source::{ByteLen, GuestAddr, HostAddr};
+use testkit::guest::{GuestImage, Pattern, Privilege};
 use testkit::hugepages::Overcommit;
 use testkit::require;
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
@@ -201,7 +204,7 @@ fn a_sealed_memfd_can_not_be_mapped_writable_a_second_time() {
 }
 
 /// Scattered pages of a memfd are protected together with the holes between them. What is between them stays a hole: it is
-/// neither saved nor brought into being, unless the guest writes there.
+/// neither saved nor brought into being, unless somebody writes there.
 #[test]
 fn holes_between_pages_stay_holes() {
     require!(Kvm, Userfaultfd);
@@ -218,18 +221,18 @@ fn holes_between_pages_stay_holes() {
     filled.into_iter().for_each(|page| write(page, 1));
     let region = ram.memory().iter().next().unwrap();
     let file = region.file_offset().unwrap().file();
-    let pages = || file.metadata().unwrap().blocks() * 512 / PAGE;
     let content = || {
         let mut bytes = vec![0; usize::try_from(length).unwrap()];
         file.read_exact_at(&mut bytes, 0).unwrap();
         vec![bytes]
     };
     for round in 0..3u8 {
-        let (before, existed) = (content(), pages());
+        let (before, existed) = (content(), existing(&ram));
         // From the freeze point on: pages, holes between them, holes far from any.
         let changed = [1, 2 + u64::from(round), 2049, 1024 + u64::from(round), 3000];
         let (ram, byte) = (Arc::clone(&ram), 0x44 + round);
         let options = LiveOptions::default().with_observer(move |_| {
+            assert_eq!(existing(&ram), existed, "protecting memory makes none");
             for page in changed {
                 ram.memory().write_slice(&[byte; 100], GuestAddress(page * PAGE + 8)).unwrap();
             }
@@ -239,7 +242,47 @@ fn holes_between_pages_stay_holes() {
         assert_eq!(report.stored.0, existed, "{report:?}");
         let after = content();
         let came = changed.iter().filter(|page| before[0][usize::try_from(*page * PAGE + 8).unwrap()] == 0).count();
-        assert_eq!(pages(), existed + came as u64, "nothing but what was written to has come into being");
+        let (came, changes) = (came as u64, changed.len() as u64);
+        assert_eq!((report.stats.hole_faults, report.stats.write_faults), (came, changes - came), "{report:?}");
+        assert_eq!(existing(vcpus.ram()), existed + came, "nothing but what was written to has come into being");
         assert!(changed.iter().all(|page| after[0][usize::try_from(page * PAGE + 8).unwrap()] == byte));
+    }
+}
+
+/// How many pages the files behind memory hold.
+fn existing(ram: &GuestRam) -> u64 {
+    let files = ram.memory().iter().map(|region| region.file_offset().unwrap().file().metadata().unwrap());
+    let by_inode: BTreeMap<u64, u64> = files.map(|of| (of.ino(), of.blocks() * 512 / 4096)).collect();
+    by_inode.values().sum()
+}
+
+/// The same for a guest: what it writes first to holes between protected pages is there, and the snapshot has zeros.
+#[test]
+fn a_guest_writes_to_holes_between_protected_pages() {
+    require!(Kvm, Userfaultfd);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("live.mr");
+    for pattern in [Pattern::Random, Pattern::Stride(1)] {
+        // Of each four pages, about one exists: there is no page table without any.
+        let kind = Kind { privilege: Privilege::User, vcpus: 1, pattern, backing: Backing::Memfd, mib: 16, filled: 25 };
+        let (vcpus, image, bus) = live::boot(&kind, MachineConfig::bare(1));
+        let vcpus = Arc::new(vcpus);
+        for _ in 0..3 {
+            let (existed, copy) = (existing(vcpus.ram()), live::Copy::default());
+            let guest = Arc::clone(&vcpus);
+            let image = GuestImage::found(guest.ram().memory(), image.config());
+            // It stands still but for a while right after the freeze point, when nothing is saved yet.
+            let options = copy.options(LiveOptions::default()).with_observer(move |_| {
+                assert_eq!(existing(guest.ram()), existed, "protecting memory makes none");
+                guest.resume();
+                live::progress(&guest, &image, 300);
+                guest.pause(PATIENCE).unwrap();
+            });
+            let report = snapshot_live(&vcpus, &host(), &path, &options).unwrap().wait().unwrap();
+            same(&path, &copy.take());
+            assert!(report.stats.hole_faults > 0 && report.stats.write_faults > 0, "{report:?}");
+            assert_eq!(existing(vcpus.ram()), existed + report.stats.hole_faults, "{report:?}");
+        }
+        live::finish(&vcpus, &image, &bus, &kind);
     }
 }
