@@ -1,5 +1,6 @@
 //! The parts that the tests of this workspace share. Not published.
 
+pub mod at_call;
 pub mod faults;
 pub mod gate;
 pub mod guest;

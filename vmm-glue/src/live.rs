@@ -6,6 +6,7 @@
 mod check;
 mod error;
 mod handle;
+mod mappings;
 mod options;
 mod sink;
 
@@ -72,10 +73,18 @@ impl Drop for Held<'_> {
 ///
 /// # What is not caught
 /// Writes that go through the guest's memory as it is mapped here are caught, those of the caller's device models
-/// too. Not caught are those that go around it: direct I/O and `io_uring` in flight, DMA, other mappings of the same
-/// file, other processes. Stop and finish those in [`LiveOptions::with_drain`], or refuse there. As long as the
-/// snapshot is not complete, give memory back (a balloon) with [`GuestRam::discard`], which holds that off: the
-/// snapshot fails if a bare `madvise` or `fallocate` is seen.
+/// too. Not caught are those that go around it: direct I/O and `io_uring` in flight, DMA, `write(2)` to the file behind
+/// shared memory, other mappings of that file. Stop and finish those in [`LiveOptions::with_drain`], or refuse there.
+///
+/// A second mapping in this process through which shared memory can be written is refused by its address
+/// ([`LiveError::MappedTwice`]), unless the caller [answers for it](LiveOptions::check_mappings). What is mapped after
+/// that was looked up, or in another process, is not seen: the kernel tells nobody who else has a file mapped. Where no
+/// other process has to write to the memory, a VMM can have the kernel see to that: a memfd that is sealed with
+/// `F_SEAL_FUTURE_WRITE` as soon as it is mapped here, and before anybody else has it, is written to by nobody but through
+/// that mapping (fcntl(2)). It can't be given back in parts then ([`GuestRam::discard`] fails).
+///
+/// As long as the snapshot is not complete, give memory back (a balloon) with [`GuestRam::discard`], which holds that
+/// off: the snapshot fails if a bare `madvise` or `fallocate` is seen.
 ///
 /// # Errors
 /// If anything fails: the guest goes on as it was, and there is no file, or the one that was there before.
@@ -99,6 +108,9 @@ pub(crate) fn take(
     let begun = Instant::now();
     let ram = vcpus.ram();
     check::memory(ram)?;
+    if options.check_mappings {
+        check::mappings(ram)?;
+    }
     let existing = Existing::new(ram).map_err(LiveError::Populated)?;
     existing.prepare().map_err(LiveError::Populated)?;
     let claim = FreezeClaim::new(ram).ok_or(LiveError::Busy)?;

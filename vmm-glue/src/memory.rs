@@ -5,6 +5,7 @@ mod map;
 mod spec;
 
 use std::fs::File;
+use std::ops::Range;
 
 use kvm_ioctls::VmFd;
 use page_source::{BlockId, ByteLen, GuestAddr, HostAddr, Layout, LayoutError, PageIndex, PageRun, RamBlock};
@@ -182,6 +183,18 @@ impl GuestRam {
     pub(crate) fn file_of(&self, piece: usize) -> Option<(&File, u64)> {
         let region = self.memory.iter().nth(piece)?;
         region.file_offset().map(|offset| (offset.file(), offset.start()))
+    }
+
+    /// Where this process has it mapped: the pieces, and second mappings of huge pages, which an engine fills while nobody
+    /// else sees the pages.
+    pub(crate) fn mapped(&self) -> Vec<Range<HostAddr>> {
+        let of = |piece: &Piece, start: HostAddr| start..start + piece.len();
+        let pieces = self.pieces.iter().map(|piece| of(piece, piece.host));
+        let aliases = self.pieces.iter().zip(&self.aliases).filter_map(|(piece, alias)| {
+            let alias = alias.as_ref()?;
+            Some(of(piece, HostAddr(alias.as_ptr().addr() as u64)))
+        });
+        pieces.chain(aliases).collect()
     }
 
     /// Gives the memory to a VM: one slot per piece, numbered from 0 on. Do it **before** creating an irqchip: after

@@ -2,36 +2,44 @@
 
 mod common;
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::sync::Arc;
 
-use common::{PATIENCE, Signals, live};
+use common::live::{self, Kind};
+use common::{PATIENCE, Signals};
 use kvm_ioctls::Kvm;
-use nix::fcntl::{FallocateFlags, fallocate};
+use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use page_source::{ByteLen, GuestAddr};
+use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
+use page_source::{ByteLen, GuestAddr, HostAddr};
+use testkit::guest::{GuestImage, Pattern, Privilege};
 use testkit::hugepages::Overcommit;
 use testkit::require;
-use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 use vmm_glue::{
-    Backing, GuestRam, Host, LiveOptions, Machine, MachineConfig, Memory, RamSpec, SaveOptions, VcpuOptions, Vcpus,
-    save, snapshot_live,
+    Backing, GuestRam, Host, LiveError, LiveOptions, Machine, MachineConfig, Memory, RamSpec, SaveOptions, VcpuOptions,
+    Vcpus, save, snapshot_live,
 };
 
 const HUGE: u64 = 2 << 20;
 
 /// A mapping of its own of so many huge pages of a file.
 fn map(file: &File, first: u64, pages: u64) -> GuestRegionMmap {
+    map_with(file, first, pages, libc::PROT_READ | libc::PROT_WRITE).unwrap()
+}
+
+fn map_with(file: &File, first: u64, pages: u64, rights: i32) -> Result<GuestRegionMmap, MmapRegionError> {
     let offset = FileOffset::new(file.try_clone().unwrap(), first * HUGE);
     let builder = MmapRegionBuilder::new_with_bitmap(usize::try_from(pages * HUGE).unwrap(), ())
-        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_prot(rights)
         .with_mmap_flags(libc::MAP_SHARED)
-        .with_hugetlbfs(true)
+        .with_hugetlbfs(fstatfs(file).unwrap().filesystem_type() == HUGETLBFS_MAGIC)
         .with_file_offset(offset);
-    GuestRegionMmap::new(builder.build().unwrap(), GuestAddress(first * HUGE)).unwrap()
+    Ok(GuestRegionMmap::new(builder.build()?, GuestAddress(first * HUGE)).unwrap())
 }
 
 fn adopted(memory: Memory) -> GuestRam {
@@ -96,7 +104,8 @@ fn huge_pages_that_were_never_mapped_here_are_saved() {
         let before = in_file(&file, &blocks);
         // Written through the guest's mapping from the freeze point on: pages mapped before, never mapped, and holes.
         let (ram, changed) = (Arc::clone(vcpus.ram()), [0, 2, 5, 8, 11]);
-        let options = LiveOptions::default().with_observer(move |_| {
+        let unchecked = LiveOptions::default().unchecked_mappings();
+        let options = unchecked.clone().with_observer(move |_| {
             for page in changed {
                 ram.memory().write_slice(&[0x44; 5000], GuestAddress(page * HUGE + 3000)).unwrap();
             }
@@ -109,7 +118,7 @@ fn huge_pages_that_were_never_mapped_here_are_saved() {
         write(&theirs, 13, 0x55);
         let before = in_file(&file, &blocks);
         assert!(changed.iter().all(|page| before.concat()[usize::try_from(page * HUGE).unwrap() + 4000] == 0x44));
-        snapshot_live(&vcpus, &host(), &path, &LiveOptions::default()).unwrap().wait().unwrap();
+        snapshot_live(&vcpus, &host(), &path, &unchecked).unwrap().wait().unwrap();
         same(&path, &before);
         // So does a snapshot of a guest that stands still.
         write(&theirs, 14, 0x66);
@@ -123,8 +132,79 @@ fn huge_pages_that_were_never_mapped_here_are_saved() {
     }
 }
 
+/// What is written through another mapping is not caught: who has one that can be written through has to say that this
+/// does no harm.
+#[test]
+fn memory_that_is_mapped_twice_is_refused_by_name() {
+    require!(Kvm, Userfaultfd, Hugepages);
+    let _room = Overcommit::reserve(8).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("live.mr");
+    let spec = RamSpec::new("ram").at(GuestAddr(0), ByteLen(2 * HUGE)).at(GuestAddr(1 << 32), ByteLen(6 * HUGE));
+    for backing in [Backing::Memfd, Backing::Hugetlb] {
+        let vcpus = standing(GuestRam::allocate(std::slice::from_ref(&spec), backing).unwrap());
+        let ram = Arc::clone(vcpus.ram());
+        ram.memory().write_slice(&[1; 100], GuestAddress(HUGE - 50)).unwrap();
+        let region = ram.memory().iter().next().unwrap();
+        let file = region.file_offset().unwrap().file();
+        let content = || in_file(file, &[(0, 8)]);
+        let before = content();
+        let succeeds = |options: &LiveOptions| {
+            snapshot_live(&vcpus, &host(), &path, options).unwrap().wait().unwrap();
+            same(&path, &before);
+            std::fs::remove_file(&path).unwrap();
+        };
+        let reader = map_with(file, 0, 8, libc::PROT_READ).unwrap();
+        succeeds(&LiveOptions::default());
+        // The second piece begins two huge pages into the file.
+        for (first, pages, guest, of_it) in [(0, 8, 0, 2), (1, 1, HUGE, 1), (4, 2, (1 << 32) + 2 * HUGE, 2)] {
+            let other = map(file, first, pages);
+            let stopped = LiveOptions::default().with_drain(|_| panic!("it is refused before anything stops"));
+            let error = snapshot_live(&vcpus, &host(), &path, &stopped).unwrap_err();
+            let LiveError::MappedTwice { guest: found, start, end } = &error else { panic!("{error}") };
+            assert_eq!(*found, GuestAddr(guest), "{error}");
+            let mapped = HostAddr(other.as_ptr().addr() as u64);
+            assert_eq!((*start, *end), (mapped, mapped + ByteLen(of_it * HUGE)), "{error}");
+            assert!(error.to_string().contains(&start.to_string()), "{error}");
+            assert_eq!(live::names(dir.path()), [""; 0]);
+            succeeds(&LiveOptions::default().unchecked_mappings());
+        }
+        drop(reader);
+        succeeds(&LiveOptions::default());
+    }
+}
+
+/// What the documentation says to VMMs that have to do with other processes.
+#[test]
+fn a_sealed_memfd_can_not_be_mapped_writable_a_second_time() {
+    require!(Kvm, Userfaultfd);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("live.mr");
+    let file = File::from(memfd_create("sealed", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING).unwrap());
+    file.set_len(2 * HUGE).unwrap();
+    let vcpus = standing(adopted(Memory::from_regions(vec![map(&file, 0, 2)]).unwrap()));
+    fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::from_bits_retain(libc::F_SEAL_FUTURE_WRITE))).unwrap();
+    let refused = |error: Option<i32>| assert_eq!(error, Some(libc::EPERM));
+    refused(match map_with(&file, 0, 2, libc::PROT_READ | libc::PROT_WRITE) {
+        Err(MmapRegionError::Mmap(error)) => error.raw_os_error(),
+        other => panic!("{other:?}"),
+    });
+    refused(file.write_at(&[1], 0).unwrap_err().raw_os_error());
+    // The guest's own mapping is written to as before, and caught.
+    let ram = Arc::clone(vcpus.ram());
+    ram.memory().write_slice(&[1; 100], GuestAddress(8)).unwrap();
+    let before = in_file(&file, &[(0, 2)]);
+    let options =
+        LiveOptions::default().with_observer(move |_| ram.memory().write_slice(&[2; 100], GuestAddress(8)).unwrap());
+    let report = snapshot_live(&vcpus, &host(), &path, &options).unwrap().wait().unwrap();
+    assert_eq!(report.stats.write_faults, 1);
+    same(&path, &before);
+    // The price: memory can't be given back.
+    vcpus.ram().discard(GuestAddr(0), ByteLen(4096)).unwrap_err();
+}
+
 /// Scattered pages of a memfd are protected together with the holes between them. What is between them stays a hole: it is
-/// neither saved nor brought into being, unless the guest writes there.
+/// neither saved nor brought into being, unless somebody writes there.
 #[test]
 fn holes_between_pages_stay_holes() {
     require!(Kvm, Userfaultfd);
@@ -141,18 +221,18 @@ fn holes_between_pages_stay_holes() {
     filled.into_iter().for_each(|page| write(page, 1));
     let region = ram.memory().iter().next().unwrap();
     let file = region.file_offset().unwrap().file();
-    let pages = || file.metadata().unwrap().blocks() * 512 / PAGE;
     let content = || {
         let mut bytes = vec![0; usize::try_from(length).unwrap()];
         file.read_exact_at(&mut bytes, 0).unwrap();
         vec![bytes]
     };
     for round in 0..3u8 {
-        let (before, existed) = (content(), pages());
+        let (before, existed) = (content(), existing(&ram));
         // From the freeze point on: pages, holes between them, holes far from any.
         let changed = [1, 2 + u64::from(round), 2049, 1024 + u64::from(round), 3000];
         let (ram, byte) = (Arc::clone(&ram), 0x44 + round);
         let options = LiveOptions::default().with_observer(move |_| {
+            assert_eq!(existing(&ram), existed, "protecting memory makes none");
             for page in changed {
                 ram.memory().write_slice(&[byte; 100], GuestAddress(page * PAGE + 8)).unwrap();
             }
@@ -162,7 +242,47 @@ fn holes_between_pages_stay_holes() {
         assert_eq!(report.stored.0, existed, "{report:?}");
         let after = content();
         let came = changed.iter().filter(|page| before[0][usize::try_from(*page * PAGE + 8).unwrap()] == 0).count();
-        assert_eq!(pages(), existed + came as u64, "nothing but what was written to has come into being");
+        let (came, changes) = (came as u64, changed.len() as u64);
+        assert_eq!((report.stats.hole_faults, report.stats.write_faults), (came, changes - came), "{report:?}");
+        assert_eq!(existing(vcpus.ram()), existed + came, "nothing but what was written to has come into being");
         assert!(changed.iter().all(|page| after[0][usize::try_from(page * PAGE + 8).unwrap()] == byte));
+    }
+}
+
+/// How many pages the files behind memory hold.
+fn existing(ram: &GuestRam) -> u64 {
+    let files = ram.memory().iter().map(|region| region.file_offset().unwrap().file().metadata().unwrap());
+    let by_inode: BTreeMap<u64, u64> = files.map(|of| (of.ino(), of.blocks() * 512 / 4096)).collect();
+    by_inode.values().sum()
+}
+
+/// The same for a guest: what it writes first to holes between protected pages is there, and the snapshot has zeros.
+#[test]
+fn a_guest_writes_to_holes_between_protected_pages() {
+    require!(Kvm, Userfaultfd);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("live.mr");
+    for pattern in [Pattern::Random, Pattern::Stride(1)] {
+        // Of each four pages, about one exists: there is no page table without any.
+        let kind = Kind { privilege: Privilege::User, vcpus: 1, pattern, backing: Backing::Memfd, mib: 16, filled: 25 };
+        let (vcpus, image, bus) = live::boot(&kind, MachineConfig::bare(1));
+        let vcpus = Arc::new(vcpus);
+        for _ in 0..3 {
+            let (existed, copy) = (existing(vcpus.ram()), live::Copy::default());
+            let guest = Arc::clone(&vcpus);
+            let image = GuestImage::found(guest.ram().memory(), image.config());
+            // It stands still but for a while right after the freeze point, when nothing is saved yet.
+            let options = copy.options(LiveOptions::default()).with_observer(move |_| {
+                assert_eq!(existing(guest.ram()), existed, "protecting memory makes none");
+                guest.resume();
+                live::progress(&guest, &image, 300);
+                guest.pause(PATIENCE).unwrap();
+            });
+            let report = snapshot_live(&vcpus, &host(), &path, &options).unwrap().wait().unwrap();
+            same(&path, &copy.take());
+            assert!(report.stats.hole_faults > 0 && report.stats.write_faults > 0, "{report:?}");
+            assert_eq!(existing(vcpus.ram()), existed + report.stats.hole_faults, "{report:?}");
+        }
+        live::finish(&vcpus, &image, &bus, &kind);
     }
 }

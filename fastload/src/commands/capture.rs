@@ -33,7 +33,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
   fastload capture --qmp /run/vm.qmp vm.snap
 
 If it is killed (SIGKILL) the guest goes on as well, but QEMU's capability background-snapshot
-stays on until the next capture of it.
+stays on until the next capture of it through the same QMP socket; the capability events, which
+does no harm, stays on.
 
 With --json there are two lines: {\"event\": \"frozen\", ...} right after the freeze point, with the
 blackout in microseconds (not if the guest was paused), and {\"event\": \"captured\", ...} when the

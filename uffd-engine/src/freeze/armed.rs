@@ -132,7 +132,7 @@ impl Freezer {
     /// `populated` names the pages of shared memory (memfd, hugetlbfs) that its file holds: for private memory the
     /// page table tells, and nothing needs to be given. It costs the time of the write-protection and no more. It may
     /// name more pages than there are, if [`Frozen::set_populated`] tells them exactly afterwards: long runs are protected
-    /// faster than many short ones.
+    /// faster than many short ones, and holes among them stay holes, which are caught as missing.
     ///
     /// # Errors
     /// If the kernel refuses. The memory is as it was then.

@@ -9,6 +9,7 @@ use nix::sys::statvfs::fstatvfs;
 use page_source::{ByteLen, PageCount};
 
 use super::LiveError;
+use super::mappings::{self, Other};
 use crate::memory::GuestRam;
 use crate::populated::Existing;
 
@@ -35,6 +36,14 @@ pub(super) fn memory(ram: &GuestRam) -> Result<(), LiveError> {
     ranges.sort_unstable();
     match ranges.windows(2).find(|pair| pair[0].0 == pair[1].0 && pair[1].1 < pair[0].2) {
         Some(pair) => Err(LiveError::Memory { guest: pair[1].3, what: "a second mapping of the same part of a file" }),
+        None => Ok(()),
+    }
+}
+
+/// Whether this process has that memory mapped only once, as far as it could write to it.
+pub(super) fn mappings(ram: &GuestRam) -> Result<(), LiveError> {
+    match mappings::other(ram).map_err(LiveError::Mappings)? {
+        Some(Other { guest, mapped }) => Err(LiveError::MappedTwice { guest, start: mapped.start, end: mapped.end }),
         None => Ok(()),
     }
 }

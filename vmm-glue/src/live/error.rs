@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use mapped_ram::CreateError;
 use nix::errno::Errno;
-use page_source::{ByteLen, GuestAddr, PageCount, SinkError, SourceError};
+use page_source::{ByteLen, GuestAddr, HostAddr, PageCount, SinkError, SourceError};
 use uffd_engine::{EngineError, FreezeError, FrozenError};
 use vmstate::WriteError;
 
@@ -45,6 +45,21 @@ pub enum LiveError {
         /// What it is.
         what: &'static str,
     },
+    /// The guest's memory is mapped in this process a second time.
+    #[error(
+        "guest memory at {guest} is mapped at {start}..{end} too, where a live snapshot could not catch a write: unmap it, or do without this check if nothing is written there before the snapshot is complete"
+    )]
+    MappedTwice {
+        /// Where the guest sees it.
+        guest: GuestAddr,
+        /// Where the other mapping has it.
+        start: HostAddr,
+        /// The byte after the last.
+        end: HostAddr,
+    },
+    /// How this process maps the guest's memory could not be found out.
+    #[error("reading /proc/self/maps failed: {0}")]
+    Mappings(#[source] io::Error),
     /// The regions could not be made.
     #[error(transparent)]
     Regions(#[from] MemoryError),

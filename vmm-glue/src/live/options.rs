@@ -21,6 +21,10 @@ pub struct LiveOptions {
     /// Whether to refuse before anything stops if not all pages that exist fit where the file is to be. Zero pages take
     /// no space in it: a guest that has many may be saved without the check; a full disk is an error then, no harm.
     pub check_space: bool,
+    /// Whether to refuse before anything stops if this process has shared memory of the guest mapped a second time, where
+    /// it can be written to and no write is caught. Whoever has such a mapping, and knows that nothing is written there
+    /// between the freeze point and the end of the snapshot, may do without the check.
+    pub check_mappings: bool,
     drain: Option<Arc<Drain>>,
     observer: Option<Arc<Observer>>,
 }
@@ -29,13 +33,14 @@ type Drain = dyn Fn(&GuestRam) -> Result<(), String> + Send + Sync;
 type Observer = dyn Fn(&LiveEvent) + Send + Sync;
 
 impl Default for LiveOptions {
-    /// Machine `vmm-glue`, five seconds to stop, the engine's own defaults, the space checked.
+    /// Machine `vmm-glue`, five seconds to stop, the engine's own defaults, the space and the mappings checked.
     fn default() -> LiveOptions {
         LiveOptions {
             machine: "vmm-glue".into(),
             stop_limit: Duration::from_secs(5),
             freeze: FreezeOptions::default(),
             check_space: true,
+            check_mappings: true,
             drain: None,
             observer: None,
         }
@@ -49,6 +54,7 @@ impl fmt::Debug for LiveOptions {
             .field("stop_limit", &self.stop_limit)
             .field("freeze", &self.freeze)
             .field("check_space", &self.check_space)
+            .field("check_mappings", &self.check_mappings)
             .finish_non_exhaustive()
     }
 }
@@ -86,6 +92,13 @@ impl LiveOptions {
     #[must_use]
     pub fn unchecked_space(mut self) -> LiveOptions {
         self.check_space = false;
+        self
+    }
+
+    /// No check of the mappings: see [`check_mappings`](LiveOptions::check_mappings).
+    #[must_use]
+    pub fn unchecked_mappings(mut self) -> LiveOptions {
+        self.check_mappings = false;
         self
     }
 

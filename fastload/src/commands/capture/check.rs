@@ -8,7 +8,6 @@ use page_units::ByteLen;
 use serde_json::{Value, json};
 use whole_file::WholeFile;
 
-use super::note;
 use crate::commands::Failure;
 
 /// What QEMU's background-snapshot can't be combined with (QEMU migration/options.c, `migrate_caps_check`), then
@@ -33,9 +32,6 @@ const INCOMPATIBLE: [&str; 17] = [
     "x-ignore-shared",
 ];
 
-/// What turns background-snapshot off, through QMP.
-const TURN_OFF: &str = r#"{"execute": "migrate-set-capabilities", "arguments": {"capabilities": [{"capability": "background-snapshot", "state": false}]}}"#;
-
 /// What of a QEMU's state, beside RAM, is room enough for.
 const DEVICE_STATE: ByteLen = ByteLen(16 << 20);
 
@@ -43,6 +39,8 @@ const DEVICE_STATE: ByteLen = ByteLen(16 << 20);
 #[derive(Debug)]
 pub(super) struct Guest {
     pub(super) running: bool,
+    /// Whether the last migration did.
+    pub(super) failed: bool,
     pub(super) capabilities: Capabilities,
     /// The length of all RAM blocks now.
     pub(super) ram: ByteLen,
@@ -65,7 +63,7 @@ pub(super) fn ready(qmp: &mut Qmp) -> Result<Guest, Failure> {
         let reasons: Vec<&str> = reasons.iter().filter_map(Value::as_str).collect();
         return Err(format!("QEMU can't save this guest: {}", reasons.join("; ")).into());
     }
-    let mut capabilities = qmp.capabilities()?;
+    let capabilities = qmp.capabilities()?;
     if !capabilities.0.contains_key("background-snapshot") {
         return Err("this QEMU has no capability background-snapshot: it takes QEMU 6.0 or later, on Linux".into());
     }
@@ -74,19 +72,6 @@ pub(super) fn ready(qmp: &mut Qmp) -> Result<Guest, Failure> {
     if !set.is_empty() {
         let set = set.join(", ");
         return Err(format!("QEMU's migration capabilities do not allow it: turn off {set}").into());
-    }
-    if capabilities.0.get("background-snapshot") == Some(&true) {
-        // A capture that is killed hangs up, and its migration fails. Otherwise somebody wants it so.
-        if migration == "failed" {
-            note(
-                "QEMU's capability background-snapshot is on, as a capture that was killed leaves it; it will be turned off",
-            );
-            capabilities.0.insert("background-snapshot".to_owned(), false);
-        } else {
-            note(&format!(
-                "QEMU's capability background-snapshot is on already, and stays on; to turn it off: {TURN_OFF}"
-            ));
-        }
     }
     parameters(qmp)?;
     if machine_property(qmp, "suppress-vmdesc")?.as_bool() == Some(true) {
@@ -99,7 +84,7 @@ pub(super) fn ready(qmp: &mut Qmp) -> Result<Guest, Failure> {
     let sum = |lengths: &mut dyn Iterator<Item = u64>| ByteLen(lengths.fold(0, u64::saturating_add));
     let ram = sum(&mut blocks.iter().map(|block| block.used));
     let most_ram = sum(&mut blocks.iter().map(|block| block.most.max(block.used)));
-    Ok(Guest { running: state == "running", capabilities, ram, most_ram })
+    Ok(Guest { running: state == "running", failed: migration == "failed", capabilities, ram, most_ram })
 }
 
 fn parameters(qmp: &mut Qmp) -> Result<(), Failure> {

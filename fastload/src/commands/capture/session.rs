@@ -11,6 +11,7 @@ use serde_json::json;
 
 use super::check::Guest;
 use super::interrupt::Interrupts;
+use super::note;
 use crate::commands::Failure;
 use crate::commands::serving::MOMENT;
 
@@ -22,6 +23,9 @@ const ENDING: Duration = Duration::from_secs(60);
 const SLACK: usize = 64 << 20;
 /// What QEMU knows our descriptor by, until it takes it.
 const NAME: &str = "fastload-capture";
+
+/// What turns background-snapshot off, through QMP.
+const TURN_OFF: &str = r#"{"execute": "migrate-set-capabilities", "arguments": {"capabilities": [{"capability": "background-snapshot", "state": false}]}}"#;
 
 /// How far QEMU is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -67,9 +71,23 @@ impl<'a> Session<'a> {
         // Its events tell how the migration goes.
         let wanted = ["background-snapshot", "events"].map(|name| (name.to_owned(), true));
         let wanted = Capabilities(wanted.into_iter().collect());
-        let before = guest.capabilities.0.iter().filter(|(name, _)| wanted.0.contains_key(*name));
+        let mut found = guest.capabilities.clone();
+        let left_on = left_on(qmp, guest);
+        if left_on {
+            found.0.insert("background-snapshot".to_owned(), false);
+        }
+        let before = found.0.iter().filter(|(name, _)| wanted.0.contains_key(*name));
         let before = Capabilities(before.map(|(name, state)| (name.clone(), *state)).collect());
-        turn_on(qmp, &guest.capabilities, &wanted, interrupts)?;
+        // Before anything else: if we are killed it tells the next capture of this QEMU that it was we who changed it.
+        qmp.pass_fd(NAME, theirs.as_fd())?;
+        drop(theirs);
+        if let Err(failure) = turn_on(qmp, &found, &wanted, interrupts) {
+            // It goes on to tell what was left on.
+            if !left_on {
+                take_back(qmp);
+            }
+            return Err(failure);
+        }
         qmp.forget_events();
         let mut session = Session {
             qmp,
@@ -80,7 +98,7 @@ impl<'a> Session<'a> {
             stopped: None,
             resumed: None,
         };
-        match session.migrate(&theirs) {
+        match session.migrate() {
             Ok(()) => Ok(session),
             Err(error) => {
                 // The first error is the one that matters.
@@ -90,12 +108,11 @@ impl<'a> Session<'a> {
         }
     }
 
-    fn migrate(&mut self, theirs: &UnixStream) -> Result<(), QmpError> {
-        self.qmp.pass_fd(NAME, theirs.as_fd())?;
+    fn migrate(&mut self) -> Result<(), QmpError> {
         let started = self.qmp.execute("migrate", json!({"uri": format!("fd:{NAME}")}));
         if started.is_err() {
             // It is still there if QEMU refused early.
-            let _ = self.qmp.execute("closefd", json!({"fdname": NAME}));
+            take_back(self.qmp);
         }
         started.map(drop)
     }
@@ -208,6 +225,27 @@ impl<'a> Session<'a> {
     fn restore(&mut self) -> Result<(), QmpError> {
         self.qmp.set_capabilities(&Capabilities::default(), &self.before)
     }
+}
+
+/// QEMU forgets the socket that it was given and has not used. Whether there was one.
+fn take_back(qmp: &mut Qmp) -> bool {
+    qmp.execute("closefd", json!({"fdname": NAME})).is_ok()
+}
+
+/// Whether background-snapshot is on, and nobody wants it so: a capture that was killed before QEMU sent anything leaves
+/// the socket with it, and one that was killed later hangs up, and its migration fails.
+fn left_on(qmp: &mut Qmp, guest: &Guest) -> bool {
+    if guest.capabilities.0.get("background-snapshot") != Some(&true) {
+        return false;
+    }
+    let killed = take_back(qmp) || guest.failed;
+    note(&if killed {
+        "QEMU's capability background-snapshot is on, as a capture that was killed leaves it; it will be turned off"
+            .into()
+    } else {
+        format!("QEMU's capability background-snapshot is on already, and stays on; to turn it off: {TURN_OFF}")
+    });
+    killed
 }
 
 /// Turns capabilities on. QEMU tries background-snapshot out on its memory then, and now and then finds for no reason that

@@ -1,7 +1,5 @@
 //! A process that is killed in the middle of a live snapshot: nothing half-written is ever taken for a snapshot.
 
-mod at_call;
-#[path = "../common/mod.rs"]
 mod common;
 
 use std::io::Write;
@@ -9,12 +7,12 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use at_call::Call;
 use common::live::{self, Kind};
 use kvm_ioctls::Kvm;
 use mapped_ram::Snapshot;
 use nix::sys::signal::{Signal, raise};
 use page_source::BlockId;
+use testkit::at_call::{Call, Is};
 use testkit::guest::{GuestConfig, Pattern, Privilege};
 use testkit::require;
 use vmm_glue::{Backing, Host, LiveEvent, LiveOptions, snapshot_live};
@@ -38,8 +36,8 @@ fn host() -> Host {
 /// The call that begins a step of the end. `other` is a finished file of the same machine.
 fn call_of(step: &str, path: &Path, other: &Path) -> Call {
     let other = Snapshot::open(other).unwrap();
-    let writes = |at: u64| Call { numbers: vec![libc::SYS_pwrite64], argument: Some((3, at, true)) };
-    let syncs = |is: bool| Call { numbers: vec![libc::SYS_fsync], argument: Some((0, unpublished(path), is)) };
+    let writes = |at| Call::any_of(&[libc::SYS_pwrite64]).with(3, Is::Equal(at));
+    let syncs = |is: fn(u64) -> Is| Call::any_of(&[libc::SYS_fsync]).with(0, is(unpublished(path)));
     let bitmap = |block| writes(other.block(BlockId(block)).unwrap().bitmap_offset.0);
     match step {
         "ram end" => {
@@ -50,10 +48,10 @@ fn call_of(step: &str, path: &Path, other: &Path) -> Call {
         }
         "bitmap 0" => bitmap(0),
         "bitmap 1" => bitmap(1),
-        "sync" => syncs(true),
-        "link" => Call { numbers: vec![libc::SYS_linkat], argument: None },
-        "rename" => Call { numbers: vec![libc::SYS_rename, libc::SYS_renameat, libc::SYS_renameat2], argument: None },
-        "sync name" => syncs(false),
+        "sync" => syncs(Is::Equal),
+        "link" => Call::any_of(&[libc::SYS_linkat]),
+        "rename" => Call::any_of(&[libc::SYS_rename, libc::SYS_renameat, libc::SYS_renameat2]),
+        "sync name" => syncs(Is::Not),
         other => panic!("{other}"),
     }
 }
@@ -95,7 +93,7 @@ fn killed(path: &Path, point: &str) {
         options = options.with_observer(move |event| {
             let LiveEvent::FreezePoint { .. } = event else { return };
             // The thread that saves is about to be started by this one.
-            at_call::die(&call_of(&point, &path, other.path()));
+            call_of(&point, &path, other.path()).kills_this_thread();
         });
     }
     let snapshot = snapshot_live(&vcpus, &host(), path, &options).unwrap();
