@@ -18,7 +18,6 @@ use serde_json::json;
 
 pub(crate) use self::beside::{Beside, Note};
 use self::check::Compared;
-use self::keeper::Keeper;
 pub(crate) use self::keeper::StandBy;
 pub(crate) use self::qemu::Waiting;
 use super::serving::{self, Fate, Image};
@@ -132,14 +131,9 @@ impl Load {
 
     fn serve(&self, begun: Instant, image: &Image, server: Server, mut waiting: Waiting<'_>) -> Result<(), Failure> {
         let connecting = Instant::now();
-        let (paused, uri) = (waiting.paused, waiting.uri());
+        let (paused, mut deaf) = (waiting.paused, false);
         let mut running: Option<Instant> = None;
-        let (mut deaf, mut keeper, mut kept) = (false, None, false);
         let served = serving::attend(image, server, &waiting.address.clone(), self.recover, |control| {
-            if !kept {
-                kept = true;
-                keeper = Keeper::start(waiting.qmp, &uri);
-            }
             if self.recover {
                 return Ok(false);
             }
@@ -160,8 +154,6 @@ impl Load {
         });
         let lost = |failure: &Failure| matches!(failure.downcast_ref(), Some(error) if ServeError::started(error) == Started::No);
         if served.as_ref().map_or_else(lost, |_| true) {
-            // There is nothing to recover.
-            keeper.into_iter().for_each(Keeper::dismiss);
             waiting.forget();
         }
         if !self.recover && running.is_none() && served.is_ok() {

@@ -43,6 +43,8 @@ pub enum Phase {
     Opening,
     /// The destination loads its devices.
     Loading,
+    /// The guest runs already, and the destination has not said yet which pages it has.
+    Resuming,
     /// The devices are loaded and the guest is started (unless it is to stay paused).
     Started,
     /// Everything was sent.
@@ -221,7 +223,7 @@ impl Counters {
     }
 
     pub(super) fn phase(&self) -> Phase {
-        let phases = [Phase::Opening, Phase::Loading, Phase::Started, Phase::Finishing];
+        let phases = [Phase::Opening, Phase::Loading, Phase::Resuming, Phase::Started, Phase::Finishing];
         phases.get(usize::from(self.phase.load(Ordering::Acquire))).copied().unwrap_or(Phase::Finishing)
     }
 

@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::Duration;
 
 use fastload_qmp::Qmp;
@@ -17,36 +17,39 @@ use crate::commands::{Failure, serving};
 /// How long QEMU may take to notice that its connection is gone.
 const NOTICE: Duration = Duration::from_secs(10);
 
-/// The process, which is made by a thread: that takes longer than a guest's start. It stays if this one ends, however
-/// that is.
+/// The process. It stays if this one ends, however that is.
 #[derive(Debug)]
-pub(super) struct Keeper(JoinHandle<Option<Child>>);
+pub(super) struct Keeper(Child);
 
 impl Keeper {
-    /// Starts it. Nothing if this QEMU does not know commands out of band; that there can't be such a process is said.
-    pub(super) fn start(qmp: &Qmp, uri: &str) -> Option<Keeper> {
+    /// Starts it, which takes about as long as a guest's start, while something else is `done` with QEMU. Nothing if this
+    /// QEMU does not know commands out of band; that there can't be such a process is said.
+    pub(super) fn start_while<T>(qmp: &mut Qmp, uri: &str, done: impl FnOnce(&mut Qmp) -> T) -> (T, Option<Keeper>) {
         if !qmp.is_out_of_band() {
-            return None;
+            return (done(qmp), None);
         }
-        let failed = |error: &io::Error| {
-            serving::note(&format!(
-                "should this be killed, QEMU may not be heard again: no process can stand by: {error}"
-            ));
-        };
-        let connection = qmp.share().inspect_err(failed).ok()?;
-        let uri = uri.to_owned();
-        let thread = thread::Builder::new().name("stand-by".into());
-        let thread = thread.spawn(move || spawn(connection, &uri).inspect_err(failed).ok());
-        thread.inspect_err(failed).ok().map(Keeper)
+        let connection = qmp.share();
+        thread::scope(|scope| {
+            let spawned = connection.and_then(|connection| {
+                let thread = thread::Builder::new().name("stand-by".into());
+                thread.spawn_scoped(scope, move || spawn(connection, uri))
+            });
+            let done = done(qmp);
+            let spawned = spawned.and_then(|thread| thread.join().unwrap_or_else(|_| Err(io::ErrorKind::Other.into())));
+            let failed = |error: &io::Error| {
+                serving::note(&format!(
+                    "should this be killed, QEMU may not be heard again: no process can stand by: {error}"
+                ));
+            };
+            (done, spawned.inspect_err(failed).ok().map(Keeper))
+        })
     }
 
     /// It is not needed: the guest has everything, or is gone.
-    pub(super) fn dismiss(self) {
-        if let Ok(Some(mut process)) = self.0.join() {
-            // Fails only if it has ended.
-            let _ = process.kill();
-            let _ = process.wait();
-        }
+    pub(super) fn dismiss(mut self) {
+        // Fails only if it has ended.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 

@@ -8,6 +8,7 @@ use page_source::postcopy::{Address, Control};
 use serde_json::json;
 
 use super::beside::{Beside, Note};
+use super::keeper::Keeper;
 use crate::commands::Failure;
 use crate::commands::serving::{Fate, MOMENT};
 
@@ -39,6 +40,7 @@ pub(crate) struct Waiting<'a> {
     pub(crate) paused: bool,
     before: Capabilities,
     beside: Beside,
+    keeper: Option<Keeper>,
 }
 
 impl<'a> Waiting<'a> {
@@ -82,6 +84,7 @@ impl<'a> Waiting<'a> {
         if let Err(error) = waiting.start(control) {
             // The first error is the one that matters.
             let _ = waiting.qmp.set_capabilities(&Capabilities::default(), &waiting.before);
+            waiting.forget();
             return Err(error);
         }
         Ok(waiting)
@@ -91,8 +94,16 @@ impl<'a> Waiting<'a> {
     pub(crate) fn again(qmp: &'a mut Qmp, beside: &Beside, note: Option<&Note>) -> Result<Waiting<'a>, Failure> {
         let preempt = has_preempt(&qmp.capabilities()?);
         // Its main thread may be held up from now on, and must not be who accepts the connection.
-        qmp.execute_out_of_band("migrate-recover", json!({"uri": beside.uri()}))?;
-        Waiting::recovered(qmp, beside, preempt, note)
+        let recover = |qmp: &mut Qmp| qmp.execute_out_of_band("migrate-recover", json!({"uri": beside.uri()}));
+        let (listens, keeper) = Keeper::start_while(qmp, &beside.uri(), recover);
+        let waiting = listens.map_err(Failure::from).and_then(|_| Waiting::recovered(qmp, beside, preempt, note));
+        match waiting {
+            Ok(waiting) => Ok(Waiting { keeper, ..waiting }),
+            Err(error) => {
+                keeper.into_iter().for_each(Keeper::dismiss);
+                Err(error)
+            }
+        }
     }
 
     /// The same, if it listened already.
@@ -113,7 +124,8 @@ impl<'a> Waiting<'a> {
     }
 
     fn over(qmp: &'a mut Qmp, beside: &Beside, preempt: bool, paused: bool, before: Capabilities) -> Waiting<'a> {
-        Waiting { qmp, address: Address::Unix(beside.socket.clone()), preempt, paused, before, beside: beside.clone() }
+        let (address, beside) = (Address::Unix(beside.socket.clone()), beside.clone());
+        Waiting { qmp, address, preempt, paused, before, beside, keeper: None }
     }
 
     fn start(&mut self, control: &Control) -> Result<(), Failure> {
@@ -122,17 +134,16 @@ impl<'a> Waiting<'a> {
         if control.is_stopped() {
             return Err("stopped before anything was loaded".into());
         }
-        self.qmp.execute("migrate-incoming", json!({"uri": self.beside.uri()})).map_err(userfaultfd)?;
+        let uri = self.beside.uri();
+        let listen = |qmp: &mut Qmp| qmp.execute("migrate-incoming", json!({"uri": uri}));
+        let listens;
+        (listens, self.keeper) = Keeper::start_while(self.qmp, &uri, listen);
+        listens.map_err(userfaultfd)?;
         if self.paused {
             // Before the guest is there this only says that it is not to be started; it could not be taken back.
             self.qmp.execute("stop", json!({}))?;
         }
         Ok(())
-    }
-
-    /// Where it listens, in its own words.
-    pub(crate) fn uri(&self) -> String {
-        self.beside.uri()
     }
 
     /// What the capabilities were before.
@@ -141,7 +152,8 @@ impl<'a> Waiting<'a> {
     }
 
     /// There will be nothing to recover.
-    pub(crate) fn forget(&self) {
+    pub(crate) fn forget(&mut self) {
+        self.keeper.take().into_iter().for_each(Keeper::dismiss);
         self.beside.forget();
     }
 
@@ -150,7 +162,7 @@ impl<'a> Waiting<'a> {
         // QEMU removes it itself, where it lives on.
         let _ = fs::remove_file(&self.beside.socket);
         if complete {
-            self.beside.forget();
+            self.forget();
             self.qmp.set_capabilities(&Capabilities::default(), &self.before)?;
         }
         Ok(())
