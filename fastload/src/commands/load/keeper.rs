@@ -2,12 +2,12 @@
 //! guest. It has to be done from this connection. A guest that misses pages may hold up QEMU's main thread, and then
 //! nobody else is heard any more.
 
-use std::io;
+use std::io::{self, Write as _};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use fastload_qmp::Qmp;
@@ -17,34 +17,43 @@ use crate::commands::{Failure, serving};
 /// How long QEMU may take to notice that its connection is gone.
 const NOTICE: Duration = Duration::from_secs(10);
 
+/// One that a thread begins to make: that takes about as long as a guest's start. Without more it ends with this one.
+/// The default is none.
+#[derive(Debug, Default)]
+pub(super) struct Coming(Option<io::Result<JoinHandle<io::Result<Child>>>>);
+
 /// The process. It stays if this one ends, however that is.
 #[derive(Debug)]
 pub(super) struct Keeper(Child);
 
-impl Keeper {
-    /// Starts it, which takes about as long as a guest's start, while something else is `done` with QEMU. Nothing if this
-    /// QEMU does not know commands out of band; that there can't be such a process is said.
-    pub(super) fn start_while<T>(qmp: &mut Qmp, uri: &str, done: impl FnOnce(&mut Qmp) -> T) -> (T, Option<Keeper>) {
-        if !qmp.is_out_of_band() {
-            return (done(qmp), None);
-        }
-        let connection = qmp.share();
-        thread::scope(|scope| {
-            let spawned = connection.and_then(|connection| {
-                let thread = thread::Builder::new().name("stand-by".into());
-                thread.spawn_scoped(scope, move || spawn(connection, uri))
-            });
-            let done = done(qmp);
-            let spawned = spawned.and_then(|thread| thread.join().unwrap_or_else(|_| Err(io::ErrorKind::Other.into())));
-            let failed = |error: &io::Error| {
-                serving::note(&format!(
-                    "should this be killed, QEMU may not be heard again: no process can stand by: {error}"
-                ));
-            };
-            (done, spawned.inspect_err(failed).ok().map(Keeper))
-        })
+impl Coming {
+    /// Nothing if this QEMU does not know commands out of band.
+    pub(super) fn new(qmp: &Qmp, uri: &str) -> Coming {
+        let uri = uri.to_owned();
+        let make = |connection| {
+            let thread = thread::Builder::new().name("stand-by".into());
+            thread.spawn(move || spawn(connection, &uri))
+        };
+        Coming(qmp.is_out_of_band().then(|| qmp.share().and_then(make)))
     }
 
+    /// Returns when it stands by. That there can't be one is said.
+    pub(super) fn arm(self) -> Option<Keeper> {
+        let made = self.0?.and_then(|thread| thread.join().unwrap_or_else(|_| Err(io::ErrorKind::Other.into())));
+        let armed = made.and_then(|mut process| {
+            let told = process.stdin.as_mut().map_or(Ok(()), |input| input.write_all(b"\n"));
+            told.map(|()| Keeper(process))
+        });
+        let failed = |error: &io::Error| {
+            serving::note(&format!(
+                "should this be killed, QEMU may not be heard again: no process can stand by: {error}"
+            ));
+        };
+        armed.inspect_err(failed).ok()
+    }
+}
+
+impl Keeper {
     /// It is not needed: the guest has everything, or is gone.
     pub(super) fn dismiss(mut self) {
         // Fails only if it has ended.
@@ -73,7 +82,10 @@ impl StandBy {
     pub(crate) fn run(&self) -> Result<(), Failure> {
         // Whoever asks all processes of a service to end, asks the other one, which may need a while.
         ctrlc::set_handler(|| {})?;
-        io::copy(&mut io::stdin().lock(), &mut io::sink())?;
+        if io::copy(&mut io::stdin().lock(), &mut io::sink())? == 0 {
+            // QEMU had not been told to listen.
+            return Ok(());
+        }
         let socket = UnixStream::from(io::stdout().as_fd().try_clone_to_owned()?);
         Ok(fastload_qmp::recover(socket, &self.uri, NOTICE)?)
     }

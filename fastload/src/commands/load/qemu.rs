@@ -8,7 +8,7 @@ use page_source::postcopy::{Address, Control};
 use serde_json::json;
 
 use super::beside::{Beside, Note};
-use super::keeper::Keeper;
+use super::keeper::{Coming, Keeper};
 use crate::commands::Failure;
 use crate::commands::serving::{Fate, MOMENT};
 
@@ -45,12 +45,13 @@ pub(crate) struct Waiting<'a> {
 
 impl<'a> Waiting<'a> {
     /// Sets the capabilities and lets QEMU listen, unless `control` was stopped.
-    pub(crate) fn listen(
+    pub(super) fn listen(
         qmp: &'a mut Qmp,
         beside: &Beside,
         control: &Control,
         preempt: bool,
         paused: bool,
+        keeper: Coming,
     ) -> Result<Waiting<'a>, Failure> {
         let state = qmp.run_state()?;
         let (migration, _) = qmp.migration()?;
@@ -81,7 +82,7 @@ impl<'a> Waiting<'a> {
         qmp.set_capabilities(&before, &wanted).map_err(userfaultfd)?;
         let before = Capabilities(before.0.into_iter().filter(|(name, _)| wanted.0.contains_key(name)).collect());
         let mut waiting = Waiting::over(qmp, beside, preempt, paused, before);
-        if let Err(error) = waiting.start(control) {
+        if let Err(error) = waiting.start(control, keeper) {
             // The first error is the one that matters.
             let _ = waiting.qmp.set_capabilities(&Capabilities::default(), &waiting.before);
             waiting.forget();
@@ -91,19 +92,22 @@ impl<'a> Waiting<'a> {
     }
 
     /// A QEMU whose guest waits for missing pages, and that listens again.
-    pub(crate) fn again(qmp: &'a mut Qmp, beside: &Beside, note: Option<&Note>) -> Result<Waiting<'a>, Failure> {
+    pub(super) fn again(
+        qmp: &'a mut Qmp,
+        beside: &Beside,
+        note: Option<&Note>,
+        keeper: Coming,
+    ) -> Result<Waiting<'a>, Failure> {
         let preempt = has_preempt(&qmp.capabilities()?);
+        let mut waiting = Waiting::recovered(qmp, beside, preempt, note)?;
+        let keeper = keeper.arm();
         // Its main thread may be held up from now on, and must not be who accepts the connection.
-        let recover = |qmp: &mut Qmp| qmp.execute_out_of_band("migrate-recover", json!({"uri": beside.uri()}));
-        let (listens, keeper) = Keeper::start_while(qmp, &beside.uri(), recover);
-        let waiting = listens.map_err(Failure::from).and_then(|_| Waiting::recovered(qmp, beside, preempt, note));
-        match waiting {
-            Ok(waiting) => Ok(Waiting { keeper, ..waiting }),
-            Err(error) => {
-                keeper.into_iter().for_each(Keeper::dismiss);
-                Err(error)
-            }
+        if let Err(error) = waiting.qmp.execute_out_of_band("migrate-recover", json!({"uri": beside.uri()})) {
+            keeper.into_iter().for_each(Keeper::dismiss);
+            return Err(error.into());
         }
+        waiting.keeper = keeper;
+        Ok(waiting)
     }
 
     /// The same, if it listened already.
@@ -128,17 +132,14 @@ impl<'a> Waiting<'a> {
         Waiting { qmp, address, preempt, paused, before, beside, keeper: None }
     }
 
-    fn start(&mut self, control: &Control) -> Result<(), Failure> {
+    fn start(&mut self, control: &Control, keeper: Coming) -> Result<(), Failure> {
         self.qmp.forget_events();
         // Once it listens there is no way back for it.
         if control.is_stopped() {
             return Err("stopped before anything was loaded".into());
         }
-        let uri = self.beside.uri();
-        let listen = |qmp: &mut Qmp| qmp.execute("migrate-incoming", json!({"uri": uri}));
-        let listens;
-        (listens, self.keeper) = Keeper::start_while(self.qmp, &uri, listen);
-        listens.map_err(userfaultfd)?;
+        self.keeper = keeper.arm();
+        self.qmp.execute("migrate-incoming", json!({"uri": self.beside.uri()})).map_err(userfaultfd)?;
         if self.paused {
             // Before the guest is there this only says that it is not to be started; it could not be taken back.
             self.qmp.execute("stop", json!({}))?;
@@ -289,11 +290,11 @@ mod tests {
         let (mut qmp, commands) =
             qemu(&["postcopy-device", "postcopy-device", "postcopy-active", "postcopy-paused"], false);
         let beside = Beside::of(Path::new("/tmp/qmp")).unwrap();
-        assert!(recover::listen(&mut qmp, &beside, None).is_ok());
+        assert!(recover::listen(&mut qmp, &beside, None, Coming::default()).is_ok());
         drop(qmp);
         let commands = commands.join().unwrap();
         assert_eq!(commands[1..], ["migrate-pause postcopy-active", "migrate-recover postcopy-paused"]);
         let (mut qmp, _) = qemu(&["postcopy-device"], true);
-        assert!(recover::listen(&mut qmp, &beside, None).is_err());
+        assert!(recover::listen(&mut qmp, &beside, None, Coming::default()).is_err());
     }
 }

@@ -7,7 +7,7 @@ use fastload_qmp::{Qmp, QmpError};
 use page_source::postcopy::{Address, Phase, ServeError, Server};
 
 use super::beside::{Beside, Note};
-use super::keeper::Keeper;
+use super::keeper::{Coming, Keeper};
 use super::qemu::{self, Waiting};
 use super::{ANSWER, Load, PATIENCE, Times, check, recover};
 use crate::commands::Failure;
@@ -75,6 +75,7 @@ impl Load {
         beside: &Beside,
         note: Option<&Note>,
     ) -> Result<(Server, Waiting<'a>), Failure> {
+        let keeper = Coming::new(qmp, &beside.uri());
         let blocks = check::fits(qmp, &image.snapshot, &self.snapshot, self.compared())?;
         // A note may be about another QEMU, which had the same monitor.
         let note = match note {
@@ -87,7 +88,7 @@ impl Load {
         // A guest to be recovered has what it was started with.
         let preempt = qemu::has_preempt(&qmp.capabilities()?);
         let server = image.server(&blocks, self.options(preempt))?;
-        let waiting = recover::listen(qmp, beside, note)?;
+        let waiting = recover::listen(qmp, beside, note, keeper)?;
         if note.is_none() {
             // Should it be killed again.
             let _ = beside.write(&Note::new(&self.snapshot, image, preempt, &blocks, waiting.before()));
@@ -107,14 +108,14 @@ impl Load {
         let address = Address::Unix(beside.socket.clone());
         let (mut answering, mut keeper, mut mute) = (None, None, false);
         let served = serving::attend(image, server, &address, true, |control| {
-            let Ok(mut qmp) = Qmp::connect(&self.qmp, TRIED) else {
+            let Ok(qmp) = Qmp::connect(&self.qmp, TRIED) else {
                 mute = control.progress().phase < Phase::Started && connecting.elapsed() > NOTICE;
                 if mute {
                     control.stop();
                 }
                 return Ok(!mute);
             };
-            keeper = Keeper::start_while(&mut qmp, &beside.uri(), |_| ()).1;
+            keeper = Coming::new(&qmp, &beside.uri()).arm();
             answering = Some(qmp);
             Ok(false)
         });
