@@ -18,7 +18,7 @@ use serde_json::json;
 
 pub(crate) use self::beside::{Beside, Note};
 use self::check::Compared;
-use self::keeper::Keeper;
+use self::keeper::Coming;
 pub(crate) use self::keeper::StandBy;
 pub(crate) use self::qemu::Waiting;
 use super::serving::{self, Fate, Image};
@@ -44,7 +44,8 @@ const ANSWER: Duration = Duration::from_secs(3);
 If `fastload load` is killed after the guest was started, the guest waits for the pages it misses, until:
   fastload load vm.snap --qmp /run/vm.qmp --recover
 That works although a guest that waits may hold up QEMU's main thread, and its monitor with it: a second process of this
-program stands by meanwhile, and a note (.fastload-*.json) lies beside the QMP socket. Kill both, and it depends on the guest.
+program stands by meanwhile, and a note (.fastload-*.json) lies beside the QMP socket. Kill both, and it depends on
+the guest: --recover says within seconds that QEMU hears nobody, and who could help.
 Ctrl-C (or SIGTERM, or SIGHUP) once the guest runs sends the rest, then ends; a second one leaves at once.")]
 pub(crate) struct Load {
     /// A file that QEMU saved with the capability mapped-ram.
@@ -115,13 +116,15 @@ impl Load {
 
     /// Makes sure that it fits, and lets QEMU listen.
     fn ready<'a>(&self, qmp: &'a mut Qmp, image: &Image) -> Result<(Server, Waiting<'a>), Failure> {
+        let beside = Beside::of(&self.qmp)?;
+        // While it is made there is much to ask.
+        let keeper = Coming::new(qmp, &beside.uri());
         let blocks = check::fits(qmp, &image.snapshot, &self.snapshot, self.compared())?;
         let paused = self.paused || !check::ran(&image.snapshot)?;
         // What can fail here fails before QEMU is touched.
         let server = image.server(&blocks, self.options(self.preempt))?;
-        let beside = Beside::of(&self.qmp)?;
         serving::interrupts(server.control(), self.recovery())?;
-        let waiting = Waiting::listen(qmp, &beside, &server.control(), self.preempt, paused)?;
+        let waiting = Waiting::listen(qmp, &beside, &server.control(), self.preempt, paused, keeper)?;
         let note = Note::new(&self.snapshot, image, self.preempt, &blocks, waiting.before());
         if let Err(error) = beside.write(&note) {
             let beside = beside.socket.display();
@@ -132,14 +135,9 @@ impl Load {
 
     fn serve(&self, begun: Instant, image: &Image, server: Server, mut waiting: Waiting<'_>) -> Result<(), Failure> {
         let connecting = Instant::now();
-        let (paused, uri) = (waiting.paused, waiting.uri());
+        let (paused, mut deaf) = (waiting.paused, false);
         let mut running: Option<Instant> = None;
-        let (mut deaf, mut keeper, mut kept) = (false, None, false);
         let served = serving::attend(image, server, &waiting.address.clone(), self.recover, |control| {
-            if !kept {
-                kept = true;
-                keeper = Keeper::start(waiting.qmp, &uri);
-            }
             if self.recover {
                 return Ok(false);
             }
@@ -160,8 +158,6 @@ impl Load {
         });
         let lost = |failure: &Failure| matches!(failure.downcast_ref(), Some(error) if ServeError::started(error) == Started::No);
         if served.as_ref().map_or_else(lost, |_| true) {
-            // There is nothing to recover.
-            keeper.into_iter().for_each(Keeper::dismiss);
             waiting.forget();
         }
         if !self.recover && running.is_none() && served.is_ok() {

@@ -43,6 +43,8 @@ pub enum Phase {
     Opening,
     /// The destination loads its devices.
     Loading,
+    /// The guest runs already, and the destination has not said yet which pages it has.
+    Resuming,
     /// The devices are loaded and the guest is started (unless it is to stay paused).
     Started,
     /// Everything was sent.
@@ -194,10 +196,10 @@ impl Bell {
 
     /// The owner has waited.
     pub(super) fn hush(&self) {
-        if !self.waiting.swap(false, Ordering::SeqCst) {
-            // It was rung. Nothing to read is all right.
-            let _ = self.event.read();
-        }
+        // Whoever has rung may come to write only after this: that is read the next time, rung or not, or else each wait
+        // from then on would end at once. Nothing to read is all right.
+        self.waiting.store(false, Ordering::SeqCst);
+        let _ = self.event.read();
     }
 
     pub(super) fn fd(&self) -> BorrowedFd<'_> {
@@ -221,7 +223,7 @@ impl Counters {
     }
 
     pub(super) fn phase(&self) -> Phase {
-        let phases = [Phase::Opening, Phase::Loading, Phase::Started, Phase::Finishing];
+        let phases = [Phase::Opening, Phase::Loading, Phase::Resuming, Phase::Started, Phase::Finishing];
         phases.get(usize::from(self.phase.load(Ordering::Acquire))).copied().unwrap_or(Phase::Finishing)
     }
 
@@ -234,6 +236,35 @@ impl Counters {
             background: pages(&self.background),
             zero: pages(&self.zero),
             received_before: pages(&self.received_before),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+    use super::*;
+
+    /// Between the two things that `ring` does its thread may be held up until the owner has looked and listens again.
+    #[test]
+    fn a_bell_that_was_rung_late_does_not_go_on_ringing() {
+        let control = Control::new().unwrap();
+        let bell = &control.shared.pusher;
+        let is_loud = || poll(&mut [PollFd::new(bell.fd(), PollFlags::POLLIN)], PollTimeout::ZERO).unwrap() > 0;
+        bell.listen();
+        assert!(bell.waiting.swap(false, Ordering::SeqCst));
+        bell.hush();
+        bell.listen();
+        bell.event.write(1).unwrap();
+        assert!(is_loud());
+        bell.hush();
+        for _ in 0..2 {
+            bell.listen();
+            assert!(!is_loud());
+            bell.ring();
+            assert!(is_loud());
+            bell.hush();
         }
     }
 }

@@ -96,7 +96,7 @@ impl Outlet {
         match self.shared.counters.phase() {
             Phase::Opening => Started::No,
             Phase::Loading => Started::Perhaps,
-            Phase::Started | Phase::Finishing => Started::Yes,
+            Phase::Resuming | Phase::Started | Phase::Finishing => Started::Yes,
         }
     }
 

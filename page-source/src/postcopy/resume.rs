@@ -11,7 +11,8 @@ use super::{ServeError, Started};
 impl Session<'_> {
     /// A conversation that goes on from where another server left it. There is no header, and the guest runs.
     pub(super) fn resume(&mut self) -> Result<(), ServeError> {
-        self.outlet.shared.counters.enter(Phase::Started);
+        let counters = &self.outlet.shared.counters;
+        counters.enter(Phase::Resuming);
         if !self.outlet.shared.commit() {
             return Err(ServeError::Stopped { started: Started::Yes });
         }
@@ -35,6 +36,7 @@ impl Session<'_> {
         if answer != Message::ResumeAck(1) {
             return Err(self.protocol(ReturnPathError::Unexpected("a RESUME_ACK that refuses")));
         }
+        counters.enter(Phase::Started);
         self.outlet.window.begin(&self.outlet.main);
         self.outlet.let_flow();
         Ok(())

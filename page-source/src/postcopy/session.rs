@@ -257,7 +257,7 @@ impl<'a> Session<'a> {
         let what = match self.outlet.shared.counters.phase() {
             Phase::Loading => "that its devices are loaded",
             Phase::Finishing => "that it has everything",
-            Phase::Opening | Phase::Started => {
+            Phase::Opening | Phase::Resuming | Phase::Started => {
                 self.stillness = None;
                 return Ok(());
             }

@@ -16,7 +16,7 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use crate::blocks::Hidden;
-use crate::guest::{STATUS, Status};
+use crate::guest::{STATUS, Status, TICKS};
 use crate::ram::copy_sparse;
 use crate::{RamDump, Setup};
 
@@ -142,7 +142,25 @@ impl Qemu {
     /// # Errors
     /// QEMU's.
     pub fn touch(&mut self, at: u64) -> Result<(), QemuError> {
-        self.execute("human-monitor-command", json!({"command-line": format!("xp /1xb {at}")})).map(drop)
+        self.word(at).map(drop)
+    }
+
+    /// The same, and what it reads: eight bytes.
+    ///
+    /// # Errors
+    /// QEMU's.
+    pub fn word(&mut self, at: u64) -> Result<u64, QemuError> {
+        let said = self.execute("human-monitor-command", json!({"command-line": format!("xp /1xg {at}")}))?;
+        let word = said.as_str().and_then(|said| u64::from_str_radix(said.trim().rsplit_once("0x")?.1, 16).ok());
+        word.ok_or_else(|| self.unexpected(&format!("the monitor reads {said}")))
+    }
+
+    /// How many interrupts the guest has taken, also while memory is on its way.
+    ///
+    /// # Errors
+    /// QEMU's.
+    pub fn ticks(&mut self) -> Result<u64, QemuError> {
+        self.word(TICKS)
     }
 
     /// Its process.

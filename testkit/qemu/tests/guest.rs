@@ -112,3 +112,22 @@ fn writes_generations_in_order() {
         qemu.execute("cont", serde_json::json!({})).unwrap();
     }
 }
+
+#[test]
+fn takes_interrupts() {
+    testkit::require!(Qemu);
+    let tables = (2 << 20, 3 << 20);
+    let plan = Plan { ticks: Some(tables), ranges: vec![(tables.1, 16 << 20)], ..Plan::check(16 << 20) };
+    for (machine, cpus) in [(Machine::Pc, 1), (Machine::Q35, 2), (Machine::Microvm, 1)] {
+        let mut qemu =
+            Qemu::start(&Setup { cpus, ..Setup::new(machine, 32) }, &Plan { cpus, ..plan.clone() }.build()).unwrap();
+        qemu.wait_ready().unwrap();
+        // At work, standing still, and more often than there are tables.
+        for order in ['?', 's'] {
+            assert_eq!(qemu.order(order).unwrap().1, 0);
+            let before = qemu.ticks().unwrap();
+            while qemu.ticks().unwrap() < before + 300 {}
+        }
+        assert_eq!(qemu.order('g').unwrap().1, 0);
+    }
+}

@@ -2,7 +2,7 @@
 //! guest. It has to be done from this connection. A guest that misses pages may hold up QEMU's main thread, and then
 //! nobody else is heard any more.
 
-use std::io;
+use std::io::{self, Write as _};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -17,36 +17,48 @@ use crate::commands::{Failure, serving};
 /// How long QEMU may take to notice that its connection is gone.
 const NOTICE: Duration = Duration::from_secs(10);
 
-/// The process, which is made by a thread: that takes longer than a guest's start. It stays if this one ends, however
-/// that is.
-#[derive(Debug)]
-pub(super) struct Keeper(JoinHandle<Option<Child>>);
+/// One that a thread begins to make: that takes about as long as a guest's start. Without more it ends with this one.
+/// The default is none.
+#[derive(Debug, Default)]
+pub(super) struct Coming(Option<io::Result<JoinHandle<io::Result<Child>>>>);
 
-impl Keeper {
-    /// Starts it. Nothing if this QEMU does not know commands out of band; that there can't be such a process is said.
-    pub(super) fn start(qmp: &Qmp, uri: &str) -> Option<Keeper> {
-        if !qmp.is_out_of_band() {
-            return None;
-        }
+/// The process. It stays if this one ends, however that is.
+#[derive(Debug)]
+pub(super) struct Keeper(Child);
+
+impl Coming {
+    /// Nothing if this QEMU does not know commands out of band.
+    pub(super) fn new(qmp: &Qmp, uri: &str) -> Coming {
+        let uri = uri.to_owned();
+        let make = |connection| {
+            let thread = thread::Builder::new().name("stand-by".into());
+            thread.spawn(move || spawn(connection, &uri))
+        };
+        Coming(qmp.is_out_of_band().then(|| qmp.share().and_then(make)))
+    }
+
+    /// Returns when it stands by. That there can't be one is said.
+    pub(super) fn arm(self) -> Option<Keeper> {
+        let made = self.0?.and_then(|thread| thread.join().unwrap_or_else(|_| Err(io::ErrorKind::Other.into())));
+        let armed = made.and_then(|mut process| {
+            let told = process.stdin.as_mut().map_or(Ok(()), |input| input.write_all(b"\n"));
+            told.map(|()| Keeper(process))
+        });
         let failed = |error: &io::Error| {
             serving::note(&format!(
                 "should this be killed, QEMU may not be heard again: no process can stand by: {error}"
             ));
         };
-        let connection = qmp.share().inspect_err(failed).ok()?;
-        let uri = uri.to_owned();
-        let thread = thread::Builder::new().name("stand-by".into());
-        let thread = thread.spawn(move || spawn(connection, &uri).inspect_err(failed).ok());
-        thread.inspect_err(failed).ok().map(Keeper)
+        armed.inspect_err(failed).ok()
     }
+}
 
+impl Keeper {
     /// It is not needed: the guest has everything, or is gone.
-    pub(super) fn dismiss(self) {
-        if let Ok(Some(mut process)) = self.0.join() {
-            // Fails only if it has ended.
-            let _ = process.kill();
-            let _ = process.wait();
-        }
+    pub(super) fn dismiss(mut self) {
+        // Fails only if it has ended.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 
@@ -70,7 +82,10 @@ impl StandBy {
     pub(crate) fn run(&self) -> Result<(), Failure> {
         // Whoever asks all processes of a service to end, asks the other one, which may need a while.
         ctrlc::set_handler(|| {})?;
-        io::copy(&mut io::stdin().lock(), &mut io::sink())?;
+        if io::copy(&mut io::stdin().lock(), &mut io::sink())? == 0 {
+            // QEMU had not been told to listen.
+            return Ok(());
+        }
         let socket = UnixStream::from(io::stdout().as_fd().try_clone_to_owned()?);
         Ok(fastload_qmp::recover(socket, &self.uri, NOTICE)?)
     }

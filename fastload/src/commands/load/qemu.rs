@@ -8,6 +8,7 @@ use page_source::postcopy::{Address, Control};
 use serde_json::json;
 
 use super::beside::{Beside, Note};
+use super::keeper::{Coming, Keeper};
 use crate::commands::Failure;
 use crate::commands::serving::{Fate, MOMENT};
 
@@ -39,16 +40,18 @@ pub(crate) struct Waiting<'a> {
     pub(crate) paused: bool,
     before: Capabilities,
     beside: Beside,
+    keeper: Option<Keeper>,
 }
 
 impl<'a> Waiting<'a> {
     /// Sets the capabilities and lets QEMU listen, unless `control` was stopped.
-    pub(crate) fn listen(
+    pub(super) fn listen(
         qmp: &'a mut Qmp,
         beside: &Beside,
         control: &Control,
         preempt: bool,
         paused: bool,
+        keeper: Coming,
     ) -> Result<Waiting<'a>, Failure> {
         let state = qmp.run_state()?;
         let (migration, _) = qmp.migration()?;
@@ -79,20 +82,32 @@ impl<'a> Waiting<'a> {
         qmp.set_capabilities(&before, &wanted).map_err(userfaultfd)?;
         let before = Capabilities(before.0.into_iter().filter(|(name, _)| wanted.0.contains_key(name)).collect());
         let mut waiting = Waiting::over(qmp, beside, preempt, paused, before);
-        if let Err(error) = waiting.start(control) {
+        if let Err(error) = waiting.start(control, keeper) {
             // The first error is the one that matters.
             let _ = waiting.qmp.set_capabilities(&Capabilities::default(), &waiting.before);
+            waiting.forget();
             return Err(error);
         }
         Ok(waiting)
     }
 
     /// A QEMU whose guest waits for missing pages, and that listens again.
-    pub(crate) fn again(qmp: &'a mut Qmp, beside: &Beside, note: Option<&Note>) -> Result<Waiting<'a>, Failure> {
+    pub(super) fn again(
+        qmp: &'a mut Qmp,
+        beside: &Beside,
+        note: Option<&Note>,
+        keeper: Coming,
+    ) -> Result<Waiting<'a>, Failure> {
         let preempt = has_preempt(&qmp.capabilities()?);
+        let mut waiting = Waiting::recovered(qmp, beside, preempt, note)?;
+        let keeper = keeper.arm();
         // Its main thread may be held up from now on, and must not be who accepts the connection.
-        qmp.execute_out_of_band("migrate-recover", json!({"uri": beside.uri()}))?;
-        Waiting::recovered(qmp, beside, preempt, note)
+        if let Err(error) = waiting.qmp.execute_out_of_band("migrate-recover", json!({"uri": beside.uri()})) {
+            keeper.into_iter().for_each(Keeper::dismiss);
+            return Err(error.into());
+        }
+        waiting.keeper = keeper;
+        Ok(waiting)
     }
 
     /// The same, if it listened already.
@@ -113,15 +128,17 @@ impl<'a> Waiting<'a> {
     }
 
     fn over(qmp: &'a mut Qmp, beside: &Beside, preempt: bool, paused: bool, before: Capabilities) -> Waiting<'a> {
-        Waiting { qmp, address: Address::Unix(beside.socket.clone()), preempt, paused, before, beside: beside.clone() }
+        let (address, beside) = (Address::Unix(beside.socket.clone()), beside.clone());
+        Waiting { qmp, address, preempt, paused, before, beside, keeper: None }
     }
 
-    fn start(&mut self, control: &Control) -> Result<(), Failure> {
+    fn start(&mut self, control: &Control, keeper: Coming) -> Result<(), Failure> {
         self.qmp.forget_events();
         // Once it listens there is no way back for it.
         if control.is_stopped() {
             return Err("stopped before anything was loaded".into());
         }
+        self.keeper = keeper.arm();
         self.qmp.execute("migrate-incoming", json!({"uri": self.beside.uri()})).map_err(userfaultfd)?;
         if self.paused {
             // Before the guest is there this only says that it is not to be started; it could not be taken back.
@@ -130,18 +147,14 @@ impl<'a> Waiting<'a> {
         Ok(())
     }
 
-    /// Where it listens, in its own words.
-    pub(crate) fn uri(&self) -> String {
-        self.beside.uri()
-    }
-
     /// What the capabilities were before.
     pub(crate) fn before(&self) -> &Capabilities {
         &self.before
     }
 
     /// There will be nothing to recover.
-    pub(crate) fn forget(&self) {
+    pub(crate) fn forget(&mut self) {
+        self.keeper.take().into_iter().for_each(Keeper::dismiss);
         self.beside.forget();
     }
 
@@ -150,7 +163,7 @@ impl<'a> Waiting<'a> {
         // QEMU removes it itself, where it lives on.
         let _ = fs::remove_file(&self.beside.socket);
         if complete {
-            self.beside.forget();
+            self.forget();
             self.qmp.set_capabilities(&Capabilities::default(), &self.before)?;
         }
         Ok(())
@@ -277,11 +290,11 @@ mod tests {
         let (mut qmp, commands) =
             qemu(&["postcopy-device", "postcopy-device", "postcopy-active", "postcopy-paused"], false);
         let beside = Beside::of(Path::new("/tmp/qmp")).unwrap();
-        assert!(recover::listen(&mut qmp, &beside, None).is_ok());
+        assert!(recover::listen(&mut qmp, &beside, None, Coming::default()).is_ok());
         drop(qmp);
         let commands = commands.join().unwrap();
         assert_eq!(commands[1..], ["migrate-pause postcopy-active", "migrate-recover postcopy-paused"]);
         let (mut qmp, _) = qemu(&["postcopy-device"], true);
-        assert!(recover::listen(&mut qmp, &beside, None).is_err());
+        assert!(recover::listen(&mut qmp, &beside, None, Coming::default()).is_err());
     }
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 use fastload_qmp::Qmp;
 use serde_json::json;
 
+use super::keeper::Coming;
 use super::{Beside, Note, Waiting};
 use crate::commands::Failure;
 
@@ -12,13 +13,18 @@ use crate::commands::Failure;
 const NOTICE: Duration = Duration::from_secs(10);
 
 /// Makes a QEMU whose guest waits for missing pages listen for a new server.
-pub(super) fn listen<'a>(qmp: &'a mut Qmp, beside: &Beside, note: Option<&Note>) -> Result<Waiting<'a>, Failure> {
+pub(super) fn listen<'a>(
+    qmp: &'a mut Qmp,
+    beside: &Beside,
+    note: Option<&Note>,
+    keeper: Coming,
+) -> Result<Waiting<'a>, Failure> {
     let until = std::time::Instant::now() + NOTICE;
     let mut told = false;
     loop {
         let (state, why) = qmp.migration()?;
         match state.as_str() {
-            "postcopy-paused" => return Waiting::again(qmp, beside, note),
+            "postcopy-paused" => return Waiting::again(qmp, beside, note, keeper),
             // An attempt that did not come to an end, or a connection that only looks alive.
             // Or else QEMU (10.2 and later) is about to start the guest, or to end.
             "postcopy-active" | "postcopy-device" | "postcopy-recover" | "postcopy-recover-setup" | "failing"

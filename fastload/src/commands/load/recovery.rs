@@ -4,14 +4,17 @@ use std::io::{self, ErrorKind};
 use std::time::{Duration, Instant};
 
 use fastload_qmp::{Qmp, QmpError};
-use page_source::postcopy::{Address, ServeError, Server};
+use page_source::postcopy::{Address, Phase, ServeError, Server};
 
 use super::beside::{Beside, Note};
-use super::keeper::Keeper;
+use super::keeper::{Coming, Keeper};
 use super::qemu::{self, Waiting};
 use super::{ANSWER, Load, PATIENCE, Times, check, recover};
 use crate::commands::Failure;
 use crate::commands::serving::{self, Fate, Image};
+
+/// How long a QEMU that listens may take to say which pages it has.
+const NOTICE: Duration = Duration::from_secs(5);
 
 /// How long it is tried at a time whether QEMU answers again.
 const TRIED: Duration = Duration::from_millis(250);
@@ -72,6 +75,7 @@ impl Load {
         beside: &Beside,
         note: Option<&Note>,
     ) -> Result<(Server, Waiting<'a>), Failure> {
+        let keeper = Coming::new(qmp, &beside.uri());
         let blocks = check::fits(qmp, &image.snapshot, &self.snapshot, self.compared())?;
         // A note may be about another QEMU, which had the same monitor.
         let note = match note {
@@ -84,7 +88,7 @@ impl Load {
         // A guest to be recovered has what it was started with.
         let preempt = qemu::has_preempt(&qmp.capabilities()?);
         let server = image.server(&blocks, self.options(preempt))?;
-        let waiting = recover::listen(qmp, beside, note)?;
+        let waiting = recover::listen(qmp, beside, note, keeper)?;
         if note.is_none() {
             // Should it be killed again.
             let _ = beside.write(&Note::new(&self.snapshot, image, preempt, &blocks, waiting.before()));
@@ -102,10 +106,16 @@ impl Load {
         serving::note("QEMU does not answer, as one whose guest holds it up: going on without asking it");
         let connecting = Instant::now();
         let address = Address::Unix(beside.socket.clone());
-        let (mut answering, mut keeper) = (None, None);
-        let served = serving::attend(image, server, &address, true, |_| {
-            let Ok(qmp) = Qmp::connect(&self.qmp, TRIED) else { return Ok(true) };
-            keeper = Keeper::start(&qmp, &beside.uri());
+        let (mut answering, mut keeper, mut mute) = (None, None, false);
+        let served = serving::attend(image, server, &address, true, |control| {
+            let Ok(qmp) = Qmp::connect(&self.qmp, TRIED) else {
+                mute = control.progress().phase < Phase::Started && connecting.elapsed() > NOTICE;
+                if mute {
+                    control.stop();
+                }
+                return Ok(!mute);
+            };
+            keeper = Coming::new(&qmp, &beside.uri()).arm();
             answering = Some(qmp);
             Ok(false)
         });
@@ -113,7 +123,7 @@ impl Load {
             Ok(report) => report,
             Err(failure) => {
                 answering.into_iter().for_each(Qmp::leave_open);
-                return Err(self.explain(failure, beside));
+                return Err(self.explain(failure, beside, mute));
             }
         };
         keeper.into_iter().for_each(Keeper::dismiss);
@@ -124,20 +134,22 @@ impl Load {
         self.tell(Times { begun, connecting, running: None }, &report, &mut waiting)
     }
 
-    fn explain(&self, failure: Failure, beside: &Beside) -> Failure {
-        if let Some(ServeError::Connect { error, .. }) = failure.downcast_ref() {
-            let (qmp, socket) = (self.qmp.display(), beside.socket.display());
-            return format!(
-                "{qmp}: QEMU does not answer, and does not listen at {socket} either ({error}): it is stopped, or its \
-                 main thread is held up by its guest. Only a QMP client that was there before, and has enabled commands \
-                 out of band, can make it listen: {{\"exec-oob\": \"migrate-recover\", \"arguments\": {{\"uri\": \"{}\"}}, \
-                 \"id\": 1}}; then: {}",
-                beside.uri(),
-                self.recovery()
-            )
-            .into();
-        }
-        serving::explain(failure, &self.recovery(), || Fate::Unknown)
+    fn explain(&self, failure: Failure, beside: &Beside, mute: bool) -> Failure {
+        let why = match failure.downcast_ref() {
+            Some(ServeError::Connect { error, .. }) => error.to_string(),
+            _ if mute => "it says nothing".to_owned(),
+            _ => return serving::explain(failure, &self.recovery(), || Fate::Unknown),
+        };
+        let (qmp, socket) = (self.qmp.display(), beside.socket.display());
+        format!(
+            "{qmp}: QEMU does not answer, and does not listen at {socket} either ({why}): it is stopped, or its main thread \
+             is held up by its guest, and no process of this program stood by to make it listen. Now only a QMP client can \
+             that was there before, and has enabled commands out of band: \
+             {{\"exec-oob\": \"migrate-recover\", \"arguments\": {{\"uri\": \"{}\"}}, \"id\": 1}}; then: {}",
+            beside.uri(),
+            self.recovery()
+        )
+        .into()
     }
 }
 

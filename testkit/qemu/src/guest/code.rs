@@ -1,12 +1,13 @@
 //! The guest's machine code: the image, and how the processors come to its 64-bit program.
 //!
 //! The image, loaded at [`LOAD`]: the parameters, the descriptor table, the 32-bit entry that turns on long mode with
-//! the first 16 GiB mapped one to one, the 64-bit program, and what the other processors run in real mode.
+//! the first 16 GiB mapped one to one, the 64-bit program, what the other processors run in real mode, and what an
+//! interrupt runs.
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
-use super::{Plan, program};
+use super::{Plan, program, ticks};
 
 /// Where the image lies in guest-physical memory.
 pub(super) const LOAD: u32 = 0x10_0000;
@@ -20,6 +21,8 @@ pub(super) const TRAMPOLINE: u32 = LOAD + 0xc00;
 pub(super) const TRAMPOLINE_AT: u32 = 0x8000;
 const TRAMPOLINE_GDT_POINTER: u32 = 0x80;
 pub(super) const TRAMPOLINE_SIZE: u32 = 0x100;
+/// What an interrupt runs.
+pub(super) const HANDLER: u32 = LOAD + 0xd00;
 
 const TABLES: u32 = 0x11_0000;
 const GIGABYTES: u32 = 16;
@@ -48,6 +51,9 @@ pub(super) fn image(plan: &Plan) -> Vec<u8> {
     place(&mut image, ENTRY, &enter().expect("the 32-bit code assembles"));
     place(&mut image, MAIN, &program::main(plan).expect("the 64-bit code assembles"));
     place(&mut image, TRAMPOLINE, &trampoline().expect("the 16-bit code assembles"));
+    if let Some(tables) = plan.ticks {
+        place(&mut image, HANDLER, &ticks::handler(tables).expect("the handler assembles"));
+    }
     image
 }
 

@@ -2,13 +2,13 @@
 //! entry, on pc, q35 and microvm).
 //!
 //! It fills its memory with a pattern that depends on nothing but the address ([`Plan::word`]), then checks it for
-//! ever and counts the passes. It takes no interrupts and writes no memory but its [status page](STATUS) and its
-//! stacks. Bytes that arrive at its serial port are orders:
+//! ever and counts the passes. It takes no interrupts, unless the plan [says so](Plan::ticks), and writes no memory but
+//! its [status page](STATUS) and its stacks. Bytes that arrive at its serial port are orders:
 //!
 //! | byte | what it does | what it answers |
 //! |---|---|---|
 //! | `?` | | `? passes errors` |
-//! | `s` | stands still: writes nothing to memory, until `g` | `s passes errors` |
+//! | `s` | stands still: writes nothing to memory, unless an interrupt comes, until `g` | `s passes errors` |
 //! | `g` | goes on | `g passes errors` |
 //! | `h` | halts its (one) processor for good, as an idle guest does | `h passes errors` |
 //!
@@ -19,11 +19,14 @@ mod code;
 mod elf;
 mod program;
 mod status;
+mod ticks;
 
 pub use status::Status;
 
 /// Guest-physical address of the page that the guest itself writes.
 pub const STATUS: u64 = 0x13_0000;
+/// Where it counts its interrupts.
+pub(crate) const TICKS: u64 = STATUS + status::field::TICKS as u64;
 /// Where the stacks lie: a page for each processor.
 pub const STACKS: u64 = 0x14_0000;
 /// The most processors it uses.
@@ -61,13 +64,17 @@ pub struct Plan {
     pub step: u64,
     /// How many processors it starts, at most [`MOST_CPUS`].
     pub cpus: u64,
+    /// The first processor takes an interrupt every 2 ms. Each is looked up in a page of its own: the next of this
+    /// guest-physical memory, in bytes, page-aligned, below 2 GiB, and not in the ranges. While that page is missing QEMU
+    /// (without KVM) waits for it, and holds its main thread up.
+    pub ticks: Option<(u64, u64)>,
 }
 
 impl Plan {
     /// A guest that checks the memory from [`LOWEST`] to `end`, a quarter of which stays zero.
     #[must_use]
     pub fn check(end: u64) -> Plan {
-        Plan { work: Work::Check, ranges: vec![(LOWEST, end)], stride: 8, stored: 6, step: 64, cpus: 1 }
+        Plan { work: Work::Check, ranges: vec![(LOWEST, end)], stride: 8, stored: 6, step: 64, cpus: 1, ticks: None }
     }
 
     /// The ELF file.
@@ -78,6 +85,7 @@ impl Plan {
     pub fn build(&self) -> Vec<u8> {
         assert!(self.ranges.len() <= 4 && (1..=MOST_CPUS).contains(&self.cpus));
         assert!(self.ranges.iter().all(|(start, end)| *start >= LOWEST && start < end && (start | end) % 4096 == 0));
+        assert!(self.ticks.is_none_or(|(start, end)| start >= LOWEST && start < end && (start | end) % 4096 == 0));
         assert!(self.step.is_multiple_of(8) && 4096 % self.step == 0 && self.stride > 0);
         elf::wrap(&code::image(self))
     }

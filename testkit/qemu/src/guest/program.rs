@@ -5,14 +5,14 @@ use iced_x86::code_asm::*;
 
 use super::code::{LOAD, MAIN, MIX, SEED, TRAMPOLINE, TRAMPOLINE_AT, TRAMPOLINE_SIZE, parameter};
 use super::status::{MAGIC, field};
-use super::{Plan, STACKS, STATUS, Work};
+use super::{Plan, STACKS, STATUS, Work, ticks};
 
 const COM1: i32 = 0x3f8;
 const COM1_LINE_STATUS: i32 = 0x3fd;
 const APIC_ICR: u32 = 0xfee0_0300;
 
 /// A field of the status page.
-fn status(offset: usize) -> AsmMemoryOperand {
+pub(super) fn status(offset: usize) -> AsmMemoryOperand {
     qword_ptr(STATUS + offset as u64)
 }
 
@@ -43,6 +43,9 @@ pub(super) fn main(plan: &Plan) -> Result<Vec<u8>, IcedError> {
     }
     if plan.cpus > 1 {
         start_others(&mut a, plan.cpus)?;
+    }
+    if let Some(tables) = plan.ticks {
+        ticks::start(&mut a, tables)?;
     }
     a.mov(status(field::READY), 1)?;
     a.mov(edi, i32::from(b'r'))?;
@@ -203,7 +206,7 @@ impl Routines {
         a.set_label(&mut halt)?;
         a.mov(edi, i32::from(b'h'))?;
         a.call(self.answer)?;
-        // Interrupts are off: nothing ends it.
+        // Nothing else ends it: interrupts are off, or go back to it.
         a.set_label(&mut halted)?;
         a.hlt()?;
         a.jmp(halted)?;

@@ -50,4 +50,8 @@ pub(super) mod field {
     pub(in super::super) const READY: usize = 48;
     pub(in super::super) const PASSES: usize = 64;
     pub(in super::super) const HELD: usize = 128;
+    pub(in super::super) const TICKS: usize = 192;
+    /// The limit of the interrupt table, two bytes that end where its address begins: together what `lidt` takes.
+    pub(in super::super) const TABLE_LIMIT: usize = 206;
+    pub(in super::super) const TABLE: usize = 208;
 }

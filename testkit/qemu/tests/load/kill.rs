@@ -13,7 +13,7 @@ use crate::MIB;
 use crate::support::{How, Saved};
 
 /// Waits until the guest was started.
-fn started(qemu: &mut Qemu) {
+pub(crate) fn started(qemu: &mut Qemu) {
     let resumed = qemu.qmp().wait_event(&["RESUME"], Duration::from_secs(30)).unwrap();
     assert!(resumed.is_some(), "{}", qemu.stderr());
 }

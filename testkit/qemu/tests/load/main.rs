@@ -1,6 +1,7 @@
 //! `fastload load` and `fastload serve` into real, unmodified QEMUs.
 
 mod devices;
+mod interrupts;
 mod kill;
 mod matrix;
 mod native;

@@ -10,14 +10,14 @@ use crate::MIB;
 use crate::support::{How, Saved};
 
 /// A QEMU that listens at `uri`.
-fn listening(saved: &Saved, uri: &str, preempt: bool) -> Qemu {
+pub(crate) fn listening(saved: &Saved, uri: &str, preempt: bool) -> Qemu {
     let mut qemu = saved.waiting(&saved.setup);
     qemu.set_capabilities(&[("postcopy-ram", true), ("postcopy-preempt", preempt)]).unwrap();
     qemu.execute("migrate-incoming", json!({"uri": uri})).unwrap();
     qemu
 }
 
-fn serve(saved: &Saved, to: &str, more: &[&str]) -> Fastload {
+pub(crate) fn serve(saved: &Saved, to: &str, more: &[&str]) -> Fastload {
     let file = saved.file.display().to_string();
     Fastload::start(["serve", &file, "--to", to, "--json"].iter().chain(more)).unwrap()
 }

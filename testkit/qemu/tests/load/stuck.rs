@@ -14,7 +14,7 @@ use crate::MIB;
 use crate::support::{How, Saved, settings_are_back};
 
 /// Whoever stands by for this `fastload`.
-fn standing_by(server: &Fastload) -> Option<nix::unistd::Pid> {
+pub(crate) fn standing_by(server: &Fastload) -> Option<nix::unistd::Pid> {
     let parent = format!("PPid:\t{}", server.id());
     let processes = std::fs::read_dir("/proc").unwrap().map_while(Result::ok);
     let names = processes.filter_map(|entry| entry.file_name().into_string().ok());

@@ -16,6 +16,8 @@ pub(crate) struct Saved {
     pub(crate) passes: u64,
     /// Whether the guest stood still.
     pub(crate) still: bool,
+    /// Whether it writes to memory even so.
+    ticks: bool,
     /// Holds the file, and the QEMU that holds the dump.
     _dir: TempDir,
 }
@@ -42,12 +44,12 @@ impl Saved {
         if how.at_work {
             passes = qemu.status().unwrap().passes[0];
         }
-        Saved { setup: setup.clone(), file, ram, passes, still: !how.at_work, _dir: dir }
+        Saved { setup: setup.clone(), file, ram, passes, still: !how.at_work, ticks: plan.ticks.is_some(), _dir: dir }
     }
 
     /// A snapshot of a guest that stood still, saved in some other way.
     pub(crate) fn of(setup: &Setup, file: PathBuf, ram: RamDump, passes: u64, dir: TempDir) -> Saved {
-        Saved { setup: setup.clone(), file, ram, passes, still: true, _dir: dir }
+        Saved { setup: setup.clone(), file, ram, passes, still: true, ticks: false, _dir: dir }
     }
 
     /// A QEMU that waits for it. (The guest's ELF file is not needed; QEMU wants one to make the same option ROMs.)
@@ -77,7 +79,7 @@ impl Saved {
     /// The RAM is that of the snapshot, and the guest goes on.
     pub(crate) fn is_whole(&self, qemu: &mut Qemu) {
         let loaded = qemu.dump().unwrap();
-        let changing: &[(u64, u64)] = match (self.still, self.setup.kvm) {
+        let changing: &[(u64, u64)] = match (self.still && !self.ticks, self.setup.kvm) {
             (true, false) => &[],
             (true, true) => &CHANGING[2..],
             (false, false) => &CHANGING[..2],
