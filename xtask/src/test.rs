@@ -5,7 +5,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use crate::e2e;
-use crate::results::{Counts, read_skips, run_counted};
+use crate::results::{Counts, Limits, read_skips, run_counted};
 use crate::run::{Done, cargo, cargo_path, root, run as run_command, show, succeeded};
 use crate::setup::{self, Need};
 use crate::tidy;
@@ -118,7 +118,7 @@ impl Gate {
 
     fn counted(&mut self, command: &mut Command) -> Done {
         say!("   {}", show(command));
-        run_counted(command, &mut self.counts, std::io::stdout())
+        run_counted(command, limits(self.full), &mut self.counts, std::io::stdout())
     }
 
     fn e2e(&mut self, targets: &[String]) -> Done {
@@ -154,6 +154,13 @@ impl Gate {
         let failed: Vec<&str> = self.steps.iter().filter(|(_, _, ok)| !ok).map(|(name, ..)| *name).collect();
         if failed.is_empty() { Ok(()) } else { Err(format!("failed: {}", failed.join(", ")).into()) }
     }
+}
+
+/// Nothing takes nearly as long, unless it hangs: all steps together are done in some ten minutes, a long matrix in an
+/// hour.
+fn limits(full: bool) -> Limits {
+    let minutes = |minutes: u64| Duration::from_secs(60 * minutes);
+    Limits { program: minutes(if full { 240 } else { 10 }), leftover: minutes(1) }
 }
 
 /// That a filter has chosen something: a word that fits no test is a mistake, and no success.
