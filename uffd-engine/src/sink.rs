@@ -9,7 +9,7 @@ use crate::core::{Core, Place};
 use crate::install::{Claim, Content, stopped};
 use crate::options::FailurePolicy;
 use crate::pause::PausePoint;
-use crate::staging::{Added, Whole};
+use crate::staging::{Added, NotAdded, Whole};
 use crate::state::State;
 use crate::stats::bump;
 use crate::status::Task;
@@ -205,13 +205,8 @@ impl Core {
                 self.not_taken(number, granule);
                 Flow::Continue(())
             }
-            Err(error)
-                if piece.is_some_and(|piece| piece.as_slice().is_none())
-                    && error.kind() != std::io::ErrorKind::Other =>
-            {
-                Flow::Break(SinkError::Unreadable(here))
-            }
-            Err(error) => {
+            Err(NotAdded::Unreadable) => Flow::Break(SinkError::Unreadable(here)),
+            Err(NotAdded::NoRoom(error)) => {
                 let (block, error) = (Arc::clone(&area.name), Arc::new(error));
                 self.status.fail(EngineError::Staging { block, run: here, error });
                 Flow::Break(stopped())

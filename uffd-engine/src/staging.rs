@@ -71,6 +71,15 @@ pub(crate) enum Added {
     Busy,
 }
 
+/// Why pages could not be added.
+#[derive(Debug)]
+pub(crate) enum NotAdded {
+    /// There are too many granules, or there is no memory for one more.
+    NoRoom(io::Error),
+    /// The bytes, of a mapped file, can't be read.
+    Unreadable,
+}
+
 /// The granules that are being put together.
 #[derive(Debug)]
 pub(crate) struct Staging {
@@ -129,8 +138,8 @@ impl Staging {
         bytes: Option<PageBytes<'_>>,
         alias: Option<HostAddr>,
         take: impl FnOnce() -> Result<T, Added>,
-    ) -> io::Result<Added> {
-        let entry = self.entry(place, alias)?;
+    ) -> Result<Added, NotAdded> {
+        let entry = self.entry(place, alias).map_err(NotAdded::NoRoom)?;
         let mut slot = entry.lock();
         // Somebody else completed or dropped it while we waited for the lock.
         let Some(granule) = slot.as_mut() else { return Ok(Added::NotTaken) };
@@ -160,7 +169,7 @@ impl Staging {
             let offset = ByteLen::of(at).0 * page_len.0;
             let len = ByteLen::of(missing).0 * page_len.0;
             let part = bytes.map(|bytes| bytes.slice(ByteLen(ByteLen::of(at - first).0 * page_len.0), ByteLen(len)));
-            granule.gathered.put(ByteLen(offset), ByteLen(len), part)?;
+            granule.gathered.put(ByteLen(offset), ByteLen(len), part).map_err(|_| NotAdded::Unreadable)?;
             granule.filled.set(at, missing);
             at += missing;
         }
@@ -248,7 +257,7 @@ mod tests {
         assert!(matches!(add(PLACE, 256, 256, Some(half(1))).unwrap(), Added::Part));
         assert!(staging.gathering(PLACE));
         let other = Place { granule: 8, ..PLACE };
-        assert!(add(other, 0, 1, None).is_err(), "bounded");
+        assert!(matches!(add(other, 0, 1, None), Err(NotAdded::NoRoom(_))), "bounded");
         assert!(matches!(add(PLACE, 0, 255, None).unwrap(), Added::Part));
         // Page 256 again: not changed.
         let Added::Whole(Whole::Buffer(mut buffer)) = add(PLACE, 255, 2, None).unwrap() else {

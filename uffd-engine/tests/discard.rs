@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use common::blocked::Thread;
 use common::discards::{Way, discard, give_back};
 use common::scripted::Scripted;
-use common::{Kind, Memory, PAGE};
+use common::{Kind, Memory, PAGE, counted};
 use page_source::{BlockId, ByteLen, Layout, PageCount, PageIndex, PageRun, PageSize, PageSource, RamBlock};
 use proptest::prelude::*;
 use testkit::gate::Gate;
@@ -176,12 +176,7 @@ fn a_discard_read_together_with_a_fault_comes_first() {
         discarding.join();
         assert!(other.join().unwrap() == oracle.run(run(9, 1)));
     });
-    // A page is counted after whoever waits for it goes on.
-    let begun = std::time::Instant::now();
-    while engine.stats().demand_pages == 0 && begun.elapsed() < std::time::Duration::from_secs(30) {
-        std::thread::yield_now();
-    }
-    let stats = engine.stats();
+    let stats = counted(&engine, |stats| stats.demand_pages > 0);
     assert_eq!((stats.removed_pages, stats.demand_pages), (1, 1), "{stats:?}");
     assert!(stats.retries > 0, "page 9 was tried while the discard was unread: {stats:?}");
 }
@@ -332,9 +327,13 @@ fn a_storm_of_discards() {
     let engine = memory
         .engine(Arc::new(MemorySource::new(Arc::clone(&oracle))))
         .handlers(Handlers::threads(2))
-        .background(Background::default().with_threads(2).with_piece(PageCount(16)))
+        .background(Background::default().paused().with_threads(2).with_piece(PageCount(16)))
         .start()
         .unwrap();
+    // One while the engine is there for certain: all might be loaded before the others begin.
+    give_back(&memory, run(0, 16));
+    assert_zero(&memory, run(0, 16));
+    engine.resume_background();
     std::thread::scope(|scope| {
         for half in 0..2u64 {
             let memory = &memory;

@@ -110,7 +110,9 @@ impl Vm {
             _ => None,
         };
         let of_engine = || match &engine {
-            Some(EngineError::Source { run, .. }) => self.report.place(self.vcpus().ram(), *run),
+            Some(EngineError::Source { run, .. } | EngineError::Staging { run, .. }) => {
+                self.report.place(self.vcpus().ram(), *run)
+            }
             Some(EngineError::Install { at, .. }) => self.vcpus().ram().to_guest(*at),
             _ => None,
         };

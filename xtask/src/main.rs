@@ -13,6 +13,7 @@ macro_rules! say {
 mod bench;
 mod demo;
 mod e2e;
+mod hung;
 mod results;
 mod run;
 mod setup;

@@ -3,9 +3,14 @@
 use std::fmt;
 use std::fs;
 use std::io::{BufRead, BufReader, ErrorKind, Write};
+use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::thread;
+use std::time::{Duration, Instant};
 
+use crate::hung::{Hung, Watch};
 use crate::run::{Done, show, succeeded};
 
 /// How many tests ended how.
@@ -47,23 +52,68 @@ impl fmt::Display for Counts {
     }
 }
 
-/// Runs a `cargo test` to its end; its output goes on `to` somebody line by line, and is counted.
+/// How long programs may take.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    /// One program that `cargo` runs: a test program, all examples in the documentation of a crate, or the compiler.
+    pub(crate) program: Duration,
+    /// What has been started and holds our pipe still, when `cargo` has ended.
+    pub(crate) leftover: Duration,
+}
+
+/// How often hung programs are looked for.
+const TICK: Duration = Duration::from_secs(1);
+
+/// Runs a `cargo test` to its end; its output goes on `to` somebody line by line, and is counted. A program of it that
+/// takes longer than the limit is described and ended, and the next one gets its turn.
 ///
 /// # Errors
 /// If it can't be started, or fails. A run that fails without a failed test (it did not compile, it was killed) counts
-/// as one failure.
-pub(crate) fn run_counted(command: &mut Command, counts: &mut Counts, mut to: impl Write) -> Done {
+/// as one failure; so does each program that was ended.
+pub(crate) fn run_counted(command: &mut Command, limits: Limits, counts: &mut Counts, mut to: impl Write) -> Done {
     let before = counts.failed;
     let mut child = command.stdout(Stdio::piped()).spawn().map_err(|error| format!("{}: {error}", show(command)))?;
-    if let Some(output) = child.stdout.take() {
-        for line in BufReader::new(output).split(b'\n') {
-            let line = String::from_utf8_lossy(&line?).into_owned();
-            // Whoever read it may have left.
-            let _ = writeln!(to, "{line}");
-            counts.add_line(&line);
+    let Some(output) = child.stdout.take() else { return Err("no standard output".into()) };
+    let pipe = fs::read_link(format!("/proc/self/fd/{}", output.as_raw_fd())).unwrap_or_default();
+    let (lines, heard) = channel();
+    let reader = thread::spawn(move || {
+        let _ = BufReader::new(output).split(b'\n').try_for_each(|line| lines.send(line));
+    });
+    let mut watch = Watch::new(child.id(), limits.program);
+    let mut hung = Vec::new();
+    let (mut looked, mut ended) = (Instant::now(), None);
+    let tick = TICK.min(limits.program).min(limits.leftover);
+    loop {
+        match heard.recv_timeout(tick) {
+            Ok(line) => {
+                let line = String::from_utf8_lossy(&line?).into_owned();
+                // Whoever read it may have left.
+                let _ = writeln!(to, "{line}");
+                counts.add_line(&line);
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => break,
+        }
+        if looked.elapsed() < tick {
+            continue;
+        }
+        looked = Instant::now();
+        let mut found = watch.look();
+        if child.try_wait()?.is_some() && ended.get_or_insert_with(Instant::now).elapsed() >= limits.leftover {
+            found.extend(watch.end_writers(&pipe));
+        }
+        for Hung { name, report } in found {
+            let _ = writeln!(to, "ENDED, it took too long: {name}\n{report}");
+            counts.failed += 1;
+            hung.push(name);
         }
     }
     let done = succeeded(command, child.wait()?);
+    // It has ended: the channel says so.
+    let _ = reader.join();
+    if !hung.is_empty() {
+        return Err(format!("took too long: {}", hung.join(", ")).into());
+    }
     if done.is_err() && counts.failed == before {
         counts.failed += 1;
     }
@@ -86,6 +136,9 @@ pub(crate) fn read_skips(path: &Path) -> Done<Vec<String>> {
 mod tests {
     use super::*;
 
+    const LONG: Duration = Duration::from_secs(3600);
+    const PATIENT: Limits = Limits { program: LONG, leftover: LONG };
+
     #[test]
     fn result_lines_are_summed() {
         let mut counts = Counts::default();
@@ -105,16 +158,40 @@ mod tests {
     #[test]
     fn a_run_that_dies_counts_as_a_failure() {
         let (mut counts, mut said) = (Counts::default(), Vec::new());
-        run_counted(Command::new("sh").args(["-c", "exit 3"]), &mut counts, std::io::sink()).unwrap_err();
+        run_counted(Command::new("sh").args(["-c", "exit 3"]), PATIENT, &mut counts, std::io::sink()).unwrap_err();
         assert_eq!(counts, Counts { failed: 1, ..Counts::default() });
         run_counted(
             Command::new("sh").args(["-c", "echo 'test result: ok. 2 passed; 0 failed; 0 ignored'"]),
+            PATIENT,
             &mut counts,
             &mut said,
         )
         .unwrap();
         assert!(said.starts_with(b"test result: ok. 2 passed") && said.ends_with(b"\n"));
         assert_eq!(counts, Counts { passed: 2, failed: 1, skipped: 0 });
+    }
+
+    #[test]
+    fn a_program_that_hangs_is_named_and_the_next_one_runs() {
+        let (mut counts, mut said) = (Counts::default(), Vec::new());
+        let script = "sleep 60; echo 'test result: ok. 2 passed; 0 failed; 0 ignored'";
+        let limits = Limits { program: Duration::from_millis(50), ..PATIENT };
+        let error = run_counted(Command::new("sh").args(["-c", script]), limits, &mut counts, &mut said).unwrap_err();
+        // That of the shell, if it has not yet become that of the other program.
+        assert!(error.to_string().starts_with("took too long: ") && error.to_string().contains("sleep 60"), "{error}");
+        assert_eq!(counts, Counts { passed: 2, failed: 1, skipped: 0 });
+        let said = String::from_utf8(said).unwrap();
+        assert!(said.starts_with("ENDED, it took too long: ") && said.contains("\n  thread "), "{said}");
+    }
+
+    #[test]
+    fn what_is_left_behind_does_not_keep_us() {
+        let (mut counts, mut said) = (Counts::default(), Vec::new());
+        let limits = Limits { leftover: Duration::from_millis(250), ..PATIENT };
+        let mut command = Command::new("sh");
+        let error = run_counted(command.args(["-c", "sleep 60 &"]), limits, &mut counts, &mut said).unwrap_err();
+        assert!(error.to_string().starts_with("took too long: ") && error.to_string().contains("sleep 60"), "{error}");
+        assert_eq!(counts, Counts { failed: 1, ..Counts::default() });
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use crate::e2e;
-use crate::results::{Counts, read_skips, run_counted};
+use crate::results::{Counts, Limits, read_skips, run_counted};
 use crate::run::{Done, cargo, cargo_path, root, run as run_command, show, succeeded};
 use crate::setup::{self, Need};
 use crate::tidy;
@@ -118,7 +118,7 @@ impl Gate {
 
     fn counted(&mut self, command: &mut Command) -> Done {
         say!("   {}", show(command));
-        run_counted(command, &mut self.counts, std::io::stdout())
+        run_counted(command, limits(self.full), &mut self.counts, std::io::stdout())
     }
 
     fn e2e(&mut self, targets: &[String]) -> Done {
@@ -156,6 +156,13 @@ impl Gate {
     }
 }
 
+/// Nothing takes nearly as long, unless it hangs: all steps together are done in some ten minutes, a long matrix in an
+/// hour.
+fn limits(full: bool) -> Limits {
+    let minutes = |minutes: u64| Duration::from_secs(60 * minutes);
+    Limits { program: minutes(if full { 240 } else { 10 }), leftover: minutes(1) }
+}
+
 /// That a filter has chosen something: a word that fits no test is a mistake, and no success.
 fn chosen(filter: Option<&str>, before: Counts, after: Counts) -> Done {
     match filter {
@@ -164,21 +171,24 @@ fn chosen(filter: Option<&str>, before: Counts, after: Counts) -> Done {
     }
 }
 
-/// Builds the fuzz targets, and runs each for a moment. They are a workspace of their own, with flags of its own, which
-/// cargo finds by the directory it is called in.
+/// Checks the fuzz targets, builds them, and runs each for a moment. They are a workspace of their own, with flags of its
+/// own, which cargo finds by the directory it is called in.
 fn fuzz(gate: &mut Gate) -> Done {
     let directory = root().join("fuzz");
     let cargo_there = |subcommand: &str| {
         let mut command = Command::new(cargo_path());
-        command.arg(subcommand).args(["--quiet", "--release"]).current_dir(&directory);
+        command.args([subcommand, "--quiet"]).current_dir(&directory);
         command
     };
-    run_command(cargo_there("build").arg("--bins"))?;
+    run_command(cargo_there("fmt").arg("--check"))?;
+    run_command(cargo_there("clippy").args(["--release", "--all-targets", "--", "-D", "warnings"]))?;
+    run_command(cargo_there("build").args(["--release", "--bins"]))?;
     let seconds = if gate.full { 60 } else { 3 };
     for target in fuzz_targets(&directory.join("targets"))? {
         let mut command = cargo_there("run");
         let limit = format!("-max_total_time={seconds}");
-        command.args(["--bin", &target, "--", &format!("corpus/{target}"), &limit]);
+        // An input that takes a minute is a hang, and a finding.
+        command.args(["--release", "--bin", &target, "--", &format!("corpus/{target}"), &limit, "-timeout=60"]);
         say!("   {}", show(&command));
         // It says much, which is of use only if it finds something.
         let output = command.output().map_err(|error| format!("{}: {error}", show(&command)))?;

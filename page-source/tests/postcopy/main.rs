@@ -10,9 +10,10 @@ mod trouble;
 use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::thread;
+use std::time::Instant;
 
 use door::Door;
 use nix::sys::socket::{MsgFlags, recv};
@@ -21,7 +22,7 @@ use page_source::postcopy::{Address, Opening, Options, Phase, Report, ServeError
 use page_source::{BlockId, ByteLen, Layout, PageIndex, PageSize, PageSource, RamBlock};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
-use stub::{Habits, State, Stub};
+use stub::{Habits, LIMIT, State, Stub};
 use testkit::faults::{Fault, FaultySource};
 use testkit::late::LateSource;
 use testkit::oracle::Oracle;
@@ -241,17 +242,24 @@ fn on_a_unix_socket_no_more_than_the_window_is_under_way() {
         let mut loaded = Vec::new();
         [Message::Pong(1), Message::Pong(3)].iter().for_each(|message| message.push(&mut loaded));
         main.write_all(&loaded).unwrap();
-        // A destination that is slow: whatever it takes is replaced at once.
-        let (mut taken, mut most) = (0, 0);
-        let (mut page, mut all) = ([0; 4096], vec![0; 1 << 20]);
-        while taken < 6 << 20 {
-            taken += main.read(&mut page).unwrap();
+        let mut all = vec![0; 1 << 20];
+        let mut under_way = |main: &UnixStream| {
             let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
             let there = recv(main.as_raw_fd(), &mut all, flags).unwrap_or(0);
             assert!(there <= window.get(), "{there} bytes under way");
-            most = most.max(there);
+            there
+        };
+        // A destination that is slow: it takes nothing before most of the window is used, and then takes a page at a time.
+        let begun = Instant::now();
+        while under_way(&main) <= window.get() / 2 {
+            assert!(begun.elapsed() < LIMIT, "no more than {} bytes under way", under_way(&main));
+            thread::yield_now();
         }
-        assert!(most > window.get() / 2, "never more than {most} bytes under way");
+        let (mut taken, mut page) = (0, [0; 4096]);
+        while taken < 6 << 20 {
+            taken += main.read(&mut page).unwrap();
+            under_way(&main);
+        }
         server.control.stop();
         assert!(matches!(server.finish(), Err(ServeError::Stopped { started: Started::Yes })));
     }

@@ -10,13 +10,14 @@ pub(crate) mod scripted;
 use std::io::{self, IoSliceMut};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
 use page_source::{BlockId, ByteLen, HostAddr, Layout, PageIndex, PageRun, PageSource};
 use testkit::oracle::Oracle;
-use uffd_engine::{Backing, Builder, Engine, Region};
+use uffd_engine::{Backing, Builder, Engine, Region, Stats};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
 
@@ -170,6 +171,19 @@ impl Memory {
             }
         }
         ByteLen(sum)
+    }
+}
+
+/// A page or a fault is counted after whoever waited for it goes on, and after the engine is complete: the statistics as
+/// soon as `all` are in, or as they are when that did not happen.
+pub(crate) fn counted(engine: &Engine, all: impl Fn(&Stats) -> bool) -> Stats {
+    let begun = Instant::now();
+    loop {
+        let stats = engine.stats();
+        if all(&stats) || begun.elapsed() > Duration::from_secs(20) {
+            return stats;
+        }
+        std::thread::yield_now();
     }
 }
 
