@@ -157,10 +157,10 @@ impl Gate {
 }
 
 /// Nothing takes nearly as long, unless it hangs: all steps together are done in some ten minutes, a long matrix in an
-/// hour.
+/// hour. A slow machine takes three times as long.
 fn limits(full: bool) -> Limits {
     let minutes = |minutes: u64| Duration::from_secs(60 * minutes);
-    Limits { program: minutes(if full { 240 } else { 10 }), leftover: minutes(1) }
+    Limits { program: minutes(if full { 240 } else { 25 }), leftover: minutes(1) }
 }
 
 /// That a filter has chosen something: a word that fits no test is a mistake, and no success.
