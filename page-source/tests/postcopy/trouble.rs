@@ -27,7 +27,7 @@ use crate::{Running, check, opening_with, options, oracle, small};
 const AT_ONCE: Duration = Duration::from_millis(100);
 
 /// For destinations that answer, and then don't: enough for what they answer, on a busy machine too.
-const SOON: Duration = Duration::from_secs(1);
+const SOON: Duration = Duration::from_secs(3);
 
 fn waiting(patience: Duration) -> Options {
     options(|options| options.patience = patience)
