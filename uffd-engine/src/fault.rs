@@ -122,7 +122,7 @@ impl Core {
             return self.serve_cached(origin, place);
         }
         loop {
-            let entry = area.states.get(place.granule);
+            let entry = area.states.get_to_change(place.granule);
             return match entry.state {
                 // Whoever installs it wakes its waiters, ours among them.
                 State::InFlight if area.states.meet(place.granule) => true,

@@ -14,7 +14,6 @@ use crate::core::{Core, Place};
 use crate::fault::Origin;
 use crate::handler::bind;
 use crate::options::Background;
-use crate::state::State;
 use crate::stats::bump;
 use crate::status::Task;
 
@@ -128,9 +127,7 @@ impl Plan {
                     cursor.granule += granules;
                 }
                 // What a source does not know before it was asked is often known for a long way after one page.
-                Content::Unknown
-                    if !asked && area.small() && area.states.get(cursor.granule).state == State::Missing =>
-                {
+                Content::Unknown if !asked && area.small() => {
                     let one = PageRun::single(area.block(), page);
                     let number = cursor.area;
                     cursor.granule += 1;

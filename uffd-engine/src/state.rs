@@ -40,6 +40,8 @@ const STATES: [State; 8] = [
     State::Poisoned,
     State::Poisoned,
 ];
+/// What a byte is that nobody has touched: Missing, with no marks.
+const FRESH: u8 = State::Missing as u8;
 const STATE: u8 = 0b111;
 /// A request for it is on its way to the source.
 const REQUESTED: u8 = 1 << 3;
@@ -83,6 +85,14 @@ impl StateMap {
         decode(self.granules[granule].load(Ordering::Acquire))
     }
 
+    /// The same, about to be changed: if it is the first look at a page of the table, it is a write (see `update`).
+    pub(crate) fn get_to_change(&self, granule: usize) -> Entry {
+        let byte = &self.granules[granule];
+        match byte.compare_exchange(FRESH, FRESH, Ordering::AcqRel, Ordering::Acquire) {
+            Ok(old) | Err(old) => decode(old),
+        }
+    }
+
     /// The granules that are Present: the first of each run, and how many.
     pub(crate) fn present(&self) -> impl Iterator<Item = (usize, usize)> {
         let there = |granule: &usize| self.get(*granule).state == State::Present;
@@ -97,24 +107,27 @@ impl StateMap {
 
     /// Missing or Zero becomes InFlight, and the caller is the one who installs it.
     pub(crate) fn claim(&self, granule: usize) -> bool {
-        self.change(granule, |entry| matches!(entry.state, State::Missing | State::Zero), State::InFlight)
+        self.change(granule, |state| matches!(state, State::Missing | State::Zero), State::InFlight)
     }
 
     /// Anything that reads as zero becomes InFlight, and the caller installs zeros.
     pub(crate) fn claim_zero(&self, granule: usize) -> bool {
-        self.change(granule, |entry| matches!(entry.state, State::Zero | State::Removed), State::InFlight)
+        self.change(granule, |state| matches!(state, State::Zero | State::Removed), State::InFlight)
     }
 
     /// The state of a granule that the caller has claimed; drops the marks, and says what they were.
     pub(crate) fn settle(&self, granule: usize, state: State) -> Entry {
-        self.replace(granule, |old| state as u8 | if state == State::Missing { old & (WANTED | REQUESTED) } else { 0 })
-            .0
+        decode(
+            self.replace(granule, |old| {
+                state as u8 | if state == State::Missing { old & (WANTED | REQUESTED) } else { 0 }
+            }),
+        )
     }
 
     /// A granule that the caller has claimed becomes what it was before. `true` if a fault was left to the caller
     /// meanwhile: whoever waits there has to be woken, to fault again.
     pub(crate) fn give_back(&self, granule: usize) -> bool {
-        let (_, old) = self.replace(granule, |old| {
+        let old = self.replace(granule, |old| {
             let state = match old & WAS {
                 WAS_ZERO => State::Zero,
                 WAS_REMOVED => State::Removed,
@@ -125,76 +138,45 @@ impl StateMap {
         old & MET != 0
     }
 
-    /// Leaves a fault to whoever has claimed the granule; `false` if it is not InFlight any more.
-    pub(crate) fn meet(&self, granule: usize) -> bool {
-        let byte = &self.granules[granule];
-        let mut old = byte.load(Ordering::Acquire);
-        while decode(old).state == State::InFlight {
-            match byte.compare_exchange_weak(old, old | MET, Ordering::AcqRel, Ordering::Acquire) {
-                Ok(_) => return true,
-                Err(now) => old = now,
-            }
+    fn replace(&self, granule: usize, new: impl Fn(u8) -> u8) -> u8 {
+        let there = self.granules[granule].load(Ordering::Relaxed);
+        match self.update(granule, there, |old| Some(new(old))) {
+            Ok(old) | Err(old) => old,
         }
-        false
     }
 
-    fn replace(&self, granule: usize, new: impl Fn(u8) -> u8) -> (Entry, u8) {
-        let byte = &self.granules[granule];
-        let mut old = byte.load(Ordering::Relaxed);
-        loop {
-            match byte.compare_exchange_weak(old, new(old), Ordering::AcqRel, Ordering::Relaxed) {
-                Ok(_) => return (decode(old), old),
-                Err(now) => old = now,
-            }
-        }
+    /// Leaves a fault to whoever has claimed the granule; `false` if it is not InFlight any more.
+    pub(crate) fn meet(&self, granule: usize) -> bool {
+        let there = self.granules[granule].load(Ordering::Acquire);
+        let met = |old| (decode(old).state == State::InFlight).then_some(old | MET);
+        self.update(granule, there, met).is_ok()
     }
 
     /// Missing becomes Zero. Answers what it was before.
     pub(crate) fn mark_zero(&self, granule: usize) -> Entry {
-        let byte = &self.granules[granule];
-        let mut old = byte.load(Ordering::Relaxed);
-        loop {
-            let was = decode(old);
-            if was.state != State::Missing {
-                return was;
-            }
-            let new = State::Zero as u8 | old & WANTED;
-            match byte.compare_exchange_weak(old, new, Ordering::AcqRel, Ordering::Relaxed) {
-                Ok(_) => return was,
-                Err(now) => old = now,
-            }
-        }
+        let zero = |old| (decode(old).state == State::Missing).then_some(State::Zero as u8 | old & WANTED);
+        self.update(granule, FRESH, zero).map_or_else(decode, decode)
     }
 
     /// Anything but InFlight and Poisoned becomes Removed, and nobody wants it any more. Answers what it was: if it was
     /// InFlight, nothing has happened.
     pub(crate) fn remove(&self, granule: usize) -> State {
         let keep = |was| matches!(was, State::InFlight | State::Poisoned);
-        let removed = |old| if keep(decode(old).state) { old } else { State::Removed as u8 | old & REQUESTED };
-        self.replace(granule, removed).0.state
+        let removed = |old| (!keep(decode(old).state)).then_some(State::Removed as u8 | old & REQUESTED);
+        self.update(granule, FRESH, removed).map_or_else(decode, decode).state
     }
 
     /// Missing becomes InFlight, and the caller poisons it.
     pub(crate) fn claim_missing(&self, granule: usize) -> bool {
-        self.change(granule, |entry| entry.state == State::Missing, State::InFlight)
+        self.change(granule, |state| state == State::Missing, State::InFlight)
     }
 
     /// Marks a Missing granule as requested and, for a fault, as wanted. `None` if it is not Missing any more;
     /// otherwise whether a request was on its way already.
     pub(crate) fn request(&self, granule: usize, wanted: bool) -> Option<bool> {
-        let byte = &self.granules[granule];
         let marks = if wanted { REQUESTED | WANTED } else { REQUESTED };
-        let mut old = byte.load(Ordering::Relaxed);
-        loop {
-            let was = decode(old);
-            if was.state != State::Missing {
-                return None;
-            }
-            match byte.compare_exchange_weak(old, old | marks, Ordering::AcqRel, Ordering::Relaxed) {
-                Ok(_) => return Some(was.requested),
-                Err(now) => old = now,
-            }
-        }
+        let marked = |old| (decode(old).state == State::Missing).then_some(old | marks);
+        self.update(granule, FRESH, marked).ok().map(|old| decode(old).requested)
     }
 
     /// Forgets that a request was on its way; says whether one was.
@@ -202,21 +184,31 @@ impl StateMap {
         self.granules[granule].fetch_and(!REQUESTED, Ordering::AcqRel) & REQUESTED != 0
     }
 
-    fn change(&self, granule: usize, allowed: impl Fn(Entry) -> bool, to: State) -> bool {
-        let byte = &self.granules[granule];
-        let mut old = byte.load(Ordering::Relaxed);
-        loop {
-            if !allowed(decode(old)) {
-                return false;
-            }
-            let was = match decode(old).state {
+    fn change(&self, granule: usize, allowed: impl Fn(State) -> bool, to: State) -> bool {
+        let changed = |old| {
+            let from = decode(old).state;
+            let was = match from {
                 State::Zero if to == State::InFlight => WAS_ZERO,
                 State::Removed if to == State::InFlight => WAS_REMOVED,
                 _ => 0,
             };
-            let new = to as u8 | was | old & (REQUESTED | WANTED);
-            match byte.compare_exchange_weak(old, new, Ordering::AcqRel, Ordering::Relaxed) {
-                Ok(_) => return true,
+            allowed(from).then_some(to as u8 | was | old & (REQUESTED | WANTED))
+        };
+        self.update(granule, FRESH, changed).is_ok()
+    }
+
+    /// The byte, taken to be `expected` at first, becomes what `new` makes of it, if anything. Answers what it was.
+    ///
+    /// Who may be the first to touch a page of the table expects it to be [`FRESH`], and does not look before: reading
+    /// maps the kernel's page of zeros, and the write that comes next costs an interrupt on every core where a thread of
+    /// this process runs.
+    fn update(&self, granule: usize, expected: u8, new: impl Fn(u8) -> Option<u8>) -> Result<u8, u8> {
+        let byte = &self.granules[granule];
+        let mut old = if new(expected).is_some() { expected } else { byte.load(Ordering::Acquire) };
+        loop {
+            let changed = new(old).ok_or(old)?;
+            match byte.compare_exchange_weak(old, changed, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => return Ok(old),
                 Err(now) => old = now,
             }
         }
