@@ -32,7 +32,8 @@ const READS_OF_ONE: usize = 8;
 /// How handlers wait, and how they are stopped.
 #[derive(Debug)]
 pub(crate) enum Waiter {
-    /// In `read`; where events are read, in `poll` outside the gate or, see [`Solo`], in `read` inside it. A doorbell stops them.
+    /// In `read`; where events are read, in `poll` outside the gate or, see [`Solo`], in `read` inside it. A doorbell stops
+    /// them.
     Bell(Doorbell),
     /// In `poll`; an event descriptor, which stays readable, stops them all. For memory of another process, in which
     /// there is no place for a doorbell.

@@ -34,6 +34,7 @@ mod staging;
 mod state;
 mod stats;
 mod status;
+mod stored;
 mod supervisor;
 mod sys;
 mod turned_away;

@@ -14,19 +14,9 @@ use kvm_ioctls::Kvm;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::resource::{Resource, setrlimit};
 use page_source::PageCount;
-use testkit::guest::{Pattern, Privilege};
 use testkit::require;
 use vm_memory::Bytes;
 use vmm_glue::{Backing, GuestRam, Host, LiveError, LiveOptions, MachineConfig, Memory, Vcpus, snapshot_live};
-
-const KIND: Kind = Kind {
-    privilege: Privilege::User,
-    vcpus: 1,
-    pattern: Pattern::Random,
-    backing: Backing::Anonymous,
-    mib: 16,
-    filled: 80,
-};
 
 fn host() -> Host {
     Host::probe(&Kvm::new().unwrap()).unwrap()
@@ -38,7 +28,7 @@ fn cancelled_at_any_moment() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("live.mr");
     for backing in [Backing::Anonymous, Backing::Memfd] {
-        let kind = Kind { backing, vcpus: 2, ..KIND };
+        let kind = Kind { backing, vcpus: 2, ..Kind::SMALL };
         let (vcpus, image, bus) = live::running(&kind);
         let pages = vcpus.ram().layout().total().to_pages().0;
         for step in 0..=8 {
@@ -76,7 +66,7 @@ fn whatever_fails_leaves_the_guest_and_the_last_file_alone() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("live.mr");
     std::fs::write(&path, "the one before").unwrap();
-    let (vcpus, image, bus) = live::running(&KIND);
+    let (vcpus, image, bus) = live::running(&Kind::SMALL);
     let refused = |options: &LiveOptions| snapshot_live(&vcpus, &host(), &path, options).unwrap_err();
 
     let stubborn = LiveOptions::default().with_drain(|_| Err("a disk has direct I/O in flight".into()));
@@ -90,7 +80,7 @@ fn whatever_fails_leaves_the_guest_and_the_last_file_alone() {
     live::progress(&vcpus, &image, 10);
     assert_eq!(std::fs::read(&path).unwrap(), b"the one before");
     assert_eq!(live::names(dir.path()), ["live.mr"]);
-    live::finish(&vcpus, &image, &bus, &KIND);
+    live::finish(&vcpus, &image, &bus, &Kind::SMALL);
 }
 
 /// Whoever restores a guest from a file and saves it under the same name again: replacing the file would take away what
@@ -100,7 +90,7 @@ fn the_file_that_memory_is_loaded_from_is_not_replaced_before_that_is_complete()
     require!(Kvm, Userfaultfd);
     let dir = tempfile::tempdir().unwrap();
     let [path, symlink, link] = ["live.mr", "symlink", "link"].map(|name| dir.path().join(name));
-    let (vcpus, image, _) = live::running(&KIND);
+    let (vcpus, image, _) = live::running(&Kind::SMALL);
     live::snapshot(&vcpus, &path, &LiveOptions::default()).unwrap();
     drop(vcpus);
     std::os::unix::fs::symlink("live.mr", &symlink).unwrap();
@@ -121,7 +111,7 @@ fn the_file_that_memory_is_loaded_from_is_not_replaced_before_that_is_complete()
     let copy = live::Copy::default();
     vm.snapshot_live(&host(), &path, &copy.options(LiveOptions::default())).unwrap().wait().unwrap();
     live::assert_same(&live::content_of(&path), &copy.take());
-    live::finish(vm.vcpus(), &image, &bus, &KIND);
+    live::finish(vm.vcpus(), &image, &bus, &Kind::SMALL);
 }
 
 #[test]
@@ -130,7 +120,7 @@ fn memory_given_back_meanwhile_is_an_error() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("live.mr");
     // The guest stands still, so what is given back was not written to since.
-    let (vcpus, image, bus) = live::running(&KIND);
+    let (vcpus, image, bus) = live::running(&Kind::SMALL);
     vcpus.pause(PATIENCE).unwrap();
     let page = image.window_to_physical(image.window_len() - 4096);
     let last = vcpus.ram().to_host(page_source::GuestAddr(page)).unwrap();
@@ -158,7 +148,7 @@ fn memory_given_back_meanwhile_is_an_error() {
     assert_eq!(live::names(dir.path()), [""; 0]);
     vcpus.ram().memory().write_slice(&content, page).unwrap();
     vcpus.resume();
-    live::finish(&vcpus, &image, &bus, &KIND);
+    live::finish(&vcpus, &image, &bus, &Kind::SMALL);
 }
 
 /// Whether a page is write-protected: bit 57 of its entry (Linux Documentation/admin-guide/mm/pagemap.rst).
@@ -252,7 +242,7 @@ impl Drop for SmallDisk {
 #[test]
 fn a_full_disk() {
     require!(Kvm, Userfaultfd, Root);
-    let (vcpus, image, bus) = live::running(&KIND);
+    let (vcpus, image, bus) = live::running(&Kind::SMALL);
     for kib in [64, 1024, 8000] {
         let disk = SmallDisk::mount(kib);
         let path = disk.0.path().join("live.mr");
@@ -277,7 +267,7 @@ fn a_full_disk() {
         live::snapshot(&vcpus, &there, &LiveOptions::default()).unwrap();
         assert!(here.is_symlink() && there.is_symlink() && roomy.path().join("live.mr").is_file());
     }
-    live::finish(&vcpus, &image, &bus, &KIND);
+    live::finish(&vcpus, &image, &bus, &Kind::SMALL);
 }
 
 /// The same without a file system of one's own: a process that may not write files beyond a length.
@@ -298,7 +288,7 @@ fn a_limit_on_the_length_of_files() {
 
 /// Beyond the headers, but not beyond all pages; or beyond all pages, but not beyond the device state.
 fn limited(path: &Path, at_the_end: bool) {
-    let (vcpus, image, bus) = live::running(&KIND);
+    let (vcpus, image, bus) = live::running(&Kind::SMALL);
     snapshot_live(&vcpus, &host(), path, &LiveOptions::default()).unwrap().wait().unwrap();
     let state = mapped_ram::Snapshot::open(path).unwrap().device_state().start.0;
     std::fs::remove_file(path).unwrap();
@@ -311,7 +301,7 @@ fn limited(path: &Path, at_the_end: bool) {
     assert_eq!(why.raw_os_error(), Some(libc::EFBIG), "{error}");
     let there = if at_the_end { state..state + 1 } else { 1..state };
     assert!(there.contains(&offset.0) && error.to_string().contains(&offset.to_string()), "{error}");
-    live::finish(&vcpus, &image, &bus, &KIND);
+    live::finish(&vcpus, &image, &bus, &Kind::SMALL);
 }
 
 /// This program again, to be the victim of a test: see [`victim`].

@@ -13,18 +13,9 @@ use mapped_ram::Snapshot;
 use nix::sys::signal::{Signal, raise};
 use page_source::BlockId;
 use testkit::at_call::{Call, Is};
-use testkit::guest::{GuestConfig, Pattern, Privilege};
+use testkit::guest::GuestConfig;
 use testkit::require;
 use vmm_glue::{Backing, Host, LiveEvent, LiveOptions, snapshot_live};
-
-const KIND: Kind = Kind {
-    privilege: Privilege::User,
-    vcpus: 1,
-    pattern: Pattern::Random,
-    backing: Backing::Anonymous,
-    mib: 16,
-    filled: 80,
-};
 
 /// All pages are written, and the file is made a whole: the kernel kills at the call that would begin each step.
 const FINISHING: [&str; 7] = ["ram end", "bitmap 0", "bitmap 1", "sync", "link", "rename", "sync name"];
@@ -75,7 +66,7 @@ fn victim() {
 /// Takes a snapshot, leaves a copy of what it should be in `copy`, and is killed.
 fn killed(path: &Path, point: &str) {
     let die = || raise(Signal::SIGKILL).unwrap();
-    let (vcpus, _, _) = live::running(&KIND);
+    let (vcpus, _, _) = live::running(&Kind::SMALL);
     let copied = path.with_extension("copy");
     let stopped = point == "stopped";
     let mut options = LiveOptions::default().with_drain(move |ram| {
@@ -166,9 +157,9 @@ fn killed_at_twenty_points() {
         let copy = std::fs::read(path.with_extension("copy")).unwrap();
         assert!(live::content_of(&path).concat() == copy, "point {point}: a file that is not the freeze point");
         // And a guest goes on from it.
-        let config = GuestConfig { privilege: KIND.privilege, vcpus: 1 };
+        let config = GuestConfig { privilege: Kind::SMALL.privilege, vcpus: 1 };
         let (vm, image, bus) = live::restore(&path, Backing::Anonymous, config, true);
-        live::finish(vm.vcpus(), &image, &bus, &KIND);
+        live::finish(vm.vcpus(), &image, &bus, &Kind::SMALL);
     }
     assert!((2..points.len()).contains(&complete), "{complete} of {} files were complete", points.len());
 }
@@ -181,10 +172,10 @@ fn what_was_left_behind_goes_away() {
     let path = dir.path().join("live.mr");
     assert_eq!(victim_of("rename", &path), Some(libc::SIGSYS));
     assert_eq!(live::names(dir.path()).len(), 2, "the copy, and a file without its name");
-    let (vcpus, image, bus) = live::running(&KIND);
+    let (vcpus, image, bus) = live::running(&Kind::SMALL);
     live::snapshot(&vcpus, &path, &LiveOptions::default()).unwrap();
     let mut names = live::names(dir.path());
     names.sort();
     assert_eq!(names, ["live.copy", "live.mr"]);
-    live::finish(&vcpus, &image, &bus, &KIND);
+    live::finish(&vcpus, &image, &bus, &Kind::SMALL);
 }

@@ -43,6 +43,18 @@ pub struct Kind {
     pub filled: u64,
 }
 
+impl Kind {
+    /// A small guest that writes to its memory at random.
+    pub const SMALL: Kind = Kind {
+        privilege: Privilege::User,
+        vcpus: 1,
+        pattern: Pattern::Random,
+        backing: Backing::Anonymous,
+        mib: 16,
+        filled: 80,
+    };
+}
+
 /// Writes generation numbers for ever; each vCPU its part.
 pub fn programs(image: &GuestImage, pattern: Pattern) -> Vec<Program> {
     let vcpus = u64::from(image.config().vcpus);

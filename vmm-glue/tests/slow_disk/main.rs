@@ -14,19 +14,10 @@ use disk::{Failure, SlowDisk};
 use kvm_ioctls::Kvm;
 use page_source::{ByteLen, SinkError};
 use parking_lot::Mutex;
-use testkit::guest::{GuestImage, Pattern, Privilege};
+use testkit::guest::GuestImage;
 use testkit::require;
 use vmm_glue::{
-    Backing, FreezeOptions, Handlers, Host, LiveError, LiveOptions, LiveSnapshot, MachineConfig, Vcpus, snapshot_live,
-};
-
-const KIND: Kind = Kind {
-    privilege: Privilege::User,
-    vcpus: 1,
-    pattern: Pattern::Random,
-    backing: Backing::Anonymous,
-    mib: 16,
-    filled: 80,
+    FreezeOptions, Handlers, Host, LiveError, LiveOptions, LiveSnapshot, MachineConfig, Vcpus, snapshot_live,
 };
 
 /// How long to wait for a write at a time.
@@ -42,7 +33,7 @@ struct Rig {
 
 impl Rig {
     fn start() -> Rig {
-        let (vcpus, image, bus) = live::boot(&KIND, MachineConfig::bare(KIND.vcpus));
+        let (vcpus, image, bus) = live::boot(&Kind::SMALL, MachineConfig::bare(Kind::SMALL.vcpus));
         vcpus.resume();
         live::progress(&vcpus, &image, 100);
         Rig { vcpus, image, bus, copy: Arc::default() }
@@ -120,7 +111,7 @@ fn the_guest_goes_on_during_every_single_write() {
     let report = snapshot.wait().unwrap();
     assert!(writes > 4 && report.stats.waits_for_pool == 0, "{writes} writes, {report:?}");
     assert!(live::content_of(&path) == *rig.copy.lock(), "a file that is not the freeze point");
-    live::finish(&rig.vcpus, &rig.image, &rig.bus, &KIND);
+    live::finish(&rig.vcpus, &rig.image, &rig.bus, &Kind::SMALL);
 }
 
 #[test]
@@ -143,7 +134,7 @@ fn a_full_pool_makes_the_guest_wait_and_loses_nothing() {
     assert!(report.stats.waits_for_pool > 0, "{report:?}");
     assert!(live::content_of(&path) == *rig.copy.lock(), "a file that is not the freeze point");
     rig.goes_on();
-    live::finish(&rig.vcpus, &rig.image, &rig.bus, &KIND);
+    live::finish(&rig.vcpus, &rig.image, &rig.bus, &Kind::SMALL);
 }
 
 #[test]
@@ -164,7 +155,7 @@ fn cancelled_while_the_disk_holds_a_write() {
     disk.turnstile.open();
     assert!(matches!(snapshot.wait(), Err(LiveError::Cancelled)));
     assert_eq!(std::fs::read_dir(disk.path()).unwrap().count(), 0);
-    live::finish(&rig.vcpus, &rig.image, &rig.bus, &KIND);
+    live::finish(&rig.vcpus, &rig.image, &rig.bus, &Kind::SMALL);
 }
 
 #[test]
@@ -200,5 +191,5 @@ fn a_disk_that_fails_in_the_middle_or_at_the_end() {
         rig.snapshot(&path, pool).wait().unwrap();
         live::assert_same(&live::content_of(&path), &rig.copy.lock());
     }
-    live::finish(&rig.vcpus, &rig.image, &rig.bus, &KIND);
+    live::finish(&rig.vcpus, &rig.image, &rig.bus, &Kind::SMALL);
 }
