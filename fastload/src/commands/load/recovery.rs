@@ -143,8 +143,8 @@ impl Load {
         let (qmp, socket) = (self.qmp.display(), beside.socket.display());
         format!(
             "{qmp}: QEMU does not answer, and does not listen at {socket} either ({why}): it is stopped, or its main thread \
-             is held up by its guest, and no process of this program stood by to make it listen. Only a QMP client that \
-             was there before, and has enabled commands out of band, can now: \
+             is held up by its guest, and no process of this program stood by to make it listen. It hears only a QMP \
+             client that was there before, and has enabled commands out of band: \
              {{\"exec-oob\": \"migrate-recover\", \"arguments\": {{\"uri\": \"{}\"}}, \"id\": 1}}; then: {}",
             beside.uri(),
             self.recovery()
