@@ -5,10 +5,12 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use nix::sched::sched_getcpu;
 use nix::unistd::{Pid, gettid};
 use parking_lot::Mutex;
 
@@ -43,9 +45,30 @@ enum Order {
 struct Work {
     kvm: Kvm,
     host: Host,
-    /// Who is to have another core than the vCPU, so that both get on.
-    caller: Option<(Pid, usize)>,
+    caller: Option<Arc<Caller>>,
     orders: Receiver<Order>,
+}
+
+/// Who begins a restore on the core that is to be the vCPU's, and is to have another one, so that both get on.
+struct Caller {
+    thread: Pid,
+    core: usize,
+    moved: AtomicBool,
+}
+
+impl Caller {
+    fn on(core: usize) -> Option<Arc<Caller>> {
+        let here = sched_getcpu() == Ok(core);
+        here.then(|| Arc::new(Caller { thread: gettid(), core, moved: AtomicBool::new(false) }))
+    }
+
+    /// Either the new thread begins at once, in front of the caller, or only when the caller lets it: whichever of the two
+    /// gets on does it.
+    fn move_off(&self) {
+        if !self.moved.swap(true, Ordering::Relaxed) {
+            sys::push_off(self.thread, self.core);
+        }
+    }
 }
 
 /// What it has made, and when.
@@ -81,12 +104,14 @@ impl Launch {
     ) -> Result<Launch, RestoreError> {
         let begun = Instant::now();
         let (orders, to_do) = sync_channel(3);
-        let core = options.cores.first().copied();
-        let caller = core.map(|core| (gettid(), core));
+        let caller = options.cores.first().and_then(|core| Caller::on(*core));
         let (kvm, host) = (sys::same_kvm(kvm)?, host.clone());
-        let work = Work { kvm, host, caller, orders: to_do };
+        let work = Work { kvm, host, caller: caller.clone(), orders: to_do };
         let seats = Seats::new(1, Wanted::Pause, bus, options);
         let first = run::spawn(seats.seat(0), move || work.run())?;
+        if let Some(caller) = caller {
+            caller.move_off();
+        }
         Ok(Launch { orders: Some(orders), first: Some(first), seats, begun })
     }
 
@@ -146,8 +171,8 @@ impl Drop for Launch {
 impl Work {
     fn run(self) -> Result<(Place, Made), RestoreError> {
         let begun = Instant::now();
-        if let Some((caller, core)) = self.caller {
-            sys::push_off(caller, core);
+        if let Some(caller) = self.caller {
+            caller.move_off();
         }
         let vm = Machine::empty(&self.kvm)?;
         let created = begun.elapsed();
