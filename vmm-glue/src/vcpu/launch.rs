@@ -39,6 +39,7 @@ enum Order {
     Memory(Arc<GuestRam>),
     Machine(Arc<MachineState>),
     Load,
+    Run,
 }
 
 /// What the first vCPU's thread does before it runs the vCPU.
@@ -103,7 +104,7 @@ impl Launch {
         options: VcpuOptions,
     ) -> Result<Launch, RestoreError> {
         let begun = Instant::now();
-        let (orders, to_do) = sync_channel(3);
+        let (orders, to_do) = sync_channel(4);
         let caller = options.cores.first().and_then(|core| Caller::on(*core));
         let (kvm, host) = (sys::same_kvm(kvm)?, host.clone());
         let work = Work { kvm, host, caller: caller.clone(), orders: to_do };
@@ -143,10 +144,20 @@ impl Launch {
         Ok(())
     }
 
-    /// The memory is being served, or all there: loads the state, and lets the vCPUs run.
+    /// To be called when the memory is being served, or all there: loads the state.
+    pub(crate) fn load(&self) -> impl FnOnce() + Send + use<> {
+        let orders = self.orders.clone();
+        move || {
+            if let Some(orders) = orders {
+                let _ = orders.send(Order::Load);
+            }
+        }
+    }
+
+    /// The memory is sure to be served: lets the vCPUs run.
     pub(crate) fn finish(mut self) -> Result<(Vcpus, Times), RestoreError> {
         if let Some(orders) = self.orders.take() {
-            let _ = orders.send(Order::Load);
+            let _ = orders.send(Order::Run);
         }
         let Some(first) = &self.first else { return Err(given_up()) };
         let Made { vm, fds, config, ram, begun, machine, load, loaded } = receive(&first.ready).ok_or_else(ended)??;
@@ -192,6 +203,7 @@ impl Work {
         let load = loading.elapsed();
         let fds: Vec<_> = vcpus.into_iter().map(|fd| Arc::new(Mutex::new(fd))).collect();
         let fd = Arc::clone(fds.first().ok_or_else(given_up)?);
+        let Some(Order::Run) = receive(&self.orders) else { return Err(given_up()) };
         let place = Place { fd, ram: Arc::clone(&ram) };
         Ok((place, Made { vm, fds, config, ram, begun, machine, load, loaded: Instant::now() }))
     }
