@@ -40,7 +40,8 @@ pub(crate) fn run(args: &Args) -> Done {
     let split = e2e::test_targets(root());
     gate.step("tests", |gate| {
         let mut command = gate.cargo_test();
-        command.args(["--lib", "--bins", "--examples"]);
+        // The examples are built, and run, by a test of testkit.
+        command.args(["--lib", "--bins"]);
         e2e::select(&mut command, &split.other);
         gate.counted(&mut command)
     });
