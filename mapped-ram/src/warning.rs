@@ -98,7 +98,7 @@ impl fmt::Display for Warning {
             Warning::NoDescription => {
                 f.write_str("the device state has no description (suppress-vmdesc): its sections can't be told apart")
             }
-            Warning::Incomplete { what } => write!(f, "the file is not complete: {what}"),
+            Warning::Incomplete { what } => write!(f, "the file can't be read to its end: {what}"),
         }
     }
 }
