@@ -35,18 +35,22 @@ pub(crate) fn run() -> Done {
     }
 }
 
-/// What git knows, or may come to know, relative to the root.
-fn tracked(root: &Path) -> Done<Vec<PathBuf>> {
+/// git, in a directory, whatever repository a hook is about that may have called us.
+fn git(root: &Path) -> Command {
     let mut git = Command::new("git");
+    for variable in ["GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"] {
+        git.env_remove(variable);
+    }
     // Whoever runs this builds what is there: it is trusted, also where it belongs to somebody else (a user's clone, and
     // root, who may install).
-    git.args(["-c", "safe.directory=*", "-C"]).arg(root).args([
-        "ls-files",
-        "-z",
-        "--cached",
-        "--others",
-        "--exclude-standard",
-    ]);
+    git.args(["-c", "safe.directory=*", "-C"]).arg(root);
+    git
+}
+
+/// What git knows, or may come to know, relative to the root.
+fn tracked(root: &Path) -> Done<Vec<PathBuf>> {
+    let mut git = git(root);
+    git.args(["ls-files", "-z", "--cached", "--others", "--exclude-standard"]);
     let output = git.output().map_err(|error| format!("git: {error}"))?;
     if !output.status.success() {
         return Err(format!("git ls-files: {}", String::from_utf8_lossy(&output.stderr).trim()).into());
@@ -168,7 +172,7 @@ mod tests {
     #[test]
     fn a_clone_of_somebody_else_is_looked_at() {
         let root = tempfile::tempdir().unwrap();
-        let made = Command::new("git").args(["init", "--quiet"]).arg(root.path()).status().unwrap();
+        let made = git(root.path()).args(["init", "--quiet"]).status().unwrap();
         assert!(made.success());
         fs::write(root.path().join("a.rs"), "").unwrap();
         // Only root can give it away.
