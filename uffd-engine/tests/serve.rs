@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use common::{HUGE_KINDS, Kind, Memory, SMALL_KINDS, counted};
 use page_source::{
-    ByteLen, Feed, Layout, PageCount, PageIndex, PageRun, PageSink, PageSize, PageSource, RamBlock, SourceError, Span,
-    Urgency,
+    BlockId, ByteLen, Feed, Layout, PageCount, PageIndex, PageRun, PageSink, PageSize, PageSource, RamBlock,
+    SourceError, Span, Urgency,
 };
 use parking_lot::Mutex;
 use proptest::prelude::*;
@@ -274,6 +274,29 @@ impl Feed for RecordingFeed {
         self.1.lock().push((run.first, urgency));
         self.0.request(run, urgency);
     }
+}
+
+/// It may touch the memory, and nothing has been loaded that it has not touched.
+#[test]
+fn it_is_told_when_faults_are_served() {
+    testkit::require!(Userfaultfd);
+    let oracle = Arc::new(Oracle::random(9, one_block(2048), 255));
+    let memory = Arc::new(Memory::new(Kind::Anonymous, oracle.layout()));
+    let order = Arc::new(Mutex::new(Vec::new()));
+    let source = Recording { inner: MemorySource::new(Arc::clone(&oracle)), order: Arc::clone(&order) };
+    let told = Arc::new(Mutex::new(Vec::new()));
+    let (tell, touched, so_far) = (Arc::clone(&told), Arc::clone(&memory), Arc::clone(&order));
+    let expected = Arc::clone(&oracle);
+    let serving = move || {
+        let page = PageRun::single(BlockId(0), PageIndex(1000));
+        let right = touched.load(page.block, page.first) == expected.run(page);
+        tell.lock().push((std::thread::current().id(), right, so_far.lock().clone()));
+    };
+    let engine = memory.engine(Arc::new(source)).serving(serving).start().unwrap();
+    engine.wait().unwrap();
+    let here = std::thread::current().id();
+    assert_eq!(*told.lock(), [(here, true, vec![(PageIndex(1000), Urgency::Demand)])]);
+    memory.assert_equals(&oracle);
 }
 
 #[test]
