@@ -1,9 +1,11 @@
 //! `fastload check` where it can't do all of its work.
 
+use std::fs::OpenOptions;
 use std::process::Command;
 
-use mapped_ram::Writer;
+use mapped_ram::{Snapshot, Writer};
 use page_units::{BlockId, ByteLen, Layout, PageIndex, PageRun, PageSize, RamBlock};
+use testkit::samples;
 use vmstate::{Configuration, DeviceWriter, Section};
 
 /// Where the file does not fit into what the process may map, that is a problem, said once: the pages were not read.
@@ -31,4 +33,26 @@ fn pages_that_can_not_be_mapped_are_a_problem() {
     let found: serde_json::Value = serde_json::from_slice(&limited.stdout).unwrap();
     assert_eq!((&found["ok"], &found["pages"]), (&false.into(), &serde_json::Value::Null), "{found}");
     assert_eq!(found["problems"].as_array().map(Vec::len), Some(1), "{found}");
+}
+
+/// Where a file was cut off at a byte that happens to be zero, it ends as a whole one without description does.
+#[test]
+fn a_file_that_was_cut_off_is_never_called_whole() {
+    let directory = tempfile::tempdir().unwrap();
+    let all = samples::stripped();
+    let path = all.iter().find(|sample| sample.name == "q10-pc-32-plain.mr").unwrap().unpack(directory.path()).unwrap();
+    let snapshot = Snapshot::open(&path).unwrap();
+    let devices = snapshot.read(snapshot.device_state()).unwrap();
+    let file = OpenOptions::new().write(true).open(&path).unwrap();
+    let mut zeros = 0;
+    // From the end, so that each length is less than the one before; the longest has the end mark, and no description.
+    for length in (1..=devices.len() + 1).rev().step_by(101) {
+        file.set_len(snapshot.device_state().start.0 + length as u64).unwrap();
+        zeros += usize::from(devices.get(length - 1).is_none_or(|byte| *byte == 0));
+        let output =
+            Command::new(env!("CARGO_BIN_EXE_fastload")).args(["check", "--quick"]).arg(&path).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.code() == Some(1) && said.contains("problem: "), "{length} bytes: {output:?}");
+    }
+    assert!(zeros > 20, "{zeros}");
 }

@@ -156,7 +156,7 @@ fn damaged_files_are_shown_with_warnings() {
         assert!(report["warnings"].to_string().contains(expected), "{}", report["warnings"]);
     };
     warnings(size + 5000, "lengths disagree");
-    warnings(size - 1, "not complete");
+    warnings(size - 1, "can't be read to its end");
     warnings(36 << 20, "truncated page area: RAM block \\\"pc.rom\\\"");
     warnings(20 << 20, "truncated page area: RAM block \\\"pc.ram\\\"");
     file.set_len(90).unwrap();

@@ -29,10 +29,15 @@ pub enum OpenErrorKind {
     #[error("not a regular file")]
     NotAFile,
     /// No migration stream begins here, or anywhere near the beginning.
-    #[error("not a QEMU migration stream (no \"QEVM\" at offset {base})")]
+    #[error(
+        "not a QEMU migration stream (no \"QEVM\" at offset {base}{})",
+        if *searched { ", nor farther on in the first MiB" } else { "" }
+    )]
     NotAStream {
         /// Where it should begin.
         base: FileOffset,
+        /// Whether it was looked for behind that: not where the place was given.
+        searched: bool,
     },
     /// A migration stream of the other kind.
     #[error(

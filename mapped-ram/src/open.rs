@@ -108,7 +108,7 @@ fn find_base(file: &File, size: u64, given: Option<FileOffset>) -> Result<FileOf
             return Ok(FileOffset(at));
         }
     }
-    Err(OpenErrorKind::NotAStream { base })
+    Err(OpenErrorKind::NotAStream { base, searched: given.is_none() })
 }
 
 /// Whether the file has to have a configuration that says it is of this kind.

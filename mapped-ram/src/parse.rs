@@ -179,8 +179,8 @@ impl<'a> Parser<'a> {
         Ok(true)
     }
 
-    /// Device state without a description: nothing tells whether it is complete. For a look at a damaged file it is
-    /// taken for complete if the file ends with the end mark.
+    /// Device state without a description: nothing tells whether it is complete. For a look at a damaged file it goes to
+    /// the end of the file, if that may be the end mark: a zero byte, of which device state has many.
     fn undescribed(&mut self) -> Result<(), OpenErrorKind> {
         if !self.damaged {
             return Err(OpenErrorKind::NoDescription { size: self.size });
@@ -195,7 +195,9 @@ impl<'a> Parser<'a> {
         }
         self.eof = Some(last);
         self.parts.end = self.size;
-        self.complete(last)
+        self.complete(last)?;
+        self.parts.complete = false;
+        Ok(())
     }
 
     fn open_section(&mut self, kind: SectionKind, at: FileOffset, header: SectionHeader) -> Result<(), OpenErrorKind> {

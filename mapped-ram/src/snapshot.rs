@@ -180,8 +180,8 @@ impl Snapshot {
         &self.sections
     }
 
-    /// The bytes of all device sections after RAM, footers included, up to the end mark of the stream. Empty if the
-    /// file is not [complete](Snapshot::is_complete).
+    /// The bytes of all device sections after RAM, footers included, up to the end mark of the stream. Of a file that is
+    /// not [complete](Snapshot::is_complete), empty or a guess.
     #[must_use]
     pub fn device_state(&self) -> Range<FileOffset> {
         self.devices.clone()
@@ -199,7 +199,7 @@ impl Snapshot {
         self.vmdesc.as_ref()
     }
 
-    /// Whether the stream was read to its end. Always so, unless opened with [`Options::damaged`].
+    /// Whether the stream was read to its end, and is all there. Always so, unless opened with [`Options::damaged`].
     #[must_use]
     pub fn is_complete(&self) -> bool {
         self.complete

@@ -56,7 +56,7 @@ pub enum Warning {
         /// Why.
         what: String,
     },
-    /// The devices' state is not described: its sections can't be told apart.
+    /// The devices' state is not described: its sections can't be told apart, and nothing tells whether it is complete.
     NoDescription,
     /// The stream can't be read to its end.
     Incomplete {
@@ -95,10 +95,11 @@ impl fmt::Display for Warning {
                 write!(f, "areas of the RAM blocks \"{block}\" and \"{other}\" overlap at offset {at}")
             }
             Warning::Bitmap { what } => f.write_str(what),
-            Warning::NoDescription => {
-                f.write_str("the device state has no description (suppress-vmdesc): its sections can't be told apart")
-            }
-            Warning::Incomplete { what } => write!(f, "the file is not complete: {what}"),
+            Warning::NoDescription => f.write_str(
+                "the device state has no description, so that nothing tells whether it is all there: the file was \
+                     truncated, is still being written, or was saved by a machine type with suppress-vmdesc",
+            ),
+            Warning::Incomplete { what } => write!(f, "the file can't be read to its end: {what}"),
         }
     }
 }

@@ -159,7 +159,13 @@ fn a_stream_behind_a_foreign_header_is_where_it_is_said_to_be() {
     let options = |base| Options { base: Some(FileOffset(base)), damaged: false };
     assert_eq!(Snapshot::open_with(&path, &options(0x1234)).unwrap().base(), FileOffset(0x1234));
     let error = Snapshot::open_with(&path, &options(0)).unwrap_err();
-    assert!(matches!(error.kind, OpenErrorKind::NotAStream { base: FileOffset(0) }), "{error}");
+    assert!(matches!(error.kind, OpenErrorKind::NotAStream { base: FileOffset(0), searched: false }), "{error}");
+    // Behind more than is searched: the message says how far that was.
+    let mut far = vec![0; 2 << 20];
+    far.extend(std::fs::read(&path).unwrap());
+    std::fs::write(&path, far).unwrap();
+    let error = Snapshot::open(&path).unwrap_err().to_string();
+    assert!(error.ends_with("(no \"QEVM\" at offset 0x0, nor farther on in the first MiB)"), "{error}");
 }
 
 #[test]

@@ -263,6 +263,7 @@ fn device_state_without_description() {
     let look = Snapshot::open_with(&path, &Options { base: None, damaged: true }).unwrap();
     assert_eq!(look.device_state(), devices);
     assert_eq!(look.warnings(), [Warning::NoDescription]);
+    assert!(!look.is_complete());
 }
 
 #[test]

@@ -17,6 +17,7 @@ use testkit::faults::{Fault, FaultySource};
 use testkit::gate::Gate;
 use testkit::late::LateSource;
 use testkit::oracle::Oracle;
+use testkit::seed::seeds;
 use testkit::source::MemorySource;
 
 fn oracle(seed: u64) -> Arc<Oracle> {
@@ -41,7 +42,7 @@ fn entries(dir: &Path) -> usize {
 #[test]
 fn every_source_fills_a_flat_file_exactly() {
     let dir = tempfile::tempdir().unwrap();
-    for seed in 0..12 {
+    for (_, seed) in seeds(12) {
         let oracle = oracle(seed);
         let original = dir.path().join("original");
         let blocks = oracle.write_flat(&original).unwrap();

@@ -12,6 +12,7 @@ use page_source::{
 use parking_lot::Mutex;
 use testkit::late::LateSource;
 use testkit::oracle::Oracle;
+use testkit::seed::seeds;
 
 /// Per run: kind, block, first page, number of pages, content.
 #[derive(Debug)]
@@ -83,7 +84,7 @@ fn receive(mut socket: UnixStream, layout: Layout) -> io::Result<(Oracle, u8)> {
 
 #[test]
 fn a_late_source_fills_a_peer_over_a_socket() {
-    for seed in 0..4 {
+    for (_, seed) in seeds(4) {
         let oracle = Arc::new(Oracle::random(seed, Oracle::random_layout(seed, 1500), 120));
         let (ours, theirs) = UnixStream::pair().unwrap();
         let layout = oracle.layout().clone();

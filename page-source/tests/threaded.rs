@@ -12,6 +12,7 @@ use testkit::faults::{Fault, FaultySource};
 use testkit::gate::Gate;
 use testkit::late::LateSource;
 use testkit::oracle::Oracle;
+use testkit::seed::seeds;
 use testkit::source::MemorySource;
 
 fn oracle() -> Arc<Oracle> {
@@ -63,7 +64,7 @@ fn demand_overtakes_the_background() {
 #[test]
 fn no_call_follows_the_drop_in_any_state() {
     let oracle = oracle();
-    for seed in 0..40 {
+    for (number, seed) in seeds(40) {
         let gate = Gate::open_at_first();
         let late = LateSource::new(Arc::clone(&oracle), seed).with_threads(2).with_gate(gate.clone());
         let memory = MemorySource::new(Arc::clone(&oracle));
@@ -82,7 +83,7 @@ fn no_call_follows_the_drop_in_any_state() {
                 ControlFlow::Continue(())
             });
             let feed = source.start(sink.clone()).unwrap();
-            match seed % 4 {
+            match number % 4 {
                 // Nothing was asked for.
                 0 => {}
                 // Everything is under way.

@@ -11,9 +11,12 @@ use common::scripted::Scripted;
 use common::{Kind, Memory, PAGE, counted};
 use page_source::{BlockId, ByteLen, Layout, PageCount, PageIndex, PageRun, PageSize, PageSource, RamBlock};
 use proptest::prelude::*;
+use rand::SeedableRng;
+use rand::rngs::StdRng;
 use testkit::gate::Gate;
 use testkit::late::LateSource;
 use testkit::oracle::Oracle;
+use testkit::seed::seeds;
 use testkit::source::MemorySource;
 use uffd_engine::{Background, DiscardError, Discards, Handlers, PausePoint};
 
@@ -335,11 +338,13 @@ fn a_storm_of_discards() {
     assert_zero(&memory, run(0, 16));
     engine.resume_background();
     std::thread::scope(|scope| {
-        for half in 0..2u64 {
+        for (half, seed) in seeds(2) {
             let memory = &memory;
             scope.spawn(move || {
-                for round in 0..400u64 {
-                    let range = run(half * 2048 + round * 37 % 2032, 16);
+                let mut random = StdRng::seed_from_u64(seed);
+                for _ in 0..400 {
+                    let pages = random.random_range(1..=32);
+                    let range = run(half * 2048 + random.random_range(0..=2048 - pages), pages);
                     give_back(memory, range);
                     assert_zero(memory, range);
                 }

@@ -12,11 +12,14 @@ use page_source::{
     BlockId, Feed, Layout, PageCount, PageIndex, PageRun, PageSink, PageSize, PageSource, RamBlock, SourceError, Span,
 };
 use proptest::prelude::*;
+use rand::SeedableRng;
+use rand::rngs::StdRng;
 use testkit::faults::{Fault, FaultySource};
 use testkit::gate::Gate;
 use testkit::hugepages::Overcommit;
 use testkit::late::LateSource;
 use testkit::oracle::Oracle;
+use testkit::seed::seeds;
 use testkit::source::MemorySource;
 use uffd_engine::{Background, Discards, Engine, EngineError, Event, FailurePolicy, Handlers, Wait};
 
@@ -183,18 +186,19 @@ fn dropping_an_engine_with_a_waiting_fault_refuses_it() {
 #[test]
 fn an_engine_may_be_dropped_at_any_moment() {
     testkit::require!(Userfaultfd);
-    for seed in 0..60u64 {
+    for (number, seed) in seeds(60) {
         let oracle = oracle(seed, 2048, 200);
-        let memory = Memory::new(common::SMALL_KINDS[(seed % 3) as usize], oracle.layout());
-        let background = Background::default().with_threads(1 + (seed % 2) as usize).with_piece(PageCount(8));
-        let handlers = Handlers::threads(1 + (seed / 2 % 2) as usize);
-        let source: Arc<dyn PageSource> = match seed % 3 {
+        let memory = Memory::new(common::SMALL_KINDS[(number % 3) as usize], oracle.layout());
+        let background = Background::default().with_threads(1 + (number % 2) as usize).with_piece(PageCount(8));
+        let handlers = Handlers::threads(1 + (number / 2 % 2) as usize);
+        let source: Arc<dyn PageSource> = match number % 3 {
             0 => Arc::new(LateSource::new(Arc::clone(&oracle), seed).with_unasked(true)),
             _ => Arc::new(MemorySource::new(Arc::clone(&oracle))),
         };
         let engine = memory.engine(source).background(background).handlers(handlers).start().unwrap();
-        for page in 0..seed {
-            memory.load(BlockId(0), PageIndex(page * 31));
+        let mut random = StdRng::seed_from_u64(seed);
+        for _ in 0..random.random_range(0..=number) {
+            memory.load(BlockId(0), PageIndex(random.random_range(0..2048)));
         }
         drop(engine);
         right_or_refused(&memory, &oracle);

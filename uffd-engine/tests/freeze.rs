@@ -12,6 +12,7 @@ use page_source::{BlockId, ByteLen, PageCount, PageIndex, PageRun, PageSink, Pag
 use testkit::gate::Gate;
 use testkit::hugepages::Overcommit;
 use testkit::oracle::Oracle;
+use testkit::seed::{seed, seeds};
 use uffd_engine::{FreezeError, FreezeOptions, Freezer, Frozen, FrozenError, Handlers, PausePoint, StartError};
 
 /// Fills what the oracle has content for: the rest stays a hole.
@@ -42,15 +43,15 @@ fn freeze(memory: &Memory, populated: &[PageRun], pool: ByteLen, handlers: usize
     Freezer::prepare(memory.regions(), memory.layout.clone(), &options).unwrap().arm(populated).unwrap()
 }
 
-/// Writers that touch every page again and again until told to stop; each write is a new value.
-fn storm(memory: &Memory, stop: &AtomicBool, writers: u64, sequential: bool, body: impl FnOnce()) {
+/// One writer for each seed, which touches every page again and again until told to stop; each write is a new value.
+fn storm(memory: &Memory, stop: &AtomicBool, seeds: &[u64], sequential: bool, body: impl FnOnce()) {
     std::thread::scope(|scope| {
         let done = Arc::new(AtomicU64::new(0));
-        for writer in 0..writers {
+        for &seed in seeds {
             let done = Arc::clone(&done);
             scope.spawn(move || {
                 let runs: Vec<_> = memory.layout.runs().filter(|run| !run.is_empty()).collect();
-                let mut state = writer * 77 + 1;
+                let mut state = seed;
                 while !stop.load(Ordering::Acquire) {
                     state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
                     let run = runs[usize::try_from(state >> 60).unwrap() % runs.len()];
@@ -80,7 +81,7 @@ fn what_is_delivered_is_what_was_there_at_the_freeze_point() {
     testkit::require!(Userfaultfd, Hugepages);
     let _pages = Overcommit::reserve(16).unwrap();
     let kinds = [Kind::Anonymous, Kind::MemfdShared, Kind::HugetlbPrivate, Kind::HugetlbShared];
-    for (seed, kind) in (0..24u64).zip(kinds.into_iter().cycle()) {
+    for ((number, seed), kind) in seeds(24).zip(kinds.into_iter().cycle()) {
         let huge = matches!(kind, Kind::HugetlbPrivate | Kind::HugetlbShared);
         let oracle = Oracle::random(seed, layout(if huge { &[1024, 512] } else { &[3000, 700] }), 150);
         let memory = Memory::new(kind, oracle.layout());
@@ -94,10 +95,10 @@ fn what_is_delivered_is_what_was_there_at_the_freeze_point() {
             stored = stored.iter().map(whole).collect();
         }
         let before = copy_of(&memory, &stored);
-        let pool = if seed % 2 == 0 { ByteLen(8 << 20) } else { ByteLen(1) };
-        let frozen = freeze(&memory, &stored, pool, 1 + usize::try_from(seed % 2).unwrap());
+        let pool = if number % 2 == 0 { ByteLen(8 << 20) } else { ByteLen(1) };
+        let frozen = freeze(&memory, &stored, pool, 1 + usize::try_from(number % 2).unwrap());
         let stop = AtomicBool::new(false);
-        storm(&memory, &stop, 2, seed % 4 < 2, || {
+        storm(&memory, &stop, &[seed, seed + (1 << 32)], number % 4 < 2, || {
             let sink = Collector::new(oracle.layout(), None, u64::MAX);
             let feed = frozen.start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
             assert!(sink.complete());
@@ -116,7 +117,7 @@ fn transparent_huge_pages_are_frozen_exactly() {
     testkit::require!(Userfaultfd);
     let pages = 8 * 512;
     let oracle = Oracle::random(9, layout(&[pages]), 200);
-    for seed in 0..6u64 {
+    for (number, seed) in seeds(6) {
         let memory = Memory::new(Kind::Anonymous, oracle.layout());
         ask_for_huge_pages(&memory, pages);
         // Every page: the kernel gives huge ones, which hold zeros too.
@@ -124,10 +125,10 @@ fn transparent_huge_pages_are_frozen_exactly() {
             memory.store(BlockId(0), page, oracle.run(PageRun::single(BlockId(0), page)));
         }
         let before = copy_of(&memory, &[PageRun::new(BlockId(0), PageIndex(0), PageCount(pages))]);
-        let pool = if seed % 2 == 0 { ByteLen(32 << 20) } else { ByteLen(64 << 12) };
-        let frozen = freeze(&memory, &[], pool, 1 + usize::try_from(seed % 2).unwrap());
+        let pool = if number % 2 == 0 { ByteLen(32 << 20) } else { ByteLen(64 << 12) };
+        let frozen = freeze(&memory, &[], pool, 1 + usize::try_from(number % 2).unwrap());
         let stop = AtomicBool::new(false);
-        storm(&memory, &stop, 2, seed % 4 < 2, || {
+        storm(&memory, &stop, &[seed, seed + (1 << 32)], number % 4 < 2, || {
             let sink = Collector::new(oracle.layout(), None, u64::MAX);
             let feed = frozen.start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
             assert!(sink.complete());
@@ -204,7 +205,7 @@ fn two_freezes_in_a_row_and_one_that_is_given_up() {
         let memory = Memory::new(kind, oracle.layout());
         let stored = populate(&memory, &oracle);
         let stop = AtomicBool::new(false);
-        storm(&memory, &stop, 1, false, || {
+        storm(&memory, &stop, &[seed()], false, || {
             // Given up before, in the middle of, and without a delivery: the writer goes on.
             drop(freeze(&memory, &stored, ByteLen(1), 1));
             for fail_at in [0, 1, 2] {

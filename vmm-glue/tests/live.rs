@@ -12,6 +12,8 @@ use common::{PATIENCE, VARIANTS};
 use kvm_ioctls::Kvm;
 use page_source::ByteLen;
 use parking_lot::Mutex;
+use rand::rngs::StdRng;
+use rand::{RngExt as _, SeedableRng};
 use testkit::guest::{GuestConfig, Pattern, Privilege};
 use testkit::require;
 use vm_memory::{Bytes, GuestAddress};
@@ -40,11 +42,12 @@ fn a_hundred_snapshots_under_load_are_their_freeze_points_exactly() {
     }
     let each = 100_usize.div_ceil(kinds.len());
     let mut faults = 0;
+    let mut random = StdRng::seed_from_u64(testkit::seed::seed());
     for kind in kinds {
         let (vcpus, image, bus) = live::boot(&kind, MachineConfig::bare(kind.vcpus));
         vcpus.resume();
         for round in 0..each {
-            live::progress(&vcpus, &image, 100);
+            live::progress(&vcpus, &image, random.random_range(1..200));
             let report = live::snapshot(&vcpus, &path, &LiveOptions::default()).unwrap();
             assert!(report.stored.0 > 0, "{kind:?}, round {round}: {report:?}");
             faults += report.stats.write_faults + report.stats.hole_faults;
@@ -341,6 +344,7 @@ fn what_is_still_loading_is_saved_at_once() {
     let dir = directory();
     let host = Host::probe(&Kvm::new().unwrap()).unwrap();
     let mut from_source = 0;
+    let mut random = StdRng::seed_from_u64(testkit::seed::seed());
     for ((privilege, vcpus), backing) in
         VARIANTS.into_iter().zip([Backing::Anonymous, Backing::Memfd, Backing::Hugetlb].into_iter().cycle())
     {
@@ -356,7 +360,7 @@ fn what_is_still_loading_is_saved_at_once() {
         let (vm, bus) = live::loading(&path, backing);
         // One after the other, each over what the last one showed.
         for round in 0..3 {
-            live::progress(vm.vcpus(), &image, 100);
+            live::progress(vm.vcpus(), &image, random.random_range(1..200));
             let next = dir.path().join(format!("next-{round}.mr"));
             let copy = live::Copy::over(live::content_of(&path));
             let snapshot = vm.snapshot_live(&host, &next, &copy.options(LiveOptions::default())).unwrap();

@@ -14,6 +14,8 @@ use kvm_ioctls::Kvm;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::resource::{Resource, setrlimit};
 use page_source::PageCount;
+use rand::rngs::StdRng;
+use rand::{RngExt as _, SeedableRng};
 use testkit::require;
 use vm_memory::Bytes;
 use vmm_glue::{Backing, GuestRam, Host, LiveError, LiveOptions, MachineConfig, Memory, Vcpus, snapshot_live};
@@ -27,15 +29,16 @@ fn cancelled_at_any_moment() {
     require!(Kvm, Userfaultfd);
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("live.mr");
+    let mut random = StdRng::seed_from_u64(testkit::seed::seed());
     for backing in [Backing::Anonymous, Backing::Memfd] {
         let kind = Kind { backing, vcpus: 2, ..Kind::SMALL };
         let (vcpus, image, bus) = live::running(&kind);
         let pages = vcpus.ram().layout().total().to_pages().0;
-        for step in 0..=8 {
+        for step in 0..9 {
             // Cancelled in words, and by being dropped.
             let snapshot = snapshot_live(&vcpus, &host(), &path, &LiveOptions::default()).unwrap();
             assert_eq!(snapshot.progress().total, PageCount(pages));
-            live::saved(&snapshot, pages * step / 8);
+            live::saved(&snapshot, random.random_range(0..=pages));
             snapshot.cancel();
             match snapshot.wait() {
                 Err(LiveError::Cancelled) => assert_eq!(live::names(dir.path()), [""; 0], "step {step}"),
@@ -43,7 +46,7 @@ fn cancelled_at_any_moment() {
                 Err(other) => panic!("{other}"),
             }
             let snapshot = snapshot_live(&vcpus, &host(), &path, &LiveOptions::default()).unwrap();
-            live::saved(&snapshot, pages * step / 8);
+            live::saved(&snapshot, random.random_range(0..=pages));
             drop(snapshot);
             let _ = std::fs::remove_file(&path);
             assert_eq!(live::names(dir.path()), [""; 0], "step {step}");

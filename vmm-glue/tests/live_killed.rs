@@ -12,6 +12,8 @@ use kvm_ioctls::Kvm;
 use mapped_ram::Snapshot;
 use nix::sys::signal::{Signal, raise};
 use page_source::BlockId;
+use rand::rngs::StdRng;
+use rand::{RngExt as _, SeedableRng};
 use testkit::at_call::{Call, Is};
 use testkit::guest::GuestConfig;
 use testkit::require;
@@ -117,12 +119,9 @@ fn killed_at_twenty_points() {
     require!(Kvm, Userfaultfd);
     let mut points: Vec<String> = ["stopped", "frozen", "saved", "published"].map(String::from).into();
     points.extend(FINISHING.map(String::from));
-    // Thousandths of all pages, from one seed.
-    let mut random = 0x5eed_u64;
-    points.extend((points.len()..20).map(|_| {
-        random = random.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
-        (random >> 33).rem_euclid(1000).to_string()
-    }));
+    // Thousandths of all pages.
+    let mut random = StdRng::seed_from_u64(testkit::seed::seed());
+    points.extend((points.len()..20).map(|_| random.random_range(0..1000).to_string()));
     let mut complete = 0;
     for (number, point) in points.iter().enumerate() {
         let dir = tempfile::tempdir().unwrap();

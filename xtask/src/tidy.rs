@@ -35,10 +35,22 @@ pub(crate) fn run() -> Done {
     }
 }
 
+/// git, in a directory, whatever repository a hook is about that may have called us.
+fn git(root: &Path) -> Command {
+    let mut git = Command::new("git");
+    for variable in ["GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"] {
+        git.env_remove(variable);
+    }
+    // Whoever runs this builds what is there: it is trusted, also where it belongs to somebody else (a user's clone, and
+    // root, who may install).
+    git.args(["-c", "safe.directory=*", "-C"]).arg(root);
+    git
+}
+
 /// What git knows, or may come to know, relative to the root.
 fn tracked(root: &Path) -> Done<Vec<PathBuf>> {
-    let mut git = Command::new("git");
-    git.arg("-C").arg(root).args(["ls-files", "-z", "--cached", "--others", "--exclude-standard"]);
+    let mut git = git(root);
+    git.args(["ls-files", "-z", "--cached", "--others", "--exclude-standard"]);
     let output = git.output().map_err(|error| format!("git: {error}"))?;
     if !output.status.success() {
         return Err(format!("git ls-files: {}", String::from_utf8_lossy(&output.stderr).trim()).into());
@@ -155,6 +167,19 @@ mod tests {
         assert_eq!(problems("a/src/x.rs", &format!("#[cfg(test)]\nmod tests {{\n{sleep}}}\n")), 1);
         assert_eq!(problems("a.rs", &"//\n".repeat(450)), 0);
         assert_eq!(problems("a.rs", &"//\n".repeat(451)), 1);
+    }
+
+    #[test]
+    fn a_clone_of_somebody_else_is_looked_at() {
+        let root = tempfile::tempdir().unwrap();
+        let made = git(root.path()).args(["init", "--quiet"]).status().unwrap();
+        assert!(made.success());
+        fs::write(root.path().join("a.rs"), "").unwrap();
+        // Only root can give it away.
+        for path in [root.path().to_owned(), root.path().join(".git")] {
+            let _ = std::os::unix::fs::chown(path, Some(65534), None);
+        }
+        assert_eq!(tracked(root.path()).unwrap(), [Path::new("a.rs")]);
     }
 
     #[test]

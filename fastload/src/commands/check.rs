@@ -62,7 +62,7 @@ impl Check {
             ..Findings::default()
         };
         for warning in contents::diagnose(&snapshot)? {
-            let harmless = matches!(warning, Warning::TrailingBytes { .. } | Warning::NoDescription);
+            let harmless = matches!(warning, Warning::TrailingBytes { .. });
             let list = if harmless { &mut findings.notes } else { &mut findings.problems };
             list.push(warning.to_string());
         }

@@ -4,6 +4,7 @@ use std::ffi::{OsStr, OsString};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
@@ -44,16 +45,16 @@ impl WholeFile {
     fn create_by(path: &Path, nameless: impl FnOnce(&Path) -> Option<File>) -> Result<WholeFile, WholeFileError> {
         let failed = |error| WholeFileError::io(path, "creating a file beside it", error);
         let target = target(path)?;
-        let Some(name) = target.file_name() else {
+        // `new/` and `new/.` can only be directories: told now, and not when all is written.
+        let is_last = |name: &&OsStr| target.as_os_str().as_bytes().ends_with(name.as_bytes());
+        let Some(name) = target.file_name().filter(is_last) else {
             return Err(failed(io::ErrorKind::IsADirectory.into()));
         };
         let directory = match target.parent() {
             Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
             _ => PathBuf::from("."),
         };
-        let mut prefix = OsString::from(".");
-        prefix.push(name);
-        prefix.push(".");
+        let prefix = leftover::prefix(name);
         leftover::remove(&directory, &prefix);
         let (file, name) = match nameless(&directory) {
             // It will have a temporary name for a moment, and be held then.
@@ -170,6 +171,40 @@ mod tests {
             new.publish().unwrap();
             assert_eq!(fs::read(&path).unwrap(), b"what is new");
             assert_eq!(files(directory.path()), 1);
+        }
+    }
+
+    #[test]
+    fn a_name_that_no_file_can_have_is_refused_before_anything_is_written() {
+        for (make, _) in BOTH {
+            let directory = tempfile::tempdir().unwrap();
+            let at = |name: &str| directory.path().join(name);
+            std::os::unix::fs::symlink("other/", at("link")).unwrap();
+            for name in ["new/", "new/.", "link", "none/new"] {
+                let error = WholeFile::create_by(&at(name), make).unwrap_err();
+                assert!(error.to_string().contains("creating a file beside it"), "{name}: {error}");
+            }
+            assert!(WholeFile::create_by(&at(&"x".repeat(256)), make).is_err());
+            assert_eq!(files(directory.path()), 1);
+        }
+    }
+
+    #[test]
+    fn the_longest_names_leave_room_for_a_temporary_one() {
+        for (make, _) in BOTH {
+            let directory = tempfile::tempdir().unwrap();
+            for length in [235, 236, 237, 255] {
+                let path = directory.path().join("x".repeat(length));
+                let killed = WholeFile::create_by(&path, |_| None).unwrap();
+                let left = killed.name.unwrap().keep().unwrap();
+                drop(killed.file);
+                let new = WholeFile::create_by(&path, make).unwrap();
+                assert!(!left.exists(), "{length}");
+                new.file().write_all(b"all").unwrap();
+                new.publish().unwrap();
+                assert_eq!(fs::read(&path).unwrap(), b"all");
+            }
+            assert_eq!(files(directory.path()), 4);
         }
     }
 

@@ -2,7 +2,7 @@
 //!
 //! Whoever makes one holds a lock (flock(2)) on the file while it lives; a lock that can be had tells a leftover.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
@@ -15,6 +15,19 @@ use nix::fcntl::{Flock, FlockArg};
 pub(crate) const RANDOM: usize = 12;
 /// What it ends in.
 pub(crate) const SUFFIX: &str = ".part";
+
+/// The longest name of a file, in bytes (`NAME_MAX` of limits.h).
+const LONGEST: usize = 255;
+
+/// What the temporary names of a file begin with: its own name, as much of it as there is room for.
+pub(crate) fn prefix(name: &OsStr) -> OsString {
+    let room = LONGEST - 2 - RANDOM - SUFFIX.len();
+    let name = name.as_bytes();
+    let mut prefix = OsString::from(".");
+    prefix.push(OsStr::from_bytes(&name[..name.len().min(room)]));
+    prefix.push(".");
+    prefix
+}
 
 /// A file that nobody takes for a leftover. Where the file system has no locks, it has no leftovers that could be told.
 #[derive(Debug)]

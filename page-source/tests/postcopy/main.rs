@@ -26,6 +26,7 @@ use stub::{Habits, LIMIT, State, Stub};
 use testkit::faults::{Fault, FaultySource};
 use testkit::late::LateSource;
 use testkit::oracle::Oracle;
+use testkit::seed::seeds;
 use testkit::source::MemorySource;
 use vmstate::Configuration;
 
@@ -139,20 +140,20 @@ fn serves(seed: u64, source: Arc<dyn PageSource>, oracle: &Oracle, preempt: bool
 
 #[test]
 fn every_page_once_from_memory() {
-    for seed in 0..8 {
+    for (number, seed) in seeds(8) {
         let oracle = oracle(seed);
         let source = MemorySource::new(Arc::clone(&oracle));
-        let source = if seed % 2 == 0 { source } else { source.knowing_nothing() };
-        serves(seed, Arc::new(source), &oracle, seed & 2 != 0, seed & 4 != 0);
+        let source = if number % 2 == 0 { source } else { source.knowing_nothing() };
+        serves(seed, Arc::new(source), &oracle, number & 2 != 0, number & 4 != 0);
     }
 }
 
 #[test]
 fn every_page_once_from_a_source_that_answers_late_and_out_of_order() {
-    for seed in 0..8 {
+    for (number, seed) in seeds(8) {
         let oracle = oracle(seed);
-        let source = LateSource::new(Arc::clone(&oracle), seed).with_threads(2).with_unasked(seed & 1 != 0);
-        serves(seed, Arc::new(source), &oracle, seed & 2 != 0, seed & 4 != 0);
+        let source = LateSource::new(Arc::clone(&oracle), seed).with_threads(2).with_unasked(number & 1 != 0);
+        serves(seed, Arc::new(source), &oracle, number & 2 != 0, number & 4 != 0);
     }
 }
 
@@ -393,7 +394,8 @@ fn a_destination_that_dies_or_refuses_is_named() {
 
 #[test]
 fn a_fresh_server_resumes_from_what_the_destination_has() {
-    for (seed, preempt) in [(1, false), (2, true), (3, false), (4, true)] {
+    for (number, seed) in seeds(4) {
+        let preempt = number % 2 == 1;
         let oracle = Arc::new(Oracle::random(seed, small(&[("ram", 1500)]), 128));
         let mut random = StdRng::seed_from_u64(seed);
         let mut have = HashMap::new();

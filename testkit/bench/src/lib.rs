@@ -8,6 +8,7 @@ pub mod demo;
 pub mod figure;
 pub mod figures;
 pub mod floor;
+pub mod out;
 pub mod pairs;
 pub mod product;
 pub mod sys;

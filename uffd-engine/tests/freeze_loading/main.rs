@@ -23,6 +23,7 @@ use testkit::gate::Gate;
 use testkit::hugepages::Overcommit;
 use testkit::late::LateSource;
 use testkit::oracle::Oracle;
+use testkit::seed::seeds;
 use testkit::source::MemorySource;
 use uffd_engine::{
     Background, Discards, Engine, EngineError, FailurePolicy, FreezeError, FreezeOptions, FreezeStats, Freezer, Frozen,
@@ -87,8 +88,8 @@ fn two_snapshots(seed: u64, kind: Kind) {
 #[test]
 fn what_is_saved_is_what_was_there_at_the_freeze_point() {
     testkit::require!(Userfaultfd);
-    for seed in 0..48 {
-        two_snapshots(seed, [Kind::Anonymous, Kind::MemfdShared][usize::try_from(seed / 4 % 2).unwrap()]);
+    for (number, seed) in seeds(48) {
+        two_snapshots(seed, [Kind::Anonymous, Kind::MemfdShared][usize::try_from(number / 4 % 2).unwrap()]);
     }
 }
 
@@ -97,8 +98,8 @@ fn and_of_huge_pages_too() {
     testkit::require!(Userfaultfd, Hugepages);
     let _pages = Overcommit::reserve(16).unwrap();
     let kinds = [Kind::HugetlbPrivate, Kind::HugetlbShared, Kind::HugetlbAlias];
-    for seed in 0..24 {
-        two_snapshots(seed, kinds[usize::try_from(seed / 4 % 3).unwrap()]);
+    for (number, seed) in seeds(24) {
+        two_snapshots(seed, kinds[usize::try_from(number / 4 % 3).unwrap()]);
     }
 }
 
@@ -178,7 +179,7 @@ fn an_engine_is_complete_only_after_the_freeze() {
 fn one_that_is_given_up_changes_nothing() {
     testkit::require!(Userfaultfd);
     for kind in [Kind::Anonymous, Kind::MemfdShared] {
-        for seed in 0..12 {
+        for (number, seed) in seeds(12) {
             let oracle = Arc::new(Oracle::random(seed, layout(&[1500]), 220));
             let memory = Memory::new(kind, oracle.layout());
             let engine = paused(&memory, sources(seed, &oracle));
@@ -190,14 +191,14 @@ fn one_that_is_given_up_changes_nothing() {
                 while frozen.stats().waits_for_pool == 0 {
                     std::thread::yield_now();
                 }
-                match seed % 3 {
+                match number % 3 {
                     0 => drop(frozen),
                     1 => {
                         frozen.cancel();
                         assert!(matches!(frozen.wait(), Err(FrozenError::Cancelled)));
                     }
                     _ => {
-                        let sink = Collector::new(oracle.layout(), None, seed / 3);
+                        let sink = Collector::new(oracle.layout(), None, number / 3);
                         let feed = frozen.start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
                         assert!(!sink.complete());
                         assert!(matches!(frozen.wait(), Err(FrozenError::Sink(_))));

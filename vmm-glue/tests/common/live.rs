@@ -121,7 +121,8 @@ pub fn copy_over(ram: &GuestRam, base: Option<&Vec<Vec<u8>>>) -> Vec<Vec<u8>> {
     for (number, piece) in ram.pieces().iter().enumerate() {
         let first = piece.run.first.byte_offset().get();
         let bytes = &mut blocks[piece.run.block.0 as usize][first..first + piece.run.len().get()];
-        if piece.shared {
+        // What a file of huge pages holds it does not tell: all of it is data.
+        if piece.shared && piece.backing != Backing::Hugetlb {
             let memory = vm_memory::GuestMemoryBackend::iter(ram.memory()).nth(number).unwrap();
             let offset = vm_memory::GuestMemoryRegion::file_offset(memory).unwrap();
             let (start, end) = (offset.start(), offset.start() + piece.run.len().0);

@@ -1,5 +1,7 @@
 //! What is there.
 
+use std::env;
+use std::ffi::OsString;
 use std::fs::{self, OpenOptions};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -21,6 +23,8 @@ pub(crate) struct Facts {
     pub(crate) apt_get: bool,
     /// Whether `rustup` is there.
     pub(crate) rustup: bool,
+    /// Where the build looks for libclang instead of the usual places: what `LIBCLANG_PATH` says.
+    pub(crate) libclang_path: Option<OsString>,
     /// Where apt takes packages from.
     pub(crate) sources: Vec<Entry>,
     /// What is there already.
@@ -46,6 +50,7 @@ impl Facts {
             os: OsRelease::parse(&fs::read_to_string("/etc/os-release").unwrap_or_default()),
             apt_get: runs(Command::new("apt-get").arg("--version")),
             rustup: runs(Command::new("rustup").arg("--version")),
+            libclang_path: env::var_os("LIBCLANG_PATH"),
             sources: apt::read_all(Path::new("/etc/apt")),
             present,
         }

@@ -31,8 +31,15 @@ pub(crate) struct Plan {
 /// Plans to bring those of `needs` that are missing. What this machine can't be made to have is
 /// [left to the user](Plan::by_hand), in words.
 pub(crate) fn make(facts: &Facts, needs: &[Need]) -> Plan {
-    let missing: Vec<Need> = needs.iter().copied().filter(|&need| !facts.has(need)).collect();
+    let mut missing: Vec<Need> = needs.iter().copied().filter(|&need| !facts.has(need)).collect();
     let mut plan = Plan::default();
+    // No package changes where the build looks then.
+    if let Some(path) = facts.libclang_path.as_ref().filter(|_| missing.contains(&Need::Libclang)) {
+        let path = path.display();
+        plan.by_hand
+            .push(format!("LIBCLANG_PATH is \"{path}\", where there is no libclang; please unset it, or mend it"));
+        missing.retain(|need| *need != Need::Libclang);
+    }
     let in_packages = |need: &Need| matches!(need, Need::Libclang | Need::Cxx | Need::Qemu);
     let (system, toolchain): (Vec<Need>, Vec<Need>) = missing.into_iter().partition(in_packages);
     if !system.is_empty() {
@@ -197,6 +204,7 @@ mod tests {
             os: OsRelease { id: "debian".into(), codename: codename.into(), version: Some(version) },
             apt_get: true,
             rustup: true,
+            libclang_path: None,
             sources: apt::read_all(etc.path()),
             present: vec![Need::Rustfmt, Need::Clippy],
         }
@@ -267,6 +275,16 @@ mod tests {
         assert!(plan.is_empty() && plan.by_hand()[0].contains("bookworm-backports"), "{plan:?}");
         let plan = make(&no_sources, &[Need::Qemu, Need::Libclang]);
         assert_eq!((plan.shell(true), plan.by_hand().len()), (apt.to_owned(), 1));
+    }
+
+    #[test]
+    fn where_the_build_is_told_to_look_in_vain_no_package_helps() {
+        let facts = Facts { libclang_path: Some("/opt/none".into()), ..fresh(13, "trixie") };
+        let plan = make(&facts, &Need::ALL);
+        assert!(plan.by_hand().len() == 1 && plan.by_hand()[0].contains("LIBCLANG_PATH is \"/opt/none\""), "{plan:?}");
+        assert!(!plan.shell(true).contains("libclang") && plan.shell(true).contains("g++"), "{plan:?}");
+        let there = Facts { present: Need::ALL.to_vec(), ..facts };
+        assert_eq!(make(&there, &Need::ALL), Plan::default());
     }
 
     #[test]

@@ -1,13 +1,13 @@
 //! Measures, and shows each figure as a ratio to the floor measured in the same run.
-#![expect(clippy::print_stdout, reason = "a command-line program")]
 
 use std::error::Error;
-use std::fs;
+use std::fs::{self, OpenOptions};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use bench::figure::table;
 use bench::figures::{Bench, GROUPS, selected};
+use bench::out;
 use clap::Parser;
 
 #[derive(Debug, Parser)]
@@ -44,8 +44,14 @@ fn run(cli: &Cli) -> Result<bool, Box<dyn Error + Send + Sync>> {
         return Err(format!("there is no figure whose name begins with {name}; --list names them").into());
     }
     if cli.list {
-        groups.iter().flat_map(|group| group.names).for_each(|name| println!("{name}.*"));
+        let names: String = groups.iter().flat_map(|group| group.names).map(|name| format!("{name}.*\n")).collect();
+        out::print(&names)?;
         return Ok(true);
+    }
+    if let Some(path) = &cli.json {
+        // Told now if it can't be written, and not when all is measured.
+        let writable = OpenOptions::new().create(true).truncate(false).write(true).open(path);
+        writable.map_err(|error| format!("{}: {error}", path.display()))?;
     }
     let [near, far] = bench::sys::two_cores()?;
     let bench = Bench { directory: cli.directory.clone(), near, far };
@@ -64,11 +70,11 @@ fn run(cli: &Cli) -> Result<bool, Box<dyn Error + Send + Sync>> {
     if !cli.names.is_empty() {
         figures.retain(|figure| cli.names.iter().any(|prefix| figure.name.starts_with(prefix.as_str())));
     }
-    print!("{}", table(&figures));
     if let Some(path) = &cli.json {
         let text = serde_json::to_string_pretty(&figures)?;
         fs::write(path, text + "\n").map_err(|error| format!("{}: {error}", path.display()))?;
     }
+    out::print(&table(&figures))?;
     if let Some(error) = failed {
         return Err(error.into());
     }

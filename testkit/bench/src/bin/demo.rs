@@ -1,11 +1,11 @@
 //! One guest, saved once and restored twice: eagerly, and on demand.
-#![expect(clippy::print_stdout, reason = "a command-line program")]
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use bench::demo::report::time;
 use bench::demo::run::{Shown, demo};
+use bench::out;
 use clap::Parser;
 use page_source::ByteLen;
 
@@ -40,16 +40,17 @@ fn run(cli: &Cli) -> Result<Shown, Box<dyn std::error::Error + Send + Sync>> {
     let directory = tempfile::tempdir_in(&cli.directory)?;
     let shown = demo(cli.ram, directory.path(), |what| {
         if !cli.json {
-            println!("{what}");
+            // What it comes to is said at the end, or nobody listens.
+            let _ = out::print(&format!("{what}\n"));
         }
     })?;
     if cli.json {
-        println!("{}", serde_json::to_string(&shown.report)?);
+        out::print(&format!("{}\n", serde_json::to_string(&shown.report)?))?;
     } else {
         let [eager, on_demand] = &shown.timelines;
-        print!("\n{}", shown.report.table(eager, on_demand));
         let steps: Vec<_> = shown.steps.iter().map(|(step, took)| format!("{step} {}", time(*took))).collect();
-        println!("On demand, step by step: {}.", steps.join(", "));
+        let table = shown.report.table(eager, on_demand);
+        out::print(&format!("\n{table}On demand, step by step: {}.\n", steps.join(", ")))?;
     }
     Ok(shown)
 }

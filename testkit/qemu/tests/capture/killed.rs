@@ -5,6 +5,8 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};
 
 use mapped_ram::Snapshot;
+use rand::rngs::StdRng;
+use rand::{RngExt as _, SeedableRng};
 use serde_json::json;
 use testkit::at_call::{Call, Is};
 use testkit_qemu::{Machine, Qemu, Setup};
@@ -78,14 +80,10 @@ fn a_capture_that_is_killed_at_any_point_leaves_the_guest_running() {
     let setup = Setup::new(Machine::Pc, 64);
     let mut qemu = at_work(&setup);
     let place = Place::new();
-    // Some of the RAM, which is in the file from its second MiB on, from one seed.
-    let mut random = 0x5eed_u64;
-    let mut bytes = || {
-        random = random.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
-        MIB + (random >> 33) % (60 * MIB)
-    };
+    // Some of the RAM, which is in the file from its second MiB on.
+    let mut random = StdRng::seed_from_u64(testkit::seed::seed());
     let mut points = vec![Point::Socket, Point::Migrate, Point::Bytes(0), Point::Sync, Point::Link, Point::Rename];
-    points.extend((0..4).map(|_| Point::Bytes(bytes())));
+    points.extend((0..4).map(|_| Point::Bytes(random.random_range(MIB..61 * MIB))));
     let mut last = 0;
     for point in points {
         fs::write(place.file(), "the old one").unwrap();
