@@ -9,6 +9,7 @@ pub mod late;
 pub mod oracle;
 pub mod require;
 pub mod samples;
+pub mod scratch;
 pub mod source;
 mod sys;
 

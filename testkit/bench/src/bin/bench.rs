@@ -2,13 +2,14 @@
 #![expect(clippy::print_stdout, reason = "a command-line program")]
 
 use std::error::Error;
-use std::fs;
+use std::fs::{self, File};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use bench::figure::table;
 use bench::figures::{Bench, GROUPS, selected};
 use clap::Parser;
+use testkit::scratch::Scratch;
 
 #[derive(Debug, Parser)]
 struct Cli {
@@ -48,7 +49,12 @@ fn run(cli: &Cli) -> Result<bool, Box<dyn Error + Send + Sync>> {
         return Ok(true);
     }
     let [near, far] = bench::sys::two_cores()?;
-    let bench = Bench { directory: cli.directory.clone(), near, far };
+    if let Some(path) = &cli.json {
+        // Minutes are measured for it.
+        File::options().append(true).create(true).open(path).map_err(|error| format!("{}: {error}", path.display()))?;
+    }
+    let scratch = Scratch::new_in(&cli.directory).map_err(|error| format!("{}: {error}", cli.directory.display()))?;
+    let bench = Bench { directory: scratch.path().to_owned(), near, far };
     let (mut figures, mut failed) = (Vec::new(), None);
     for group in groups {
         eprintln!("measuring {} ...", group.names.join(", "));
@@ -64,11 +70,11 @@ fn run(cli: &Cli) -> Result<bool, Box<dyn Error + Send + Sync>> {
     if !cli.names.is_empty() {
         figures.retain(|figure| cli.names.iter().any(|prefix| figure.name.starts_with(prefix.as_str())));
     }
-    print!("{}", table(&figures));
     if let Some(path) = &cli.json {
         let text = serde_json::to_string_pretty(&figures)?;
         fs::write(path, text + "\n").map_err(|error| format!("{}: {error}", path.display()))?;
     }
+    print!("{}", table(&figures));
     if let Some(error) = failed {
         return Err(error.into());
     }
