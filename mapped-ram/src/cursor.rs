@@ -15,7 +15,7 @@ pub(crate) struct Tail {
 
 impl Tail {
     /// The usual state of a small guest; of a large one the rest is read when it is needed.
-    const LEN: u64 = 32 << 10;
+    const LEN: u64 = 20 << 10;
 
     /// The bytes of the range's end.
     pub(crate) fn read(file: &File, range: Range<u64>) -> io::Result<Tail> {

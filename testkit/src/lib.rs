@@ -2,6 +2,7 @@
 
 pub mod at_call;
 pub mod faults;
+mod few_threads;
 pub mod gate;
 pub mod guest;
 pub mod hugepages;
@@ -12,6 +13,8 @@ pub mod samples;
 pub mod scratch;
 pub mod source;
 mod sys;
+
+pub use few_threads::few_threads;
 
 /// The examples of the README.
 #[cfg(doctest)]

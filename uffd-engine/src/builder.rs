@@ -207,7 +207,7 @@ impl Builder {
         match engine.spawn(&origin, &self.handlers, &self.background, self.observer) {
             Ok(()) => Ok(engine),
             Err(error) => {
-                engine.abort();
+                engine.core.give_up(&*origin.source);
                 Err(error)
             }
         }
@@ -269,6 +269,8 @@ fn register(core: &Core) -> Result<(), StartError> {
 }
 
 impl Engine {
+    /// The supervisor last: what it is told before waits for it, and each thread takes its time to begin. A guest that is
+    /// resumed gets on sooner when the loaders have brought what it touches first.
     fn spawn(
         &mut self,
         origin: &Arc<Origin>,
@@ -276,14 +278,6 @@ impl Engine {
         background: &Background,
         observer: Option<Observer>,
     ) -> Result<(), StartError> {
-        let supervisor = Supervisor {
-            core: Arc::clone(&self.core),
-            plan: Arc::clone(&self.plan),
-            origin: Arc::clone(origin),
-            observer,
-            reported: vec![false; self.core.areas.len()],
-        };
-        self.supervisor = Some(spawn("uffd-supervisor".into(), move || supervisor.run())?);
         let alone = handlers.cores.len() == 1;
         for (number, &cpu) in handlers.cores.iter().enumerate() {
             let (core, waiter, origin) = (Arc::clone(&self.core), Arc::clone(&self.waiter), Arc::clone(origin));
@@ -304,6 +298,14 @@ impl Engine {
             let thread = spawn(format!("uffd-load-{number}"), move || loader::run(&core, &plan, &origin, cpu))?;
             self.threads.push(thread);
         }
+        let supervisor = Supervisor {
+            core: Arc::clone(&self.core),
+            plan: Arc::clone(&self.plan),
+            origin: Arc::clone(origin),
+            observer,
+            reported: vec![false; self.core.areas.len()],
+        };
+        self.supervisor = Some(spawn("uffd-supervisor".into(), move || supervisor.run())?);
         Ok(())
     }
 }

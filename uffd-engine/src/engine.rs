@@ -105,18 +105,6 @@ impl Engine {
         })
     }
 
-    /// Gives up an engine that could not start whole: see [`Core::give_up`].
-    pub(crate) fn abort(&self) {
-        match &self.origin {
-            // The supervisor poisons what is missing; the drop waits for it.
-            _ if self.core.descriptor.foreign() && self.supervisor.is_some() => {
-                self.core.status.fail(EngineError::Cancelled);
-            }
-            Some(origin) => self.core.give_up(&*origin.source),
-            None => {}
-        }
-    }
-
     /// How many pages are not in memory yet and may have content.
     #[must_use]
     pub fn missing(&self) -> PageCount {

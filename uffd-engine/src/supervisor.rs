@@ -54,8 +54,6 @@ impl Supervisor {
                 }
                 Task::LookUp => self.look_up(),
                 Task::Thaw => self.thaw(),
-                // It was given up before it had started whole.
-                Task::Fail(_) if self.core.status.outcome().is_some() => return,
                 Task::Fail(error) => return self.fail(error),
             }
         }
@@ -170,19 +168,17 @@ pub(crate) fn stay_open(core: &Arc<Core>) {
 }
 
 impl Core {
-    /// Ends what could not start whole. Memory of this process is let go as it is, since its owner is told at once; for
-    /// that of another process, which would go on with zeros, what is missing is poisoned.
+    /// Ends what could not start whole, and has no supervisor. Memory of this process is let go as it is, since its owner
+    /// is told at once; for that of another process, which would go on with zeros, what is missing is poisoned.
     pub(crate) fn give_up(&self, source: &dyn PageSource) {
-        if !self.status.begin_completion() {
-            return;
-        }
+        // Nothing is installed from here on. If it has failed before, that is so already.
+        self.status.begin_completion();
         if self.descriptor.foreign() {
             self.fail_closed(source);
         } else {
             self.unregister();
         }
         self.status.end(Outcome::Failed(EngineError::Cancelled));
-        self.status.tell(Task::Fail(EngineError::Cancelled));
     }
 
     /// Poisons what is missing of the source's content, and then lets the memory go.

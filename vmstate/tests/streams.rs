@@ -101,6 +101,9 @@ fn small() -> Vec<u8> {
         Section::builder("cpu", 0, 1)
             .u64s("regs", &[1, 2, 3])
             .structures("segment", "segment", 1, [5u16, 6], |one, selector| one.u16("selector", selector))
+            .structures("flag", "flag", 1, 0..3, |one, flags| {
+                (0..flags.min(1)).fold(one, |one, _| one.bool("set", true))
+            })
             .subsection("cpu/nmi", 2, |nmi| nmi.bool("pending", true).i32("level", -3))
             .build()
             .unwrap(),
@@ -170,8 +173,11 @@ fn values_of_our_own_devices() {
                 }
                 assert_eq!(value.field("regs").unwrap().as_u64s().unwrap(), [1, 2, 3]);
                 assert_eq!(value.field("regs").unwrap().range.start, at);
-                let selectors = value.fields("segment").map(|s| s.field("selector").unwrap().as_u64().unwrap());
-                assert_eq!(selectors.collect::<Vec<_>>(), [5, 6]);
+                let selectors = value.field("segment").unwrap().members().iter();
+                let selectors = selectors.map(|one| one.field("selector").unwrap().as_u64().unwrap());
+                assert_eq!(selectors.collect::<Vec<_>>(), [5, 6], "alike: one array");
+                let flags = value.fields("flag").map(|one| one.members().len());
+                assert_eq!(flags.collect::<Vec<_>>(), [0, 1, 1], "not alike: one by one");
                 let nmi = value.field("cpu/nmi").unwrap();
                 assert_eq!(nmi.version(), Some(2));
                 assert_eq!(nmi.field("level").unwrap().as_i64().unwrap(), -3);

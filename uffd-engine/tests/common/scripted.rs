@@ -36,6 +36,7 @@ enum AtStart {
     Nothing,
     Everything,
     Error,
+    Broken,
 }
 
 #[derive(Debug, Default)]
@@ -59,6 +60,12 @@ impl Scripted {
     /// It can't be started.
     pub(crate) fn failing_at_start(mut self) -> Scripted {
         self.at_start = AtStart::Error;
+        self
+    }
+
+    /// It says that it is broken before it has started.
+    pub(crate) fn broken_at_start(mut self) -> Scripted {
+        self.at_start = AtStart::Broken;
         self
     }
 
@@ -110,6 +117,11 @@ impl PageSource for Scripted {
                     }
                 }
                 self.forget_sink();
+            }
+            AtStart::Broken => {
+                if let Some(sink) = self.state.sink.lock().take() {
+                    sink.end(End::Broken(SourceError::Injected("it broke at once".into())));
+                }
             }
             AtStart::Error => {
                 self.forget_sink();

@@ -58,6 +58,17 @@ impl<const N: usize> Field for [u64; N] {
     }
 }
 
+/// Described once, however many there are: whoever restores a guest waits until the description is read.
+impl<T: Record, const N: usize> Field for [T; N] {
+    fn put(&self, name: &str, to: StructBuilder) -> StructBuilder {
+        to.structures(name, T::NAME, 1, self, |to, one| one.write(to))
+    }
+    fn take(from: &Value<'_>) -> Result<Self, StateError> {
+        let all: Vec<T> = from.members().iter().map(T::read).collect::<Result<_, _>>()?;
+        all.try_into().map_err(|_| unfit(from))
+    }
+}
+
 impl<T: Record> Field for T {
     fn put(&self, name: &str, to: StructBuilder) -> StructBuilder {
         to.structure(name, T::NAME, 1, |inner| self.write(inner))
@@ -90,9 +101,6 @@ records! {
     }
     kvm_segment as "kvm-segment" { base, limit, selector, type_, present, dpl, db, s, l, g, avl, unusable }
     kvm_dtable as "kvm-dtable" { base, limit }
-    kvm_sregs as "kvm-sregs" {
-        cs, ds, es, fs, gs, ss, tr, ldt, gdt, idt, cr0, cr2, cr3, cr4, cr8, efer, apic_base, interrupt_bitmap,
-    }
     kvm_debugregs as "kvm-debugregs" { db, dr6, dr7, flags }
     kvm_mp_state as "kvm-mp-state" { mp_state }
     Exception as "kvm-events-exception" { injected, nr, has_error_code, pending, error_code }
@@ -109,16 +117,50 @@ records! {
     }
 }
 
+impl Record for kvm_sregs {
+    const NAME: &'static str = "kvm-sregs";
+    fn write(&self, to: StructBuilder) -> StructBuilder {
+        let &kvm_sregs { cs, ds, es, fs, gs, ss, tr, ldt, gdt, idt, cr0, cr2, cr3, cr4, cr8, .. } = self;
+        let to = [cs, ds, es, fs, gs, ss, tr, ldt].put("cs_ds_es_fs_gs_ss_tr_ldt", to);
+        let to = [gdt, idt].put("gdt_idt", to);
+        let to = to.u64("cr0", cr0).u64("cr2", cr2).u64("cr3", cr3).u64("cr4", cr4).u64("cr8", cr8);
+        let to = to.u64("efer", self.efer).u64("apic_base", self.apic_base);
+        to.u64s("interrupt_bitmap", &self.interrupt_bitmap)
+    }
+    fn read(from: &Value<'_>) -> Result<Self, StateError> {
+        let [cs, ds, es, fs, gs, ss, tr, ldt] = Field::take(from.field("cs_ds_es_fs_gs_ss_tr_ldt")?)?;
+        let [gdt, idt] = Field::take(from.field("gdt_idt")?)?;
+        let number = |name| u64::take(from.field(name)?);
+        Ok(kvm_sregs {
+            cs,
+            ds,
+            es,
+            fs,
+            gs,
+            ss,
+            tr,
+            ldt,
+            gdt,
+            idt,
+            cr0: number("cr0")?,
+            cr2: number("cr2")?,
+            cr3: number("cr3")?,
+            cr4: number("cr4")?,
+            cr8: number("cr8")?,
+            efer: number("efer")?,
+            apic_base: number("apic_base")?,
+            interrupt_bitmap: Field::take(from.field("interrupt_bitmap")?)?,
+        })
+    }
+}
+
 impl Record for kvm_pit_state2 {
     const NAME: &'static str = "kvm-pit";
     fn write(&self, to: StructBuilder) -> StructBuilder {
-        let [first, second, third] = &self.channels;
-        let to = third.put("channel2", second.put("channel1", first.put("channel0", to)));
-        to.u32("flags", self.flags)
+        self.channels.put("channels", to).u32("flags", self.flags)
     }
     fn read(from: &Value<'_>) -> Result<Self, StateError> {
-        let channel = |name| Field::take(from.field(name)?);
-        let channels = [channel("channel0")?, channel("channel1")?, channel("channel2")?];
+        let channels = Field::take(from.field("channels")?)?;
         Ok(kvm_pit_state2 { channels, flags: from.field("flags")?.as_u32()?, ..kvm_pit_state2::default() })
     }
 }

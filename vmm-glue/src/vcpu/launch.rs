@@ -26,17 +26,17 @@ const SOON: Duration = Duration::from_micros(500);
 /// A machine in the making. Dropping it ends that, and joins the thread.
 pub(crate) struct Launch {
     /// Dropped before the thread is joined, which then gives up.
-    orders: Option<Orders>,
+    orders: Option<SyncSender<Order>>,
     first: Option<Started<Made, RestoreError>>,
     seats: Seats,
     begun: Instant,
 }
 
-/// What the thread waits for.
-struct Orders {
-    memory: SyncSender<Arc<GuestRam>>,
-    machine: SyncSender<Arc<MachineState>>,
-    load: SyncSender<()>,
+/// What the thread waits for, in this order.
+enum Order {
+    Memory(Arc<GuestRam>),
+    Machine(Arc<MachineState>),
+    Load,
 }
 
 /// What the first vCPU's thread does before it runs the vCPU.
@@ -45,9 +45,7 @@ struct Work {
     host: Host,
     /// Who is to have another core than the vCPU, so that both get on.
     caller: Option<(Pid, usize)>,
-    memory: Receiver<Arc<GuestRam>>,
-    machine: Receiver<Arc<MachineState>>,
-    load: Receiver<()>,
+    orders: Receiver<Order>,
 }
 
 /// What it has made, and when.
@@ -82,15 +80,14 @@ impl Launch {
         options: VcpuOptions,
     ) -> Result<Launch, RestoreError> {
         let begun = Instant::now();
-        let ((memory, with_memory), (machine, of), (load, may_load)) =
-            (sync_channel(1), sync_channel(1), sync_channel(1));
+        let (orders, to_do) = sync_channel(3);
         let core = options.cores.first().copied();
         let caller = core.map(|core| (gettid(), core));
         let (kvm, host) = (sys::same_kvm(kvm)?, host.clone());
-        let work = Work { kvm, host, caller, memory: with_memory, machine: of, load: may_load };
+        let work = Work { kvm, host, caller, orders: to_do };
         let seats = Seats::new(1, Wanted::Pause, bus, options);
         let first = run::spawn(seats.seat(0), move || work.run())?;
-        Ok(Launch { orders: Some(Orders { memory, machine, load }), first: Some(first), seats, begun })
+        Ok(Launch { orders: Some(orders), first: Some(first), seats, begun })
     }
 
     /// When it began.
@@ -102,7 +99,7 @@ impl Launch {
     pub(crate) fn memory(&self, ram: Arc<GuestRam>) {
         if let Some(orders) = &self.orders {
             // If nobody listens any more, there is an error to be had in the end.
-            let _ = orders.memory.send(ram);
+            let _ = orders.send(Order::Memory(ram));
         }
     }
 
@@ -116,7 +113,7 @@ impl Launch {
         let wanted = if alone && !self.seats.paused() { Wanted::Run } else { Wanted::Pause };
         self.seats.group.prepare(state.vcpus.len(), wanted);
         if let Some(orders) = &self.orders {
-            let _ = orders.machine.send(state);
+            let _ = orders.send(Order::Machine(state));
         }
         Ok(())
     }
@@ -124,7 +121,7 @@ impl Launch {
     /// The memory is being served, or all there: loads the state, and lets the vCPUs run.
     pub(crate) fn finish(mut self) -> Result<(Vcpus, Times), RestoreError> {
         if let Some(orders) = self.orders.take() {
-            let _ = orders.load.send(());
+            let _ = orders.send(Order::Load);
         }
         let Some(first) = &self.first else { return Err(given_up()) };
         let Made { vm, fds, config, ram, begun, machine, load, loaded } = receive(&first.ready).ok_or_else(ended)??;
@@ -154,17 +151,17 @@ impl Work {
         }
         let vm = Machine::empty(&self.kvm)?;
         let created = begun.elapsed();
-        let ram = receive(&self.memory).ok_or_else(given_up)?;
+        let Some(Order::Memory(ram)) = receive(&self.orders) else { return Err(given_up()) };
         // Dropped before the memory that it knows by address.
         let vm = vm;
         let mapping = Instant::now();
         ram.set_slots(&vm).map_err(MachineError::from)?;
         let mapped = mapping.elapsed();
-        let state = receive(&self.machine).ok_or_else(given_up)?;
+        let Some(Order::Machine(state)) = receive(&self.orders) else { return Err(given_up()) };
         let furnishing = Instant::now();
         let Machine { vcpus, vm, ram, config } = Machine::furnish(vm, ram, MachineConfig::of(&state))?;
         let machine = created + mapped + furnishing.elapsed();
-        receive(&self.load).ok_or_else(given_up)?;
+        let Some(Order::Load) = receive(&self.orders) else { return Err(given_up()) };
         let loading = Instant::now();
         state.restore_created(&vm, &vcpus.iter().collect::<Vec<_>>(), &self.host)?;
         let load = loading.elapsed();

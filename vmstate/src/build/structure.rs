@@ -32,7 +32,7 @@ impl StructBuilder {
     pub(super) fn field(mut self, name: &str, kind: &str, array: Option<usize>, bytes: &[u8]) -> StructBuilder {
         self.body.extend_from_slice(bytes);
         // QEMU describes no array of one element or none as an array.
-        let many = array.filter(|count| *count > 1).map(|count| format!("\"array_len\":{count},")).unwrap_or_default();
+        let many = array.filter(|count| *count > 1).map(array_len).unwrap_or_default();
         let size = bytes.len() / array.unwrap_or(1).max(1);
         if array != Some(0) {
             self.push(format!("{{\"name\":{},{many}\"type\":\"{kind}\",\"size\":{size}}}", quoted(name)));
@@ -62,31 +62,45 @@ impl StructBuilder {
     /// Adds a structure, described as `vmsd` in version `version`.
     #[must_use]
     pub fn structure(
-        mut self,
+        self,
         name: &str,
         vmsd: &str,
         version: u32,
         build: impl FnOnce(StructBuilder) -> StructBuilder,
     ) -> StructBuilder {
-        let (body, inner, error) = build(StructBuilder::new(vmsd, version)).finish();
-        self.error = self.error.or(error);
-        self.body.extend_from_slice(&body);
-        let size = body.len();
-        self.push(format!("{{\"name\":{},\"type\":\"struct\",\"struct\":{{{inner}}},\"size\":{size}}}", quoted(name)));
-        self
+        self.structures(name, vmsd, version, [build], |one, build| build(one))
     }
 
-    /// Adds structures that share a name: one for each item.
+    /// Adds structures that share a name, one for each item: an array, described once, if they are alike.
     #[must_use]
     pub fn structures<T>(
-        self,
+        mut self,
         name: &str,
         vmsd: &str,
         version: u32,
         items: impl IntoIterator<Item = T>,
         mut build: impl FnMut(StructBuilder, T) -> StructBuilder,
     ) -> StructBuilder {
-        items.into_iter().fold(self, |all, item| all.structure(name, vmsd, version, |one| build(one, item)))
+        let mut described: Vec<(String, usize)> = Vec::new();
+        for item in items {
+            let (body, inner, error) = build(StructBuilder::new(vmsd, version), item).finish();
+            self.error = self.error.or(error);
+            self.body.extend_from_slice(&body);
+            described.push((inner, body.len()));
+        }
+        let count = described.len();
+        if count > 1 && described.iter().all(|one| *one == described[0]) {
+            described.truncate(1);
+            self.push_structure(name, Some(count), &described[0]);
+        } else {
+            described.iter().for_each(|one| self.push_structure(name, None, one));
+        }
+        self
+    }
+
+    fn push_structure(&mut self, name: &str, array: Option<usize>, (inner, size): &(String, usize)) {
+        let (name, many) = (quoted(name), array.map(array_len).unwrap_or_default());
+        self.push(format!("{{\"name\":{name},{many}\"type\":\"struct\",\"struct\":{{{inner}}},\"size\":{size}}}"));
     }
 
     /// Adds a subsection: state that is there only sometimes. Its name must begin with the parent's name and `/`.
@@ -128,4 +142,8 @@ impl StructBuilder {
         }
         (body, description, self.error)
     }
+}
+
+fn array_len(count: usize) -> String {
+    format!("\"array_len\":{count},")
 }
