@@ -1,7 +1,7 @@
 //! What the threads of an engine tell its supervisor, and what the supervisor tells everybody.
 
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
@@ -46,6 +46,8 @@ const ENDED: u8 = 3;
 #[derive(Debug, Default)]
 pub(crate) struct Status {
     phase: AtomicU8,
+    /// The supervisor waits for an install that is under way.
+    interested: AtomicBool,
     inbox: Mutex<Inbox>,
     arrived: Condvar,
     outcome: Mutex<Option<Outcome>>,
@@ -80,6 +82,16 @@ impl Status {
         if begun {
             self.tell(Task::Fail(error));
         }
+    }
+
+    /// To be said before an install is met that is under way: whoever settles it tells.
+    pub(crate) fn be_interested(&self) {
+        self.interested.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether somebody was interested; nobody is then.
+    pub(crate) fn take_interest(&self) -> bool {
+        self.interested.swap(false, Ordering::SeqCst)
     }
 
     pub(crate) fn tell(&self, task: Task) {
