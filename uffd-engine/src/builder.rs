@@ -169,6 +169,9 @@ impl Builder {
             return Err(StartError::Incomplete("an engine needs a region to serve"));
         }
         region::check(&self.regions, source.layout())?;
+        if self.descriptor.is_none() {
+            region::check_unseen(&self.regions)?;
+        }
         handler::check_cores(self.handlers.cores.iter().flatten().chain(&self.background.cores))?;
         let (descriptor, made_here) = match self.descriptor {
             Some(descriptor) => (descriptor, false),
