@@ -124,7 +124,8 @@ impl Builder {
     }
 
     /// Called on the engine's supervising thread with each [`Event`]. It can't wait for the engine there; see
-    /// [`Engine::wait`] and [`Engine::cancel`].
+    /// [`Engine::wait`] and [`Engine::cancel`]. Until it returns the engine does not end, and neither does its drop: it must
+    /// not wait for whoever may drop the engine (a channel that is full, a lock held there).
     #[must_use]
     pub fn observer(mut self, observer: impl Fn(&Event) + Send + 'static) -> Builder {
         self.observer = Some(Observer(Box::new(observer)));

@@ -48,6 +48,8 @@ pub(crate) struct Status {
     phase: AtomicU8,
     /// The supervisor waits for an install that is under way.
     interested: AtomicBool,
+    /// Why the first pages that failed did, where the engine went on.
+    failed_pages: OnceLock<EngineError>,
     inbox: Mutex<Inbox>,
     arrived: Condvar,
     outcome: Mutex<Option<Outcome>>,
@@ -82,6 +84,16 @@ impl Status {
         if begun {
             self.tell(Task::Fail(error));
         }
+    }
+
+    /// Some pages are about to be poisoned, and the engine goes on.
+    pub(crate) fn pages_fail(&self, error: &EngineError) {
+        self.failed_pages.get_or_init(|| error.clone());
+    }
+
+    /// Why the first of them failed.
+    pub(crate) fn failed_pages(&self) -> Option<&EngineError> {
+        self.failed_pages.get()
     }
 
     /// To be said before an install is met that is under way: whoever settles it tells.
