@@ -1,5 +1,6 @@
 //! From options to a running engine.
 
+use std::fmt;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -35,7 +36,17 @@ pub struct Builder {
     around: PageCount,
     staging: usize,
     observer: Option<Observer>,
+    serving: Option<Serving>,
     pauses: Pauses,
+}
+
+/// What is called when faults are served.
+struct Serving(Box<dyn FnOnce() + Send>);
+
+impl fmt::Debug for Serving {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Serving")
+    }
 }
 
 impl Default for Builder {
@@ -51,6 +62,7 @@ impl Default for Builder {
             around: PageCount(1),
             staging: 16,
             observer: None,
+            serving: None,
             pauses: Pauses::default(),
         }
     }
@@ -132,6 +144,18 @@ impl Builder {
         self
     }
 
+    /// Called once, on the thread that starts the engine, as soon as faults are served: before the background begins, whose
+    /// threads may well take the core of that thread for a while.
+    ///
+    /// What touches the memory may begin, so loading a vCPU's state. It must not be relied upon: if
+    /// [`start`](Builder::start) fails after all, what is missing reads as zero. So no guest may run before that has
+    /// returned.
+    #[must_use]
+    pub fn serving(mut self, tell: impl FnOnce() + Send + 'static) -> Builder {
+        self.serving = Some(Serving(Box::new(tell)));
+        self
+    }
+
     /// So many huge pages of private memory may be incomplete at a time (their content came in part). Default: 16, but
     /// never less than what the background asks for at a time (its window) and 16 for faults. A source that scatters the
     /// pages of more huge pages than that fails the engine.
@@ -208,7 +232,7 @@ impl Builder {
             supervisor: None,
             origin: Some(Arc::clone(&origin)),
         };
-        match engine.spawn(&origin, &self.handlers, &self.background, self.observer) {
+        match engine.spawn(&origin, &self.handlers, &self.background, (self.serving, self.observer)) {
             Ok(()) => Ok(engine),
             Err(error) => {
                 engine.core.give_up(&*origin.source);
@@ -280,7 +304,7 @@ impl Engine {
         origin: &Arc<Origin>,
         handlers: &Handlers,
         background: &Background,
-        observer: Option<Observer>,
+        (serving, observer): (Option<Serving>, Option<Observer>),
     ) -> Result<(), StartError> {
         let alone = handlers.cores.len() == 1;
         for (number, &cpu) in handlers.cores.iter().enumerate() {
@@ -295,6 +319,9 @@ impl Engine {
                     return Err(error);
                 }
             }
+        }
+        if let Some(Serving(tell)) = serving {
+            tell();
         }
         for number in 0..background.threads {
             let cpu = background.cores.get(number % background.cores.len().max(1)).copied();

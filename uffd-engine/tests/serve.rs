@@ -276,6 +276,29 @@ impl Feed for RecordingFeed {
     }
 }
 
+/// It may touch the memory, and nothing has been loaded that it has not touched.
+#[test]
+fn it_is_told_when_faults_are_served() {
+    testkit::require!(Userfaultfd);
+    let oracle = Arc::new(Oracle::random(9, one_block(2048), 255));
+    let memory = Arc::new(Memory::new(Kind::Anonymous, oracle.layout()));
+    let order = Arc::new(Mutex::new(Vec::new()));
+    let source = Recording { inner: MemorySource::new(Arc::clone(&oracle)), order: Arc::clone(&order) };
+    let told = Arc::new(Mutex::new(Vec::new()));
+    let (tell, touched, so_far) = (Arc::clone(&told), Arc::clone(&memory), Arc::clone(&order));
+    let expected = Arc::clone(&oracle);
+    let serving = move || {
+        let page = PageRun::single(BlockId(0), PageIndex(1000));
+        let right = touched.load(page.block, page.first) == expected.run(page);
+        tell.lock().push((std::thread::current().id(), right, so_far.lock().clone()));
+    };
+    let engine = memory.engine(Arc::new(source)).serving(serving).start().unwrap();
+    engine.wait().unwrap();
+    let here = std::thread::current().id();
+    assert_eq!(*told.lock(), [(here, true, vec![(PageIndex(1000), Urgency::Demand)])]);
+    memory.assert_equals(&oracle);
+}
+
 #[test]
 fn arrangements_of_handlers_are_measured_and_work() {
     testkit::require!(Userfaultfd, TwoCpus);

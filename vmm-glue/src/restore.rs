@@ -206,9 +206,11 @@ impl SavedVm {
         launch.machine(Arc::clone(&self.state))?;
         let sink = Arc::new(RamSink::new(Arc::clone(&ram), self.source.layout())?);
         clock.done(Step::Memory);
+        let load = launch.load();
         let pages = || {
             let pumping = PumpOptions { threads: options.eager_threads, ..PumpOptions::default() };
             let done = pump(&*self.source, sink, &pumping)?;
+            load();
             Ok((Mode::Eager { stored: done.stored, zero: done.zero }, None))
         };
         self.start(launch, options, ram, pages, clock)
@@ -216,7 +218,7 @@ impl SavedVm {
 
     /// Starts an engine that brings memory when it is touched, and lets the guest run at once. `configure` sets up the
     /// engine: handlers, background, and so on, but not its observer: that is [`RestoreOptions::with_observer`]'s, since
-    /// the vCPUs are stopped as soon as the engine fails.
+    /// the vCPUs are stopped as soon as the engine fails. Nor `serving`, upon which the state is loaded.
     ///
     /// The engine serves before any device state is loaded, since that touches guest memory.
     ///
@@ -264,6 +266,7 @@ impl SavedVm {
                 observer(event);
             }
         });
+        let builder = builder.serving(launch.load());
         let pages = || Ok((Mode::OnDemand, Some(builder.start()?)));
         let vm = self.start(launch, options, ram, pages, clock)?;
         let handle = stop.get_or_init(|| vm.vcpus().stop_handle());

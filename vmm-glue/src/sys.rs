@@ -226,7 +226,7 @@ pub(crate) fn move_to(thread: &JoinHandle<()>, core: usize) {
     }
 }
 
-/// Moves `thread`, which waits for the core of the calling one, to another core where it may run. It is not bound to
+/// Moves `thread`, the calling one or one that waits for its core, to another core where it may run. It is not bound to
 /// anything by that, and nothing depends on whether it succeeds.
 pub(crate) fn push_off(thread: Pid, core: usize) {
     let Ok(allowed) = sched_getaffinity(thread) else { return };

@@ -5,10 +5,12 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use nix::sched::sched_getcpu;
 use nix::unistd::{Pid, gettid};
 use parking_lot::Mutex;
 
@@ -37,15 +39,37 @@ enum Order {
     Memory(Arc<GuestRam>),
     Machine(Arc<MachineState>),
     Load,
+    Run,
 }
 
 /// What the first vCPU's thread does before it runs the vCPU.
 struct Work {
     kvm: Kvm,
     host: Host,
-    /// Who is to have another core than the vCPU, so that both get on.
-    caller: Option<(Pid, usize)>,
+    caller: Option<Arc<Caller>>,
     orders: Receiver<Order>,
+}
+
+/// Who begins a restore on the core that is to be the vCPU's, and is to have another one, so that both get on.
+struct Caller {
+    thread: Pid,
+    core: usize,
+    moved: AtomicBool,
+}
+
+impl Caller {
+    fn on(core: usize) -> Option<Arc<Caller>> {
+        let here = sched_getcpu() == Ok(core);
+        here.then(|| Arc::new(Caller { thread: gettid(), core, moved: AtomicBool::new(false) }))
+    }
+
+    /// Either the new thread begins at once, in front of the caller, or only when the caller lets it: whichever of the two
+    /// gets on does it.
+    fn move_off(&self) {
+        if !self.moved.swap(true, Ordering::Relaxed) {
+            sys::push_off(self.thread, self.core);
+        }
+    }
 }
 
 /// What it has made, and when.
@@ -80,13 +104,15 @@ impl Launch {
         options: VcpuOptions,
     ) -> Result<Launch, RestoreError> {
         let begun = Instant::now();
-        let (orders, to_do) = sync_channel(3);
-        let core = options.cores.first().copied();
-        let caller = core.map(|core| (gettid(), core));
+        let (orders, to_do) = sync_channel(4);
+        let caller = options.cores.first().and_then(|core| Caller::on(*core));
         let (kvm, host) = (sys::same_kvm(kvm)?, host.clone());
-        let work = Work { kvm, host, caller, orders: to_do };
+        let work = Work { kvm, host, caller: caller.clone(), orders: to_do };
         let seats = Seats::new(1, Wanted::Pause, bus, options);
         let first = run::spawn(seats.seat(0), move || work.run())?;
+        if let Some(caller) = caller {
+            caller.move_off();
+        }
         Ok(Launch { orders: Some(orders), first: Some(first), seats, begun })
     }
 
@@ -118,10 +144,20 @@ impl Launch {
         Ok(())
     }
 
-    /// The memory is being served, or all there: loads the state, and lets the vCPUs run.
+    /// To be called when the memory is being served, or all there: loads the state.
+    pub(crate) fn load(&self) -> impl FnOnce() + Send + use<> {
+        let orders = self.orders.clone();
+        move || {
+            if let Some(orders) = orders {
+                let _ = orders.send(Order::Load);
+            }
+        }
+    }
+
+    /// The memory is sure to be served: lets the vCPUs run.
     pub(crate) fn finish(mut self) -> Result<(Vcpus, Times), RestoreError> {
         if let Some(orders) = self.orders.take() {
-            let _ = orders.send(Order::Load);
+            let _ = orders.send(Order::Run);
         }
         let Some(first) = &self.first else { return Err(given_up()) };
         let Made { vm, fds, config, ram, begun, machine, load, loaded } = receive(&first.ready).ok_or_else(ended)??;
@@ -146,8 +182,8 @@ impl Drop for Launch {
 impl Work {
     fn run(self) -> Result<(Place, Made), RestoreError> {
         let begun = Instant::now();
-        if let Some((caller, core)) = self.caller {
-            sys::push_off(caller, core);
+        if let Some(caller) = self.caller {
+            caller.move_off();
         }
         let vm = Machine::empty(&self.kvm)?;
         let created = begun.elapsed();
@@ -167,6 +203,7 @@ impl Work {
         let load = loading.elapsed();
         let fds: Vec<_> = vcpus.into_iter().map(|fd| Arc::new(Mutex::new(fd))).collect();
         let fd = Arc::clone(fds.first().ok_or_else(given_up)?);
+        let Some(Order::Run) = receive(&self.orders) else { return Err(given_up()) };
         let place = Place { fd, ram: Arc::clone(&ram) };
         Ok((place, Made { vm, fds, config, ram, begun, machine, load, loaded: Instant::now() }))
     }

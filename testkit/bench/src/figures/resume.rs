@@ -16,15 +16,15 @@ use vmm_glue::{Bus, Host, RestoreOptions, Step, VcpuOptions, resume_on_demand};
 use super::{Bench, Measured};
 use crate::figure::{Figure, Goal, median};
 use crate::floor::{eager, kvm as bare};
-use crate::pairs::{interleave, interleave_times};
+use crate::pairs::interleave;
 use crate::product::guest::{Port, Prepared, prepare, save, stopped};
 use crate::sys::{Map, pin, unpin};
 
 /// Steps the guest would do, of which it does one before it is saved and one when it is resumed.
 const STEPS: u64 = 1000;
 
-/// Pairs of a resume and its floor.
-const SPARSE_PAIRS: usize = 25;
+/// So often each size has its pairs: a resume takes so little time that something else could go on for all of them.
+const SPARSE_ROUNDS: usize = 5;
 
 /// A stopped guest twice: in memory with its bare state, and as a snapshot file.
 struct Subject {
@@ -50,6 +50,14 @@ impl Subject {
         // The guest compares its counter with that in memory, so the one it has advanced is put back.
         self.guest.ram.memory().write_slice(&self.report, GuestAddress(layout::report_page(0)))?;
         Ok(millis(bare::resume(kvm, &self.state, &bare::slots(self.guest.ram.memory()))?))
+    }
+
+    /// The same on the vCPU's core, as nothing but a floor.
+    fn bare_near(&self, bench: &Bench, kvm: &Kvm) -> Measured<Resumed> {
+        pin(bench.near)?;
+        let took = self.bare(kvm);
+        unpin()?;
+        Ok(Resumed { whole: took?, ..Resumed::default() })
     }
 }
 
@@ -91,22 +99,20 @@ pub(super) fn sparse(bench: &Bench) -> Measured {
     let kvm = Kvm::new()?;
     let host = Host::probe(&kvm)?;
     let directory = tempfile::tempdir_in(&bench.directory)?;
-    let path = directory.path().join("snapshot");
+    let mut sizes = Vec::new();
+    for (size, name) in [(256 << 20, "256MiB"), (1 << 30, "1GiB"), (4 << 30, "4GiB"), (16 << 30, "16GiB")] {
+        let path = directory.path().join(name);
+        sizes.push((name, Subject::make(&kvm, &host, ByteLen(size), 0, &path)?, path, Vec::new()));
+    }
+    for _ in 0..SPARSE_ROUNDS {
+        for (_, subject, path, pairs) in &mut sizes {
+            pairs.extend(interleave(|| on_demand(bench, &kvm, &host, path), || subject.bare_near(bench, &kvm))?);
+        }
+    }
     let how = format!("vCPU and handler on core {}, background on core {}", bench.near, bench.far);
     let mut figures = Vec::new();
     let mut library = Vec::new();
-    for (size, name) in [(256 << 20, "256MiB"), (1 << 30, "1GiB"), (4 << 30, "4GiB"), (16 << 30, "16GiB")] {
-        let subject = Subject::make(&kvm, &host, ByteLen(size), 0, &path)?;
-        let pairs = interleave_times(
-            SPARSE_PAIRS,
-            || on_demand(bench, &kvm, &host, &path),
-            || {
-                pin(bench.near)?;
-                let took = subject.bare(&kvm);
-                unpin()?;
-                took.map(|whole| Resumed { whole, ..Resumed::default() })
-            },
-        )?;
+    for (name, _, _, pairs) in &sizes {
         let whole: Vec<_> = pairs.iter().map(|(product, floor)| (product.whole, floor.whole)).collect();
         figures.push(Figure::ratio(format!("resume.sparse.{name}"), "ms", &whole, Goal::AtMost(1.3)).measured(&how));
         let own: Vec<f64> = pairs.iter().map(|(product, _)| product.steps.iter().sum()).collect();
