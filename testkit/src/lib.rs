@@ -10,6 +10,7 @@ pub mod late;
 pub mod oracle;
 pub mod require;
 pub mod samples;
+pub mod scratch;
 pub mod seed;
 pub mod source;
 mod sys;

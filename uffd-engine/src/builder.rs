@@ -136,7 +136,8 @@ impl Builder {
     }
 
     /// Called on the engine's supervising thread with each [`Event`]. It can't wait for the engine there; see
-    /// [`Engine::wait`] and [`Engine::cancel`].
+    /// [`Engine::wait`] and [`Engine::cancel`]. Until it returns the engine does not end, and neither does its drop: it must
+    /// not wait for whoever may drop the engine (a channel that is full, a lock held there).
     #[must_use]
     pub fn observer(mut self, observer: impl Fn(&Event) + Send + 'static) -> Builder {
         self.observer = Some(Observer(Box::new(observer)));
@@ -193,6 +194,9 @@ impl Builder {
             return Err(StartError::Incomplete("an engine needs a region to serve"));
         }
         region::check(&self.regions, source.layout())?;
+        if self.descriptor.is_none() {
+            region::check_unseen(&self.regions)?;
+        }
         handler::check_cores(self.handlers.cores.iter().flatten().chain(&self.background.cores))?;
         let (descriptor, made_here) = match self.descriptor {
             Some(descriptor) => (descriptor, false),

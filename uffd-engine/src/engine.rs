@@ -98,6 +98,13 @@ impl Engine {
         self.finished(self.core.status.outcome())
     }
 
+    /// Why the first of the pages could not be had that are poisoned while the engine goes on
+    /// ([`FailurePolicy::PoisonFailed`](crate::FailurePolicy::PoisonFailed)), if there are any.
+    #[must_use]
+    pub fn failed_pages(&self) -> Option<EngineError> {
+        self.core.status.failed_pages().cloned()
+    }
+
     fn finished(&self, outcome: Option<Outcome>) -> Option<Result<Completion, EngineError>> {
         Some(match outcome? {
             Outcome::Complete(after) => Ok(Completion { after, stats: self.stats() }),
@@ -143,8 +150,9 @@ impl Engine {
         self.core.status.wait(None);
     }
 
-    /// Gives pages back to the host: they read as zero from now on, whatever the snapshot holds. The one way to do so
-    /// with [`Discards::Announced`](crate::Discards::Announced), and allowed with events too.
+    /// Gives pages back to the host: they read as zero from now on, whatever the snapshot holds (private memory over a file
+    /// that has the page, as that page: so the kernel has it). The one way to do so with
+    /// [`Discards::Announced`](crate::Discards::Announced), and allowed with events too.
     ///
     /// Waits for installs of these pages that are under way. While the memory is frozen [with this
     /// engine](Engine::freezer) only pages are given back whose content is saved already.

@@ -118,9 +118,7 @@ impl Core {
                 // The supervisor is poisoning it, and wakes it.
                 State::Missing if self.status.failing() => true,
                 State::Missing if self.is_zero(origin, place) => {
-                    if area.states.mark_zero(place.granule).requested {
-                        self.answered(area.granule.0);
-                    }
+                    self.mark_zero(place);
                     continue;
                 }
                 State::Missing => {
@@ -136,6 +134,16 @@ impl Core {
                     area.states.get(place.granule).state == State::Present
                 }
             };
+        }
+    }
+
+    /// The source knows that it is zero: it need not come any more.
+    fn mark_zero(&self, place: Place) {
+        let area = &self.areas[place.area];
+        let was = area.states.mark_zero(place.granule);
+        // (If it is not Missing any more, whoever was faster answers.)
+        if was.state == State::Missing && was.requested {
+            self.answered(area.granule.0);
         }
     }
 
@@ -169,35 +177,35 @@ impl Core {
     /// Zeros for a granule, and for what is zero right around it.
     fn serve_zeros(&self, origin: &Origin, place: Place) -> bool {
         let area = &self.areas[place.area];
+        let (mut start, mut end) = (place.granule, place.granule + 1);
+        if area.small() {
+            let window = place.granule - place.granule % ZERO_AROUND;
+            let known = |granule: &usize| self.known_zero(origin, Place { granule: *granule, ..place });
+            start -= (window..start).rev().take_while(known).count();
+            end += (end..(window + ZERO_AROUND).min(area.states.len())).take_while(known).count();
+        }
+        // From here on nobody else is asked: who has claimed must not be held up, nor die.
         let gate = self.installing();
-        if !area.states.claim_zero(place.granule) {
+        let claim = |granule: &usize| area.states.claim_zero(*granule);
+        if !claim(&place.granule) {
             return true;
         }
-        let mut first = place.granule;
-        let mut claimed = 1;
-        if area.small() {
-            let start = place.granule - place.granule % ZERO_AROUND;
-            let end = (start + ZERO_AROUND).min(area.states.len());
-            let more = |granule: &usize| self.claim_known_zero(origin, Place { granule: *granule, ..place });
-            let before = (start..place.granule).rev().take_while(more).count();
-            claimed += before + (place.granule + 1..end).take_while(more).count();
-            first -= before;
-        }
+        let before = (start..place.granule).rev().take_while(claim).count();
+        let claimed = before + 1 + (place.granule + 1..end).take_while(claim).count();
+        let first = place.granule - before;
         let done = self.install_zeros(&gate, Place { granule: first, ..place }, claimed);
         drop(gate);
         matches!(done, Ok(n) if n == claimed)
     }
 
-    fn claim_known_zero(&self, origin: &Origin, place: Place) -> bool {
+    /// Whether a page is known to be zero, by the map or by the source.
+    fn known_zero(&self, origin: &Origin, place: Place) -> bool {
         let states = &self.areas[place.area].states;
         match states.get(place.granule).state {
-            State::Zero => states.claim_zero(place.granule),
+            State::Zero => true,
             State::Missing if self.is_zero(origin, place) => {
-                let was = states.mark_zero(place.granule);
-                if was.requested {
-                    self.answered(1);
-                }
-                states.claim_zero(place.granule)
+                self.mark_zero(place);
+                true
             }
             _ => false,
         }

@@ -194,10 +194,11 @@ impl Core {
 
     fn settle_present(&self, at: Place, granules: usize, content: Content<'_>) {
         let area = &self.areas[at.area];
-        let (mut wanted, mut answered) = (0, 0);
+        let (mut wanted, mut answered, mut met) = (0, 0, false);
         for granule in at.granule..at.granule + granules {
             let was = area.states.settle(granule, State::Present);
             answered += u64::from(was.requested);
+            met |= was.met;
             if was.wanted {
                 wanted += 1;
                 self.answered_late(Place { granule, ..at });
@@ -213,6 +214,16 @@ impl Core {
             Content::Cached => {}
         }
         self.answered(pages(answered));
+        if met {
+            self.was_met();
+        }
+    }
+
+    /// A granule is settled that somebody has met InFlight. Whoever looked whether all is there looks again.
+    pub(crate) fn was_met(&self) {
+        if self.status.take_interest() {
+            self.status.tell(Task::Check);
+        }
     }
 
     /// A fault that waited for a late source, if it did, has its page now.
@@ -270,6 +281,7 @@ impl Drop for Claim<'_> {
         for granule in self.place.granule..self.place.granule + self.left {
             if area.states.give_back(granule) {
                 drop(self.core.descriptor.wake(area.addr(granule), area.len_of(1)));
+                self.core.was_met();
             }
         }
     }

@@ -110,8 +110,8 @@ impl Plan {
             cursor.following = (!later.is_empty()).then_some((area, later));
             return Some((area, now));
         }
-        // Whether the source has just been asked for a page, and knows no more than before.
-        let mut asked = false;
+        // Once the source has been asked for a page: whether it knew no more after that than before.
+        let mut asked = None;
         loop {
             let area = core.areas.get(cursor.area)?;
             if cursor.granule >= area.states.len() {
@@ -127,16 +127,20 @@ impl Plan {
                     cursor.granule += granules;
                 }
                 // What a source does not know before it was asked is often known for a long way after one page.
-                Content::Unknown if !asked && area.small() => {
+                Content::Unknown if asked.is_none() && area.small() => {
                     let one = PageRun::single(area.block(), page);
                     let number = cursor.area;
                     cursor.granule += 1;
                     // Others go on meanwhile, and whoever has to begin again does not wait for a source that hangs.
-                    asked = MutexGuard::unlocked(&mut cursor, || self.unknown_stays_unknown(core, origin, number, one));
+                    let ask = || self.unknown_stays_unknown(core, origin, number, one);
+                    asked = Some(MutexGuard::unlocked(&mut cursor, ask));
                 }
                 Content::Zero | Content::Stored | Content::Unknown => {
-                    // With the page that was asked for before, one turn.
-                    let most = self.granules(area.granule) - usize::from(asked);
+                    // With the page that was asked for before, one turn: also where that has told of no other page.
+                    let most = match (asked, span.content) {
+                        (Some(false), Content::Unknown) => 1,
+                        _ => self.granules(area.granule) - usize::from(asked.is_some()),
+                    };
                     let take = most.clamp(1, granules.max(1));
                     let first = cursor.granule;
                     cursor.granule += take;
@@ -148,13 +152,21 @@ impl Plan {
 
     /// Asks for one page; `true` if the source does not know more after that than before.
     fn unknown_stays_unknown(&self, core: &Core, origin: &Origin, area: usize, one: PageRun) -> bool {
-        request(core, origin, area, one, PageCount(1));
+        self.request(core, origin, area, one);
         origin.source.run_at(one.block, one.first).content == Content::Unknown
     }
 
     /// One turn of a loader, in granules.
     fn granules(&self, granule: PageCount) -> usize {
         ByteLen(self.piece.0 / granule.0).get().max(1)
+    }
+
+    /// Requests what of a run is Missing, and counts it against the rate.
+    fn request(&self, core: &Core, origin: &Origin, area: usize, run: PageRun) {
+        let asked = request(core, origin, area, run, self.piece);
+        if let Some(rate) = &self.rate {
+            rate.lock().take(asked);
+        }
     }
 
     /// Why a loader has to wait now, if it has: for how long at most.
@@ -218,12 +230,7 @@ pub(crate) fn run(core: &Arc<Core>, plan: &Plan, origin: &Origin, cpu: Option<us
             continue;
         }
         match plan.next(core, origin) {
-            Some((area, run)) => {
-                let asked = request(core, origin, area, run, plan.piece);
-                if let Some(rate) = &plan.rate {
-                    rate.lock().take(asked);
-                }
-            }
+            Some((area, run)) => plan.request(core, origin, area, run),
             None => idle(core, plan),
         }
     }

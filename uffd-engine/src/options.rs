@@ -153,6 +153,9 @@ pub enum FailurePolicy {
     PoisonMissing,
     /// Only the pages whose content can't be had are poisoned, the VMM is told, and the engine goes on. A source that
     /// breaks as a whole ends the engine all the same.
+    ///
+    /// Where a page table of a guest is among them, KVM makes page faults of the guest's own of that: whoever wants the
+    /// guest to stop then has to see to it when it is told.
     PoisonFailed,
 }
 

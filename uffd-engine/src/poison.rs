@@ -25,6 +25,9 @@ impl Core {
             if was.requested && state == State::Poisoned {
                 self.answered(part.granule.0);
             }
+            if was.met {
+                self.was_met();
+            }
         }
     }
 

@@ -8,6 +8,7 @@ use userfaultfd::RegisterMode;
 
 use crate::StartError;
 use crate::sys::abi::Features;
+use crate::sys::memory::resident;
 
 /// What a region is made of: it decides which install operations work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -55,7 +56,7 @@ impl Region {
     ///
     /// For memory of this process the caller promises, for as long as the engine lives: it is mapped, of this backing
     /// and of at least this length, and nobody else maps over it. The engine changes it only through the kernel, and
-    /// only pages that nobody has seen yet.
+    /// only pages that nobody has seen yet: what is there when it starts stays as it is.
     #[must_use]
     pub fn new(start: HostAddr, run: PageRun, backing: Backing) -> Region {
         Region { start, run, backing, shared: backing == Backing::Memfd, alias: None }
@@ -138,6 +139,20 @@ pub(crate) fn check(regions: &[Region], layout: &Layout) -> Result<(), StartErro
             if !region.run.intersect(other.run).is_empty() {
                 return error(region, format!("{} is in the region at {} already", region.run, other.start));
             }
+        }
+    }
+    Ok(())
+}
+
+/// Refuses private memory of this process that is there already, all of it by the look of both ends: nothing of the
+/// source would ever get into it. (Of shared memory it may be right what is there.)
+pub(crate) fn check_unseen(regions: &[Region]) -> Result<(), StartError> {
+    for region in regions.iter().filter(|region| !region.shared && region.backing != Backing::Memfd) {
+        let last = region.range().end.0 - PAGE_SIZE;
+        if resident(region.start) && resident(HostAddr(last)) {
+            let reason = "its pages are there already (by mlockall, MAP_POPULATE, or because somebody has touched them), \
+                          and would stay as they are";
+            return Err(StartError::Region { start: region.start, length: region.len(), reason: reason.into() });
         }
     }
     Ok(())

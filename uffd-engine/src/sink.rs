@@ -63,6 +63,7 @@ impl PageSink for Core {
                 self.status.fail(error);
                 return Flow::Break(stopped());
             }
+            self.status.pages_fail(&error);
             let area = &self.areas[number];
             let first = area.granule_of(part.first);
             let last = area.granule_of(part.first + (part.pages - PageCount(1)));

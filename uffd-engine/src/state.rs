@@ -47,7 +47,7 @@ const STATE: u8 = 0b111;
 const REQUESTED: u8 = 1 << 3;
 /// Somebody stands still until it comes.
 const WANTED: u8 = 1 << 4;
-/// A fault was read while it was InFlight: it has been left to whoever installs it.
+/// Of an InFlight granule: a fault, or whoever looks whether all is there, has been left to who installs it.
 const MET: u8 = 1 << 5;
 /// Of an InFlight granule: the state it was claimed in, Missing if it is neither of these.
 const WAS: u8 = WAS_ZERO | WAS_REMOVED;
@@ -60,10 +60,13 @@ pub(crate) struct Entry {
     pub(crate) state: State,
     pub(crate) requested: bool,
     pub(crate) wanted: bool,
+    pub(crate) met: bool,
 }
 
 fn decode(byte: u8) -> Entry {
-    Entry { state: STATES[usize::from(byte & STATE)], requested: byte & REQUESTED != 0, wanted: byte & WANTED != 0 }
+    let has = |mark| byte & mark != 0;
+    let state = STATES[usize::from(byte & STATE)];
+    Entry { state, requested: has(REQUESTED), wanted: has(WANTED), met: has(MET) }
 }
 
 /// The states of a region's granules. Costs no memory where nothing has happened yet.
@@ -124,8 +127,8 @@ impl StateMap {
         )
     }
 
-    /// A granule that the caller has claimed becomes what it was before. `true` if a fault was left to the caller
-    /// meanwhile: whoever waits there has to be woken, to fault again.
+    /// A granule that the caller has claimed becomes what it was before. `true` if something was left to the caller
+    /// meanwhile: whoever waits there has to be woken, to fault again, and [told](crate::core::Core::was_met).
     pub(crate) fn give_back(&self, granule: usize) -> bool {
         let old = self.replace(granule, |old| {
             let state = match old & WAS {
@@ -145,7 +148,7 @@ impl StateMap {
         }
     }
 
-    /// Leaves a fault to whoever has claimed the granule; `false` if it is not InFlight any more.
+    /// Leaves something to whoever has claimed the granule; `false` if it is not InFlight any more.
     pub(crate) fn meet(&self, granule: usize) -> bool {
         let there = self.granules[granule].load(Ordering::Acquire);
         let met = |old| (decode(old).state == State::InFlight).then_some(old | MET);
@@ -244,7 +247,7 @@ mod tests {
         assert_eq!(map.request(0, true), Some(false));
         let was = map.mark_zero(0);
         assert!(was.requested && was.wanted);
-        assert_eq!(map.get(0), Entry { state: State::Zero, requested: false, wanted: true });
+        assert_eq!(map.get(0), Entry { state: State::Zero, requested: false, wanted: true, met: false });
         assert_eq!(map.request(0, true), None);
         assert!(map.claim_zero(0) && !map.claim_zero(1));
         assert_eq!(map.mark_zero(0).state, State::InFlight);
@@ -286,7 +289,7 @@ mod tests {
                 assert!(map.claim(granule) || map.claim_zero(granule));
                 assert!(!met || map.meet(granule));
                 assert_eq!(map.give_back(granule), met);
-                assert_eq!(map.get(granule), Entry { state: was, requested: false, wanted: false });
+                assert_eq!(map.get(granule), Entry { state: was, requested: false, wanted: false, met: false });
             }
         }
     }
@@ -327,10 +330,10 @@ mod tests {
         assert_eq!(map.request(0, true), Some(true));
         assert!(map.claim(0));
         map.settle(0, State::Missing);
-        assert_eq!(map.get(0), Entry { state: State::Missing, requested: true, wanted: true });
+        assert_eq!(map.get(0), Entry { state: State::Missing, requested: true, wanted: true, met: false });
         assert!(map.claim(0));
         let was = map.settle(0, State::Present);
         assert!(was.wanted && was.requested);
-        assert_eq!(map.get(0), Entry { state: State::Present, requested: false, wanted: false });
+        assert_eq!(map.get(0), Entry { state: State::Present, requested: false, wanted: false, met: false });
     }
 }

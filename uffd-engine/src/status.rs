@@ -1,7 +1,7 @@
 //! What the threads of an engine tell its supervisor, and what the supervisor tells everybody.
 
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
@@ -46,6 +46,10 @@ const ENDED: u8 = 3;
 #[derive(Debug, Default)]
 pub(crate) struct Status {
     phase: AtomicU8,
+    /// The supervisor waits for an install that is under way.
+    interested: AtomicBool,
+    /// Why the first pages that failed did, where the engine went on.
+    failed_pages: OnceLock<EngineError>,
     inbox: Mutex<Inbox>,
     arrived: Condvar,
     outcome: Mutex<Option<Outcome>>,
@@ -80,6 +84,26 @@ impl Status {
         if begun {
             self.tell(Task::Fail(error));
         }
+    }
+
+    /// Some pages are about to be poisoned, and the engine goes on.
+    pub(crate) fn pages_fail(&self, error: &EngineError) {
+        self.failed_pages.get_or_init(|| error.clone());
+    }
+
+    /// Why the first of them failed.
+    pub(crate) fn failed_pages(&self) -> Option<&EngineError> {
+        self.failed_pages.get()
+    }
+
+    /// To be said before an install is met that is under way: whoever settles it tells.
+    pub(crate) fn be_interested(&self) {
+        self.interested.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether somebody was interested; nobody is then.
+    pub(crate) fn take_interest(&self) -> bool {
+        self.interested.swap(false, Ordering::SeqCst)
     }
 
     pub(crate) fn tell(&self, task: Task) {

@@ -41,22 +41,40 @@ impl Supervisor {
     pub(crate) fn run(mut self) {
         self.core.status.supervised_here();
         loop {
-            match self.core.status.next_task() {
-                Task::FirstFault => {
-                    let after = self.core.counters.time_to_first_fault().unwrap_or_default();
-                    self.tell(&Event::FirstFault { after });
-                }
-                Task::PagesFailed(error) => self.tell(&Event::PagesFailed(error)),
-                Task::Check => {
-                    if self.check() {
-                        return;
+            let task = self.core.status.next_task();
+            let last = matches!(task, Task::Fail(_));
+            match catch_unwind(AssertUnwindSafe(|| self.act(task))) {
+                Ok(true) => return,
+                Ok(false) => {}
+                // Most likely the source has panicked, which is asked here. Nobody else could end the engine.
+                Err(_) => {
+                    let error = EngineError::ThreadDied("the supervisor panicked");
+                    self.core.status.fail(error.clone());
+                    if last || !self.core.status.failing() {
+                        return self.fail(error);
                     }
                 }
-                Task::LookUp => self.look_up(),
-                Task::Thaw => self.thaw(),
-                Task::Fail(error) => return self.fail(error),
             }
         }
+    }
+
+    /// Does one thing. `true` if that was the last one.
+    fn act(&mut self, task: Task) -> bool {
+        match task {
+            Task::FirstFault => {
+                let after = self.core.counters.time_to_first_fault().unwrap_or_default();
+                self.tell(&Event::FirstFault { after });
+            }
+            Task::PagesFailed(error) => self.tell(&Event::PagesFailed(error)),
+            Task::Check => return self.check(),
+            Task::LookUp => self.look_up(),
+            Task::Thaw => self.thaw(),
+            Task::Fail(error) => {
+                self.fail(error);
+                return true;
+            }
+        }
+        false
     }
 
     /// A freeze has ended on a thread that reads faults.
@@ -88,16 +106,18 @@ impl Supervisor {
 
     /// Ends the engine if nothing is missing any more.
     fn check(&mut self) -> bool {
-        let mut missing = false;
+        let (mut missing, mut under_way) = (false, false);
         for number in 0..self.core.areas.len() {
             if self.reported[number] {
                 continue;
             }
-            if self.lacks(number) {
-                missing = true;
-            } else {
-                self.reported[number] = true;
-                self.tell(&Event::RegionComplete { run: self.core.areas[number].region.run });
+            match self.lack(number) {
+                Lack::Content => missing = true,
+                Lack::Install => under_way = true,
+                Lack::Nothing => {
+                    self.reported[number] = true;
+                    self.tell(&Event::RegionComplete { run: self.core.areas[number].region.run });
+                }
             }
         }
         if missing {
@@ -105,6 +125,10 @@ impl Supervisor {
             self.core.outstanding.set_all_requested(false);
             self.plan.rewind();
             self.core.outstanding.wake();
+            return false;
+        }
+        if under_way {
+            // Whoever is at it tells.
             return false;
         }
         if let Err(error) = self.origin.source.verify() {
@@ -136,13 +160,28 @@ impl Supervisor {
         !frozen && self.core.status.begin_completion()
     }
 
-    /// Whether content of an area is still missing, by its page states.
-    fn lacks(&self, number: usize) -> bool {
+    /// What of an area's content is still missing, by its page states. Where that is an install, whoever is at it has the
+    /// engine checked again.
+    fn lack(&self, number: usize) -> Lack {
         let area = &self.core.areas[number];
-        area.stored(&*self.origin.source).any(|(first, granules)| {
-            (first..first + granules)
-                .any(|granule| matches!(area.states.get(granule).state, State::Missing | State::InFlight))
-        })
+        let mut lack = Lack::Nothing;
+        for granule in area.stored(&*self.origin.source).flat_map(|(first, granules)| first..first + granules) {
+            loop {
+                match area.states.get(granule).state {
+                    State::Missing => return Lack::Content,
+                    State::InFlight => {
+                        self.core.status.be_interested();
+                        if !area.states.meet(granule) {
+                            continue;
+                        }
+                        lack = Lack::Install;
+                    }
+                    State::Present | State::Zero | State::Removed | State::Poisoned => {}
+                }
+                break;
+            }
+        }
+        lack
     }
 
     /// Poisons what is missing, tells the VMM, and lets the memory go: what is zero then reads as zero.
@@ -157,6 +196,15 @@ impl Supervisor {
         self.core.status.end(Outcome::Failed(error.clone()));
         self.tell(&Event::Failed(error));
     }
+}
+
+/// What an area lacks.
+enum Lack {
+    Nothing,
+    /// An install is under way.
+    Install,
+    /// Something is Missing.
+    Content,
 }
 
 /// Where pages can't be poisoned, the descriptor is never closed: what is missing would read as zero then.
@@ -183,8 +231,13 @@ impl Core {
 
     /// Poisons what is missing of the source's content, and then lets the memory go.
     pub(crate) fn fail_closed(&self, source: &dyn PageSource) {
-        for area in 0..self.areas.len() {
-            self.poison_missing(source, area);
+        for number in 0..self.areas.len() {
+            let area = &self.areas[number];
+            let stored = || self.poison_missing(number, area.stored(source));
+            if catch_unwind(AssertUnwindSafe(stored)).is_err() {
+                // Nobody knows any more what is zero.
+                self.poison_missing(number, std::iter::once((0, area.states.len())));
+            }
         }
         if !self.staging.cannot_poison.load(Ordering::Acquire) {
             self.unregister();
@@ -193,9 +246,9 @@ impl Core {
         self.read_for_want_of_handlers();
     }
 
-    fn poison_missing(&self, source: &dyn PageSource, number: usize) {
+    fn poison_missing(&self, number: usize, spans: impl Iterator<Item = (usize, usize)>) {
         let area = &self.areas[number];
-        for (first, granules) in area.stored(source) {
+        for (first, granules) in spans {
             let mut at = first;
             while at < first + granules {
                 let run = (at..first + granules).take_while(|&granule| area.states.claim_missing(granule)).count();

@@ -7,9 +7,10 @@ use std::time::Duration;
 
 use common::collector::layout;
 use common::refused::right_or_refused;
-use common::{Kind, Memory, counted};
+use common::{Kind, Memory, PAGE, counted};
 use page_source::{
-    BlockId, Feed, Layout, PageCount, PageIndex, PageRun, PageSink, PageSource, SourceError, Span, Urgency,
+    BlockId, ByteLen, Feed, FlatFile, Layout, PageCount, PageIndex, PageRun, PageSink, PageSource, SourceError, Span,
+    Urgency,
 };
 use testkit::gate::Gate;
 use testkit::oracle::Oracle;
@@ -19,7 +20,7 @@ use uffd_engine::{Background, EngineError, FreezeOptions};
 /// Requests of the background come to a gate before they are answered.
 #[derive(Debug)]
 struct Held {
-    inner: MemorySource,
+    inner: Arc<dyn PageSource>,
     gate: Gate,
     /// Passed by the supervisor each time it looks whether something is missing.
     checked: Gate,
@@ -29,9 +30,9 @@ struct Held {
 struct HeldFeed(Box<dyn Feed>, Gate);
 
 impl Held {
-    fn new(inner: MemorySource) -> (Arc<Held>, Gate) {
+    fn new(inner: impl PageSource + 'static) -> (Arc<Held>, Gate) {
         let gate = Gate::closed();
-        (Arc::new(Held { inner, gate: gate.clone(), checked: Gate::open_at_first() }), gate)
+        (Arc::new(Held { inner: Arc::new(inner), gate: gate.clone(), checked: Gate::open_at_first() }), gate)
     }
 }
 
@@ -86,6 +87,41 @@ fn a_pause_stops_the_background_and_not_the_demand() {
     let stats = counted(&engine, |stats| stats.background_pages >= half);
     assert!(stats.background_pages >= half, "{stats:?}");
     memory.assert_equals(&oracle);
+}
+
+/// A file with a hole after each page, which tells of one page at a time: between any two of them the background may be
+/// paused or held back.
+#[test]
+fn a_file_full_of_holes_is_loaded_turn_by_turn() {
+    testkit::require!(Userfaultfd);
+    const PAGES: u64 = 2048;
+    let page = |number: u64| vec![u8::try_from(number % 2).unwrap(); PAGE];
+    let oracle = Oracle::new([("ram", (0..PAGES).flat_map(page).collect())]).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("flat");
+    let blocks = oracle.write_flat(&path).unwrap();
+    let ways = [Background::default(), Background::default().with_rate(ByteLen(1))];
+    for (background, pauses) in ways.into_iter().zip([true, false]) {
+        let memory = Memory::new(Kind::Anonymous, oracle.layout());
+        let (source, gate) = Held::new(FlatFile::open(&path, blocks.clone()).unwrap());
+        let engine = memory.engine(source).background(background).start().unwrap();
+        gate.wait_for(1);
+        if pauses {
+            engine.pause_background();
+        }
+        gate.open();
+        // The first request was under way, and its turn may go on to a second page.
+        for number in (3..PAGES).map(PageIndex) {
+            memory.load(BlockId(0), number);
+        }
+        let stats = engine.stats();
+        assert!(stats.background_pages <= 2 && engine.outcome().is_none(), "{stats:?}");
+        engine.resume_background();
+        if pauses {
+            engine.wait().unwrap();
+            memory.assert_equals(&oracle);
+        }
+    }
 }
 
 /// The supervisor begins the load again while a loader stands in its source, and is then to end the engine.

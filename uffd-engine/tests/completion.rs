@@ -3,6 +3,7 @@
 mod common;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use common::{Kind, Memory};
@@ -16,10 +17,11 @@ use testkit::oracle::Oracle;
 use testkit::source::MemorySource;
 use uffd_engine::{Background, Discards, PausePoint};
 
-/// Lets the test push pages that nobody asked for.
+/// Lets the test push pages that nobody asked for, and counts how often the supervisor asks what there is.
 #[derive(Debug)]
 struct Pushing {
     inner: MemorySource,
+    asked: Arc<AtomicU64>,
     sink: Arc<Mutex<Option<Arc<dyn PageSink>>>>,
 }
 
@@ -29,6 +31,9 @@ impl PageSource for Pushing {
     }
 
     fn run_at(&self, block: BlockId, first: PageIndex) -> Span {
+        if std::thread::current().name() == Some("uffd-supervisor") {
+            self.asked.fetch_add(1, Ordering::Relaxed);
+        }
         self.inner.run_at(block, first)
     }
 
@@ -39,7 +44,8 @@ impl PageSource for Pushing {
 }
 
 /// A page is claimed by the fault handler and not installed yet, everything else is there, and the same page comes once
-/// more from elsewhere: nothing is outstanding any more, and still the engine must not let the memory go.
+/// more from elsewhere: nothing is outstanding any more, and still the engine must not let the memory go. It waits for the
+/// install, and does not look again and again whether that is done.
 #[test]
 fn a_page_that_is_being_installed_is_waited_for() {
     testkit::require!(Userfaultfd);
@@ -51,7 +57,9 @@ fn a_page_that_is_being_installed_is_waited_for() {
     for discards in [Discards::Announced, Discards::Events] {
         let memory = Memory::new(Kind::Anonymous, oracle.layout());
         let sink = Arc::new(Mutex::new(None));
-        let source = Pushing { inner: MemorySource::new(Arc::clone(&oracle)), sink: Arc::clone(&sink) };
+        let asked = Arc::new(AtomicU64::new(0));
+        let inner = MemorySource::new(Arc::clone(&oracle));
+        let source = Pushing { inner, asked: Arc::clone(&asked), sink: Arc::clone(&sink) };
         let gate = Gate::closed();
         let at_gate = gate.clone();
         let engine = memory
@@ -73,8 +81,11 @@ fn a_page_that_is_being_installed_is_waited_for() {
             assert!(push.data(one, PageBytes::from_slice(oracle.run(one))).is_continue());
             // Something that must not happen can only be waited for by the clock; what is right does not depend on it.
             let ended = engine.wait_for(Duration::from_millis(200));
+            let asked = asked.load(Ordering::Relaxed);
             gate.open();
             assert!(ended.is_none(), "{ended:?}");
+            // A look asks for each run of pages once, and there are few reasons to look.
+            assert!((1..=8 * 64).contains(&asked), "{asked} questions");
             assert!(touching.join().unwrap() == oracle.run(one));
         });
         engine.wait().unwrap();

@@ -226,12 +226,12 @@ fn two_engines_are_strangers() {
 fn nothing_is_left_open() {
     testkit::require!(Userfaultfd);
     let oracle = oracle(12, 64, 255);
-    let memory = Memory::new(Kind::Anonymous, oracle.layout());
     let done = AtomicBool::new(false);
     let tasks = || std::fs::read_dir("/proc/self/task").unwrap().count();
     // Other tests of this process come and go: what counts is that a thousand engines leave no thousand of anything.
     let (fds, threads) = (common::fd_count(), tasks());
     for _ in 0..200 {
+        let memory = Memory::new(Kind::Anonymous, oracle.layout());
         let engine = memory.engine(Arc::new(MemorySource::new(Arc::clone(&oracle)))).start().unwrap();
         done.store(engine.wait().is_ok(), Ordering::Relaxed);
     }

@@ -315,6 +315,31 @@ fn arrangements_of_handlers_are_measured_and_work() {
     }
 }
 
+/// All of it is there before (`mlockall` does that to fresh memory): the guest would get zeros. A page that somebody has
+/// written before stays.
+#[test]
+fn memory_that_is_there_already_is_refused() {
+    testkit::require!(Userfaultfd);
+    let _room = Overcommit::reserve(8).unwrap();
+    let oracle = common::scripted::full(1024);
+    for kind in [Kind::Anonymous, Kind::HugetlbPrivate] {
+        let memory = Memory::new(kind, oracle.layout());
+        let touch = |page| memory.store(BlockId(0), PageIndex(page), &[9; common::PAGE]);
+        let start = || memory.engine(Arc::new(MemorySource::new(Arc::clone(&oracle)))).start();
+        if kind == Kind::Anonymous {
+            // (It may bring a huge page with it.)
+            touch(0);
+            start().unwrap().wait().unwrap();
+            assert_eq!(memory.load(BlockId(0), PageIndex(0)), [9; common::PAGE]);
+            let one = PageRun::single(BlockId(0), PageIndex(1023));
+            assert!(memory.load(BlockId(0), one.first) == oracle.run(one));
+        }
+        (0..1024).for_each(touch);
+        let error = start().unwrap_err().to_string();
+        assert!(error.contains("there already"), "{error}");
+    }
+}
+
 #[test]
 fn cores_that_do_not_exist_are_refused() {
     testkit::require!(Userfaultfd);

@@ -103,22 +103,21 @@ impl GuestRam {
         Ok(GuestRam { memory, layout, pieces, aliases, frozen: Frozen::default() })
     }
 
-    /// Takes memory that a VMM has already: each region is a RAM block of its own, named by `name`.
+    /// Takes memory that a VMM has already: each region is a RAM block of its own, named by `name`. What it is made of is
+    /// told by how it is mapped, and by its file.
     ///
     /// # Errors
-    /// If names repeat, or a region is not whole pages.
+    /// If names repeat, a region is not whole pages, or its huge pages are not of 2 MiB.
     pub fn adopt(memory: Memory, name: impl Fn(GuestAddr) -> String) -> Result<GuestRam, MemoryError> {
         let mut blocks = Vec::new();
         let mut pieces = Vec::new();
         for (region, id) in memory.iter().zip(0..) {
             let guest = GuestAddr(region.start_addr().0);
             let shared = region.flags() & libc::MAP_SHARED != 0;
-            let backing = match (region.is_hugetlbfs(), region.file_offset()) {
-                (Some(true), _) => Backing::Hugetlb,
-                (_, Some(_)) => Backing::Memfd,
-                (_, None) => Backing::Anonymous,
-            };
-            let block = RamBlock::new(name(guest), ByteLen(region.len()), backing.granule())?;
+            let (name, length) = (name(guest), ByteLen(region.len()));
+            let backing = map::backing_of(region)
+                .map_err(|reason| MemoryError::Collection(format!("RAM block \"{name}\" at {guest}: {reason}")))?;
+            let block = RamBlock::new(name, length, backing.granule())?;
             let run = PageRun::new(BlockId(id), PageIndex(0), block.pages());
             let host = HostAddr(region.as_ptr().addr() as u64);
             blocks.push(block);

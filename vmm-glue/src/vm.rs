@@ -105,6 +105,10 @@ impl Vm {
         if vcpu.is_none() && engine.is_none() {
             return None;
         }
+        // A guest that has lost its page tables or its handlers of exceptions crashes; pages that failed are why.
+        let crashed = matches!(vcpu.as_deref(), Some(VcpuError::Shutdown { .. } | VcpuError::Internal { .. }));
+        let lost = || self.engine.as_ref().filter(|_| crashed).and_then(Engine::failed_pages);
+        let engine = engine.or_else(lost);
         let of_vcpu = match vcpu.as_deref() {
             Some(VcpuError::PageFailed { guest, .. }) => *guest,
             _ => None,

@@ -207,6 +207,28 @@ fn a_page_table_that_is_gone_is_told_by_the_engine() {
     }
 }
 
+/// With a huge page goes all that the guest has to handle exceptions with: it crashes, though the engine goes on.
+#[test]
+fn a_guest_that_crashes_for_want_of_a_page_is_told_which() {
+    require!(Kvm, Userfaultfd);
+    let _room = testkit::hugepages::Overcommit::reserve(32).unwrap();
+    for privilege in [Privilege::Kernel, Privilege::User] {
+        let table = |_: &Rig| GuestAddr(0x4_0000);
+        let (vm, guest, _) = restored_without(privilege, Backing::Hugetlb, FailurePolicy::PoisonFailed, table);
+        let error = run_to_failure(&vm);
+        match error.vcpu.as_deref() {
+            Some(VcpuError::Shutdown { .. }) => {
+                assert_eq!(error.guest, Some(guest), "{error}");
+                assert!(error.engine.is_some() && error.to_string().contains("the page is gone"), "{error}");
+            }
+            // Where the processor itself walks the guest's page tables.
+            Some(VcpuError::PageFailed { guest: Some(at), .. }) => assert_eq!(at.0 >> 21, guest.0 >> 21, "{error}"),
+            other => panic!("{other:?}: {error}"),
+        }
+        assert!(vm.engine().unwrap().outcome().is_none());
+    }
+}
+
 #[test]
 fn an_engine_that_fails_stops_the_guest_and_says_why() {
     require!(Kvm, Userfaultfd);

@@ -5,6 +5,7 @@ mod common;
 use std::fs::File;
 use std::sync::Arc;
 
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, fork};
 use page_source::{
@@ -79,6 +80,39 @@ fn regions_of_a_vmm_are_adopted() {
     // Only what was touched exists.
     let source = RamSource::new(Arc::new(ram)).unwrap();
     assert!((1..=HUGE).contains(&source.populated().0), "{:?}", source.populated());
+}
+
+/// Whoever mapped the memory may have told `vm-memory` nothing about huge pages.
+#[test]
+fn huge_pages_are_recognised() {
+    const LEN: usize = 4 << 20;
+    let _room = testkit::hugepages::Overcommit::reserve(8).unwrap();
+    let file = File::from(memfd_create("huge", MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB).unwrap());
+    file.set_len(LEN as u64).unwrap();
+    let anonymous = libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | libc::MAP_NORESERVE;
+    let file = FileOffset::new(file, 0);
+    let small = File::from(memfd_create("small", MFdFlags::empty()).unwrap());
+    small.set_len(LEN as u64).unwrap();
+    let adopted_of = |len, flags, file: Option<FileOffset>| {
+        let builder = MmapRegionBuilder::new_with_bitmap(len, ());
+        let builder = builder.with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE).with_mmap_flags(flags);
+        let builder = if let Some(file) = file { builder.with_file_offset(file) } else { builder };
+        let region = GuestRegionMmap::new(builder.build().unwrap(), GuestAddress(0)).unwrap();
+        let ram = GuestRam::adopt(Memory::from_regions(vec![region]).unwrap(), |_| "ram".into())?;
+        let piece = &ram.pieces()[0];
+        Ok::<_, vmm_glue::MemoryError>((piece.backing, piece.shared))
+    };
+    let adopted = |flags, file| adopted_of(LEN, flags, file);
+    assert_eq!(adopted(libc::MAP_SHARED, Some(file.clone())).unwrap(), (Backing::Hugetlb, true));
+    assert_eq!(adopted(libc::MAP_PRIVATE | libc::MAP_NORESERVE, Some(file)).unwrap(), (Backing::Hugetlb, false));
+    assert_eq!(adopted(libc::MAP_PRIVATE | anonymous, None).unwrap(), (Backing::Hugetlb, false));
+    assert_eq!(adopted(libc::MAP_PRIVATE | anonymous | libc::MAP_HUGE_2MB, None).unwrap(), (Backing::Hugetlb, false));
+    assert_eq!(adopted(libc::MAP_SHARED, Some(FileOffset::new(small, 0))).unwrap(), (Backing::Memfd, true));
+    // Where the processor has pages of 1 GiB, a mapping can be made of them, though there may be none.
+    if std::fs::exists("/sys/kernel/mm/hugepages/hugepages-1048576kB").unwrap() {
+        let error = adopted_of(1 << 30, libc::MAP_PRIVATE | anonymous | libc::MAP_HUGE_1GB, None).unwrap_err();
+        assert!(error.to_string().contains("1073741824 bytes"), "{error}");
+    }
 }
 
 #[test]

@@ -28,10 +28,10 @@ impl PageRun {
         PageRun::new(block, page, PageCount(1))
     }
 
-    /// The page after the last one.
+    /// The page after the last one; the last of all numbers, if that is beyond it.
     #[must_use]
     pub fn end(self) -> PageIndex {
-        self.first + self.pages
+        PageIndex(self.first.0.saturating_add(self.pages.0))
     }
 
     /// Length in bytes.
@@ -121,5 +121,15 @@ mod tests {
         assert!(run(0, 5).intersect(run(5, 1)).is_empty());
         let other = PageRun::new(BlockId(1), PageIndex(0), PageCount(9));
         assert!(run(0, 5).intersect(other).is_empty());
+    }
+
+    #[test]
+    fn runs_beyond_all_numbers_are_only_outside() {
+        const MAX: u64 = u64::MAX;
+        for wild in [run(MAX, 1), run(MAX, MAX), run(10, MAX - 5)] {
+            assert_eq!((wild.end(), wild.contains(PageIndex(5))), (PageIndex(MAX), false));
+            assert!(wild.intersect(run(0, 10)).is_empty(), "{wild}");
+        }
+        assert_eq!(run(10, MAX - 5).intersect(run(0, 20)), run(10, 10));
     }
 }

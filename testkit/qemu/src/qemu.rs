@@ -14,6 +14,7 @@ use fastload_qmp::{Capabilities, Qmp, QmpError};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde_json::json;
 use tempfile::TempDir;
+use testkit::scratch::Scratch;
 
 use crate::blocks::Hidden;
 use crate::guest::{STATUS, Status, TICKS};
@@ -323,7 +324,7 @@ impl Qemu {
     pub fn dump(&mut self) -> Result<RamDump, QemuError> {
         self.execute("stop", json!({}))?;
         // Each piece is there for a moment: not on a disk, unless QEMU is somebody who may not write elsewhere.
-        let pieces = tempfile::Builder::new().prefix("fastload-dump-").tempdir_in("/dev/shm").ok();
+        let pieces = Scratch::new_in(Path::new("/dev/shm")).ok();
         let pieces = pieces.filter(|_| self.setup.user.is_none());
         let mut wanted = self.setup.machine.ram_ranges(self.setup.ram());
         wanted.push((0xfffe_0000, 1 << 32));
@@ -336,7 +337,7 @@ impl Qemu {
             // A piece at a time, since zero pages take room in the file that QEMU writes.
             for at in (first..last).step_by(DUMPED) {
                 let size = (last - at).min(DUMPED as u64);
-                let path = pieces.as_ref().unwrap_or(&self.dir).path().join("dump");
+                let path = pieces.as_ref().map_or(self.dir.path(), Scratch::path).join("dump");
                 let name = path.display().to_string();
                 self.execute("pmemsave", json!({"val": at, "size": size, "filename": name}))?;
                 let opened = File::open(&path).and_then(|file| fs::remove_file(&path).map(|()| file));

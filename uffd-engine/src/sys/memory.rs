@@ -149,6 +149,14 @@ impl Drop for Scratch {
     }
 }
 
+/// Whether the page at that address, of this process, is in memory: mincore(2). What can't be told is not.
+pub(crate) fn resident(page: HostAddr) -> bool {
+    let mut is = 0;
+    // SAFETY: it reads the page table, and writes one byte, for one page.
+    let status = unsafe { libc::mincore(std::ptr::without_provenance_mut(len_of(page)), 1, &raw mut is) };
+    status == 0 && is & 1 != 0
+}
+
 /// Gives a range of this process back: `MADV_DONTNEED` drops private pages, `MADV_REMOVE` punches the file behind
 /// shared ones.
 pub(crate) fn give_back(start: HostAddr, len: ByteLen, shared: bool) -> io::Result<()> {

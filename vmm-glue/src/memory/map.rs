@@ -1,13 +1,14 @@
-//! Mapping fresh memory.
+//! Mapping fresh memory, and what mapped memory is made of.
 
 use std::fs::File;
 use std::io;
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use page_source::{ByteLen, RamBlock};
+use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
+use page_source::{ByteLen, PageSize, RamBlock};
 use uffd_engine::Backing;
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{FileOffset, MmapRegion};
+use vm_memory::{FileOffset, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
 
 pub(super) fn file_of(block: &RamBlock, backing: Backing) -> io::Result<Option<File>> {
     let flags = match backing {
@@ -40,4 +41,30 @@ pub(super) fn map(
         }
     };
     Ok(builder.build()?)
+}
+
+/// What a region of somebody else is made of; what cannot be is an error. (Whether `vm-memory` was told that it consists of
+/// huge pages is up to who mapped it.)
+pub(super) fn backing_of(region: &GuestRegionMmap<()>) -> Result<Backing, String> {
+    let page = match region.file_offset() {
+        Some(at) => {
+            let system = fstatfs(at.file()).map_err(|error| format!("its file can't be asked what it is: {error}"))?;
+            // In a file system of huge pages a block is one of them (Linux fs/hugetlbfs/inode.c).
+            (system.filesystem_type() == HUGETLBFS_MAGIC).then(|| u64::try_from(system.block_size()).unwrap_or(0))
+        }
+        None => {
+            // mmap(2): the logarithm of the page size, or 0 for the usual size.
+            let shift = region.flags() >> libc::MAP_HUGE_SHIFT & 0x3f;
+            let size = if shift == 0 { PageSize::HUGE.bytes().0 } else { 1 << shift };
+            (region.flags() & libc::MAP_HUGETLB != 0 || region.is_hugetlbfs() == Some(true)).then_some(size)
+        }
+    };
+    match (page, region.file_offset()) {
+        (Some(size), _) if size != PageSize::HUGE.bytes().0 => {
+            Err(format!("huge pages of {size} bytes can't be served"))
+        }
+        (Some(_), _) => Ok(Backing::Hugetlb),
+        (None, Some(_)) => Ok(Backing::Memfd),
+        (None, None) => Ok(Backing::Anonymous),
+    }
 }

@@ -9,6 +9,7 @@ use bench::figure::table;
 use bench::figures::{Bench, GROUPS, selected};
 use bench::out;
 use clap::Parser;
+use testkit::scratch::Scratch;
 
 #[derive(Debug, Parser)]
 struct Cli {
@@ -54,7 +55,8 @@ fn run(cli: &Cli) -> Result<bool, Box<dyn Error + Send + Sync>> {
         writable.map_err(|error| format!("{}: {error}", path.display()))?;
     }
     let [near, far] = bench::sys::two_cores()?;
-    let bench = Bench { directory: cli.directory.clone(), near, far };
+    let scratch = Scratch::new_in(&cli.directory).map_err(|error| format!("{}: {error}", cli.directory.display()))?;
+    let bench = Bench { directory: scratch.path().to_owned(), near, far };
     let (mut figures, mut failed) = (Vec::new(), None);
     for group in groups {
         eprintln!("measuring {} ...", group.names.join(", "));

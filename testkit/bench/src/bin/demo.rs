@@ -8,6 +8,7 @@ use bench::demo::run::{Shown, demo};
 use bench::out;
 use clap::Parser;
 use page_source::ByteLen;
+use testkit::scratch::Scratch;
 
 #[derive(Debug, Parser)]
 struct Cli {
@@ -37,7 +38,7 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> Result<Shown, Box<dyn std::error::Error + Send + Sync>> {
-    let directory = tempfile::tempdir_in(&cli.directory)?;
+    let directory = Scratch::new_in(&cli.directory).map_err(|error| format!("{}: {error}", cli.directory.display()))?;
     let shown = demo(cli.ram, directory.path(), |what| {
         if !cli.json {
             // What it comes to is said at the end, or nobody listens.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::statvfs::statvfs;
 use serde_json::json;
-use tempfile::TempDir;
+use testkit::scratch::Scratch;
 use testkit_qemu::guest::{LOWEST, Plan};
 use testkit_qemu::{Fastload, Machine, Qemu, Setup};
 
@@ -30,10 +30,10 @@ pub(super) fn room(bytes: u64) -> Result<(), String> {
 
 /// A directory for `bytes` of files: on tmpfs, where neither write-back nor reclaim disturbs what is measured, or else
 /// where the other figures have theirs.
-pub(super) fn place(bench: &Bench, bytes: u64) -> Measured<TempDir> {
+pub(super) fn place(bench: &Bench, bytes: u64) -> Measured<Scratch> {
     let shared = Path::new("/dev/shm");
     let fits = statvfs(shared).is_ok_and(|free| free.blocks_available() * free.fragment_size() >= bytes);
-    Ok(tempfile::tempdir_in(if fits { shared } else { &bench.directory })?)
+    Ok(Scratch::new_in(if fits { shared } else { &bench.directory })?)
 }
 
 /// What a guest does once it has filled its memory.

@@ -1,0 +1,146 @@
+//! A source that panics when an engine's thread asks it something: the engine fails closed, and whoever waits is answered.
+
+mod common;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use common::refused::right_or_refused_or_zero;
+use common::{Kind, Memory, PAGE};
+use page_source::{BlockId, Feed, Layout, PageIndex, PageRun, PageSink, PageSource, SourceError, Span, Urgency};
+use testkit::oracle::Oracle;
+use testkit::source::MemorySource;
+use uffd_engine::{Background, Engine, EngineError};
+
+/// What a source is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Question {
+    RunAt,
+    Verify,
+    Alive,
+}
+
+/// Panics whenever a thread of that name asks that, after it has asked so often.
+#[derive(Clone, Debug)]
+struct Panicking {
+    inner: MemorySource,
+    question: Question,
+    thread: &'static str,
+    after: u64,
+    asked: Arc<AtomicU64>,
+}
+
+impl Panicking {
+    fn hear(&self, question: Question) {
+        if question == self.question && std::thread::current().name() == Some(self.thread) {
+            assert!(self.asked.fetch_add(1, Ordering::Relaxed) < self.after, "injected");
+        }
+    }
+}
+
+impl PageSource for Panicking {
+    fn layout(&self) -> &Layout {
+        self.inner.layout()
+    }
+
+    fn run_at(&self, block: BlockId, first: PageIndex) -> Span {
+        self.hear(Question::RunAt);
+        self.inner.run_at(block, first)
+    }
+
+    fn verify(&self) -> Result<(), SourceError> {
+        self.hear(Question::Verify);
+        Ok(())
+    }
+
+    fn start(&self, sink: Arc<dyn PageSink>) -> Result<Box<dyn Feed>, SourceError> {
+        Ok(Box::new(PanickingFeed(self.inner.start(sink)?, self.clone())))
+    }
+}
+
+#[derive(Debug)]
+struct PanickingFeed(Box<dyn Feed>, Panicking);
+
+impl Feed for PanickingFeed {
+    fn request(&self, run: PageRun, urgency: Urgency) {
+        // One that is asked whether it lives has not answered.
+        if self.1.question != Question::Alive {
+            self.0.request(run, urgency);
+        }
+    }
+
+    fn alive(&self) -> bool {
+        self.1.hear(Question::Alive);
+        true
+    }
+}
+
+const PAGES: u64 = 64;
+/// The first half has content.
+const ZERO: PageIndex = PageIndex(PAGES / 2 + 4);
+const GIVEN_BACK: PageIndex = PageIndex(4);
+
+/// Lets the source panic, sees what comes of it, and answers how many pages can't be had.
+fn refused(
+    question: Question,
+    thread: &'static str,
+    after: u64,
+    background: Background,
+    does: impl Fn(&Memory, &Engine),
+) -> u64 {
+    let page = |number: u64| vec![u8::from(number < PAGES / 2); PAGE];
+    let oracle = Arc::new(Oracle::new([("ram", (0..PAGES).flat_map(page).collect())]).unwrap());
+    let memory = Memory::new(Kind::Anonymous, oracle.layout());
+    let inner = MemorySource::new(Arc::clone(&oracle));
+    let source = Panicking { inner, question, thread, after, asked: Arc::default() };
+    let engine = memory.engine(Arc::new(source)).background(background).start().unwrap();
+    does(&memory, &engine);
+    let given_back: &[_] = if engine.stats().removed_pages > 0 { &[GIVEN_BACK] } else { &[] };
+    let Some(Err(error)) = engine.wait_for(Duration::from_secs(20)) else {
+        // It would be waited for without end.
+        std::mem::forget(engine);
+        panic!("{question:?} on {thread}: it goes on");
+    };
+    let cancelled = matches!(error, EngineError::Cancelled);
+    assert!(cancelled || matches!(error, EngineError::ThreadDied(_)), "{question:?} on {thread}: {error}");
+    drop(engine);
+    right_or_refused_or_zero(&memory, &oracle, given_back)
+}
+
+#[test]
+fn the_supervisor_asks() {
+    testkit::require!(Userfaultfd);
+    let (all, none) = (Background::default, Background::off);
+    const ME: &str = "uffd-supervisor";
+    // Everything is there when it asks. Who can't say what is zero is not believed that anything is.
+    assert_eq!(refused(Question::RunAt, ME, 0, all(), |_, _| ()), PAGES / 2);
+    assert_eq!(refused(Question::Verify, ME, 0, all(), |_, _| ()), 0);
+    assert_eq!(refused(Question::Alive, ME, 0, all(), |_, _| ()), PAGES / 2);
+    // As it poisons what is missing.
+    for after in [0, 1] {
+        assert_eq!(refused(Question::RunAt, ME, after, none(), |_, engine| engine.cancel()), PAGES);
+    }
+}
+
+#[test]
+fn a_handler_asks() {
+    testkit::require!(Userfaultfd);
+    // It asks for the page itself, and then for those around it; of one that was given back for the others alone.
+    for (page, after) in [(ZERO, 0), (ZERO, 1), (ZERO, 3), (GIVEN_BACK, 0), (GIVEN_BACK, 1)] {
+        let touch = |memory: &Memory, engine: &Engine| {
+            engine.discard(PageRun::single(BlockId(0), GIVEN_BACK)).unwrap();
+            if let Ok(bytes) = memory.read(BlockId(0), page) {
+                assert!(bytes.iter().all(|&byte| byte == 0));
+            }
+        };
+        let lost = refused(Question::RunAt, "uffd-fault-0", after, Background::off(), touch);
+        assert!((PAGES / 2 - 1..=PAGES).contains(&lost), "{lost}");
+    }
+}
+
+#[test]
+fn a_loader_asks() {
+    testkit::require!(Userfaultfd);
+    assert_eq!(refused(Question::RunAt, "uffd-load-0", 0, Background::default(), |_, _| ()), PAGES / 2);
+}
