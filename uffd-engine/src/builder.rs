@@ -182,8 +182,8 @@ impl Builder {
     pub fn start(self) -> Result<Engine, StartError> {
         let hold = Hold::on(self.descriptor.as_ref(), &self.regions);
         let started = self.start_now();
-        if let (Err(_), Some(hold)) = (&started, hold) {
-            hold.poison();
+        if let (Ok(_), Some(hold)) = (&started, hold) {
+            hold.let_go();
         }
         started
     }

@@ -2,6 +2,7 @@
 //! not find zeros where content belongs.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 
 use nix::errno::Errno;
 use page_source::ByteLen;
@@ -11,10 +12,11 @@ use crate::descriptor::Descriptor;
 use crate::sys::abi::Message;
 use crate::sys::ops::{self, Done};
 
-/// A second hold on a descriptor that was handed over, while an engine is being made of it.
+/// A second hold on a descriptor that was handed over, while an engine is being made of it. Dropped before there is one,
+/// also by a panic of the source, it poisons what is not there: nobody knows any more what of it is zero.
 #[derive(Debug)]
 pub(crate) struct Hold {
-    descriptor: OwnedFd,
+    descriptor: Arc<OwnedFd>,
     regions: Vec<Region>,
 }
 
@@ -23,7 +25,7 @@ impl Hold {
     pub(crate) fn on(descriptor: Option<&Descriptor>, regions: &[Region]) -> Option<Hold> {
         let descriptor = descriptor.filter(|descriptor| descriptor.foreign())?;
         match descriptor.fd().try_clone_to_owned() {
-            Ok(descriptor) => Some(Hold { descriptor, regions: regions.to_vec() }),
+            Ok(descriptor) => Some(Hold { descriptor: Arc::new(descriptor), regions: regions.to_vec() }),
             Err(error) => {
                 log::warn!("a second descriptor of memory that was handed over can't be had: {error}");
                 None
@@ -31,15 +33,9 @@ impl Hold {
         }
     }
 
-    /// Poisons what is not there of all regions: nobody knows any more what of it is zero.
-    pub(crate) fn poison(self) {
-        if self.regions.iter().all(|region| self.poison_region(region)) {
-            return;
-        }
-        log::error!(
-            "memory that was handed over can't be poisoned: its descriptor stays open, and what is missing blocked"
-        );
-        std::mem::forget(self.descriptor);
+    /// There is an engine, which sees to everything.
+    pub(crate) fn let_go(mut self) {
+        self.regions.clear();
     }
 
     /// Whether nothing is missing any more.
@@ -65,5 +61,16 @@ impl Hold {
             }
         }
         true
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        if !self.regions.iter().all(|region| self.poison_region(region)) {
+            log::error!(
+                "memory that was handed over can't be poisoned: its descriptor stays open, and what is missing blocked"
+            );
+            std::mem::forget(Arc::clone(&self.descriptor));
+        }
     }
 }

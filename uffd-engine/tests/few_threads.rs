@@ -3,7 +3,6 @@
 
 mod common;
 
-use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use common::refused::right_or_refused;
@@ -13,8 +12,7 @@ use page_source::PageSource;
 use testkit::few_threads;
 use testkit::oracle::Oracle;
 use testkit::source::MemorySource;
-use uffd_engine::{Background, Builder, Descriptor, Engine, Features, Handlers, StartError};
-use userfaultfd::{RegisterMode, UffdBuilder};
+use uffd_engine::{Background, Builder, Engine, Handlers, StartError};
 
 const PAGES: u64 = 300;
 /// Two handlers, two loaders, a supervisor.
@@ -78,13 +76,7 @@ fn memory_that_was_handed_over_is_poisoned() {
     for threads in 0..=THREADS {
         for (answers, source) in sources(&oracle) {
             let memory = Memory::new(Kind::Anonymous, oracle.layout());
-            let uffd = UffdBuilder::new().user_mode_only(false).non_blocking(true).create().unwrap();
-            for map in &memory.maps {
-                uffd.register_with_mode(map.as_ptr().cast(), map.size(), RegisterMode::MISSING).unwrap();
-            }
-            let descriptor = uffd.as_fd().try_clone_to_owned().unwrap();
-            drop(uffd);
-            let descriptor = Descriptor::handed_over(descriptor, Features::empty()).unwrap();
+            let descriptor = memory.handed_over();
             let started = few_threads(threads, || start(memory.engine(source).descriptor(descriptor)));
             assert!(started.is_err() || enough(threads, answers), "{threads}");
             assert!(started.is_ok() || threads < THREADS);

@@ -2,6 +2,7 @@
 
 mod common;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -19,6 +20,7 @@ enum Question {
     RunAt,
     Verify,
     Alive,
+    Start,
 }
 
 /// Panics whenever a thread of that name asks that, after it has asked so often.
@@ -55,6 +57,7 @@ impl PageSource for Panicking {
     }
 
     fn start(&self, sink: Arc<dyn PageSink>) -> Result<Box<dyn Feed>, SourceError> {
+        self.hear(Question::Start);
         Ok(Box::new(PanickingFeed(self.inner.start(sink)?, self.clone())))
     }
 }
@@ -81,6 +84,11 @@ const PAGES: u64 = 64;
 const ZERO: PageIndex = PageIndex(PAGES / 2 + 4);
 const GIVEN_BACK: PageIndex = PageIndex(4);
 
+fn oracle() -> Arc<Oracle> {
+    let page = |number: u64| vec![u8::from(number < PAGES / 2); PAGE];
+    Arc::new(Oracle::new([("ram", (0..PAGES).flat_map(page).collect())]).unwrap())
+}
+
 /// Lets the source panic, sees what comes of it, and answers how many pages can't be had.
 fn refused(
     question: Question,
@@ -89,8 +97,7 @@ fn refused(
     background: Background,
     does: impl Fn(&Memory, &Engine),
 ) -> u64 {
-    let page = |number: u64| vec![u8::from(number < PAGES / 2); PAGE];
-    let oracle = Arc::new(Oracle::new([("ram", (0..PAGES).flat_map(page).collect())]).unwrap());
+    let oracle = oracle();
     let memory = Memory::new(Kind::Anonymous, oracle.layout());
     let inner = MemorySource::new(Arc::clone(&oracle));
     let source = Panicking { inner, question, thread, after, asked: Arc::default() };
@@ -143,4 +150,18 @@ fn a_handler_asks() {
 fn a_loader_asks() {
     testkit::require!(Userfaultfd);
     assert_eq!(refused(Question::RunAt, "uffd-load-0", 0, Background::default(), |_, _| ()), PAGES / 2);
+}
+
+/// There is no engine then, and the owner of the memory goes on.
+#[test]
+fn who_starts_the_engine_asks() {
+    testkit::require!(Userfaultfd);
+    let oracle = oracle();
+    let memory = Memory::new(Kind::Anonymous, oracle.layout());
+    let inner = MemorySource::new(Arc::clone(&oracle));
+    let thread = "who_starts_the_engine_asks";
+    let source = Panicking { inner, question: Question::Start, thread, after: 0, asked: Arc::default() };
+    let builder = memory.engine(Arc::new(source)).descriptor(memory.handed_over());
+    assert!(catch_unwind(AssertUnwindSafe(|| builder.start())).is_err());
+    assert_eq!(right_or_refused_or_zero(&memory, &oracle, &[]), PAGES);
 }

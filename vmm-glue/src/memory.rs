@@ -6,6 +6,7 @@ mod spec;
 
 use std::fs::File;
 use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
 
 use kvm_ioctls::VmFd;
 use page_source::{BlockId, ByteLen, GuestAddr, HostAddr, Layout, LayoutError, PageIndex, PageRun, RamBlock};
@@ -176,6 +177,23 @@ impl GuestRam {
             }
         });
         Ok(regions.collect())
+    }
+
+    /// Refuses files that hold pages although nobody has touched them: an engine maps what is there, and the guest would
+    /// find zeros. (Private memory is refused by the engine.)
+    pub(crate) fn check_untouched(&self) -> Result<(), MemoryError> {
+        for (piece, region) in self.pieces.iter().zip(self.memory.iter()) {
+            let Some(file) = region.file_offset() else { continue };
+            let held = file.file().metadata().map_or_else(
+                |error| Some(error.to_string()),
+                |of| (of.blocks() > 0).then(|| "its pages are there before the snapshot's (by mlockall?)".to_owned()),
+            );
+            if let Some(reason) = held {
+                let block = self.layout.get(piece.run.block).map(|block| block.name().to_owned()).unwrap_or_default();
+                return Err(MemoryError::Allocate { block, length: piece.len(), backing: piece.backing, reason });
+            }
+        }
+        Ok(())
     }
 
     /// The file behind a piece, and where in it the piece begins.

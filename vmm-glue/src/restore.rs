@@ -252,6 +252,7 @@ impl SavedVm {
         mut clock: Clock,
     ) -> Result<Vm, RestoreError> {
         launch.machine(Arc::clone(&self.state))?;
+        ram.check_untouched()?;
         let regions = ram.regions(self.source.layout())?;
         clock.done(Step::Memory);
         let builder = Engine::builder().regions(regions).source(Arc::clone(&self.source));

@@ -27,8 +27,7 @@ fn host() -> Host {
 }
 
 /// The call that begins a step of the end. `other` is a finished file of the same machine.
-fn call_of(step: &str, path: &Path, other: &Path) -> Call {
-    let other = Snapshot::open(other).unwrap();
+fn call_of(step: &str, path: &Path, other: &Snapshot) -> Call {
     let writes = |at| Call::any_of(&[libc::SYS_pwrite64]).with(3, Is::Equal(at));
     let syncs = |is: fn(u64) -> Is| Call::any_of(&[libc::SYS_fsync]).with(0, is(unpublished(path)));
     let bitmap = |block| writes(other.block(BlockId(block)).unwrap().bitmap_offset.0);
@@ -80,13 +79,16 @@ fn killed(path: &Path, point: &str) {
         Ok(())
     });
     if FINISHING.contains(&point) {
-        let other = tempfile::NamedTempFile::new().unwrap();
-        snapshot_live(&vcpus, &host(), other.path(), &LiveOptions::default()).unwrap().wait().unwrap();
+        let file = tempfile::NamedTempFile::new().unwrap();
+        snapshot_live(&vcpus, &host(), file.path(), &LiveOptions::default()).unwrap().wait().unwrap();
+        let other = Snapshot::open(file.path()).unwrap();
+        // Nobody would remove it later.
+        drop(file);
         let (path, point) = (path.to_owned(), point.to_owned());
         options = options.with_observer(move |event| {
             let LiveEvent::FreezePoint { .. } = event else { return };
             // The thread that saves is about to be started by this one.
-            call_of(&point, &path, other.path()).kills_this_thread();
+            call_of(&point, &path, &other).kills_this_thread();
         });
     }
     let snapshot = snapshot_live(&vcpus, &host(), path, &options).unwrap();

@@ -8,7 +8,7 @@ pub(crate) mod refused;
 pub(crate) mod scripted;
 
 use std::io::{self, IoSliceMut};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -17,7 +17,8 @@ use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
 use page_source::{BlockId, ByteLen, HostAddr, Layout, PageIndex, PageRun, PageSource};
 use testkit::oracle::Oracle;
-use uffd_engine::{Backing, Builder, Engine, Region, Stats};
+use uffd_engine::{Backing, Builder, Descriptor, Engine, Features, Region, Stats};
+use userfaultfd::{RegisterMode, UffdBuilder};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
 
@@ -118,6 +119,16 @@ impl Memory {
 
     pub(crate) fn engine(&self, source: Arc<dyn PageSource>) -> Builder {
         Engine::builder().regions(self.regions()).source(source)
+    }
+
+    /// A descriptor on which it is registered, as if it came from another process.
+    pub(crate) fn handed_over(&self) -> Descriptor {
+        let uffd = UffdBuilder::new().user_mode_only(false).non_blocking(true).create().unwrap();
+        for map in &self.maps {
+            uffd.register_with_mode(map.as_ptr().cast(), map.size(), RegisterMode::MISSING).unwrap();
+        }
+        let descriptor = uffd.as_fd().try_clone_to_owned().unwrap();
+        Descriptor::handed_over(descriptor, Features::empty()).unwrap()
     }
 
     /// Reads a page as the kernel does for a system call: a page fault if it is missing, `EFAULT` if it is poisoned.
