@@ -26,7 +26,7 @@ const PAGE: ByteLen = ByteLen(PAGE_SIZE);
 impl Doorbell {
     /// A doorbell for so many handlers.
     pub(crate) fn new(descriptor: &Descriptor, handlers: usize) -> io::Result<Doorbell> {
-        let pages = (0..handlers).map(|_| Scratch::new(PAGE)).collect::<io::Result<Vec<_>>>()?;
+        let pages = (0..handlers).map(|_| Scratch::missing(PAGE)).collect::<io::Result<Vec<_>>>()?;
         for page in &pages {
             descriptor.register(page.addr(), PAGE, RegisterMode::MISSING).map_err(io::Error::other)?;
         }

@@ -148,7 +148,7 @@ impl Drop for InHaste<'_> {
 
 /// The pages to knock at. Without them nobody waits inside.
 fn pages(descriptor: &Descriptor) -> Option<Scratch> {
-    let pages = Scratch::new(LEN).map_err(|error| log::debug!("no memory for knocking: {error}")).ok()?;
+    let pages = Scratch::missing(LEN).map_err(|error| log::debug!("no memory for knocking: {error}")).ok()?;
     match descriptor.register(pages.addr(), LEN, RegisterMode::MISSING) {
         Ok(()) => Some(pages),
         Err(error) => {

@@ -57,7 +57,7 @@ impl Handlers {
 fn try_out(handlers: Handlers) -> Result<Measured, StartError> {
     let system = |error| StartError::System { what: "scratch memory", error };
     let len = PageCount(FAULTS).to_bytes();
-    let memory = Scratch::new(len).map_err(system)?;
+    let memory = Scratch::missing(len).map_err(system)?;
     let layout = Layout::new(vec![RamBlock::new("scratch", len, PageSize::SMALL).map_err(SourceError::from)?]);
     let layout = layout.map_err(SourceError::from)?;
     let run = PageRun::new(BlockId(0), PageIndex(0), PageCount(FAULTS));

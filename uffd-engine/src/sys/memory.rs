@@ -7,7 +7,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU8;
 
-use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munmap};
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munlock, munmap};
 use page_source::{ByteLen, HostAddr};
 
 /// A table of atomic bytes, all zero at first, that costs nothing where it was never touched.
@@ -58,6 +58,18 @@ impl Scratch {
         // SAFETY: a fresh mapping at an address of the kernel's choosing.
         let start = unsafe { mmap_anonymous(None, len, protection, flags) }?;
         Ok(Scratch { start, len })
+    }
+
+    /// The same for memory that is to be registered: nothing of it is there, also in a process that locks all its memory
+    /// (mlockall(2)), in which a new mapping is populated.
+    pub(crate) fn missing(len: ByteLen) -> io::Result<Scratch> {
+        let scratch = Scratch::new(len)?;
+        if resident(scratch.addr()) {
+            // SAFETY: the mapping is ours; what is not locked stays as it is.
+            unsafe { munlock(scratch.start, len.get()) }?;
+            give_back(scratch.addr(), len, false)?;
+        }
+        Ok(scratch)
     }
 
     pub(crate) fn addr(&self) -> HostAddr {
