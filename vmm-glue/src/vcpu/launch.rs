@@ -195,7 +195,8 @@ impl Work {
         let mapped = mapping.elapsed();
         let Some(Order::Machine(state)) = receive(&self.orders) else { return Err(given_up()) };
         let furnishing = Instant::now();
-        let Machine { vcpus, vm, ram, config } = Machine::furnish(vm, ram, MachineConfig::of(&state))?;
+        // The last of these is dropped first: the memory goes after all that knows it by address.
+        let Machine { ram, vm, vcpus, config } = Machine::furnish(vm, ram, MachineConfig::of(&state))?;
         let machine = created + mapped + furnishing.elapsed();
         let Some(Order::Load) = receive(&self.orders) else { return Err(given_up()) };
         let loading = Instant::now();
