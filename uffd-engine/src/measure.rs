@@ -8,7 +8,7 @@ use page_source::{
     RamBlock, SourceError, Span, Urgency,
 };
 
-use crate::handler::{affinity, bind, check_cores, set_affinity};
+use crate::serve::placement::{affinity, bind, check_cores, set_affinity};
 use crate::sys::memory::Scratch;
 use crate::{Background, Backing, Discards, Engine, Handlers, Region, StartError, Wait};
 

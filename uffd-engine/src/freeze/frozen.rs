@@ -10,8 +10,8 @@ use page_source::{
     SourceError, Span, Urgency,
 };
 
+use super::freeze::Shared;
 use super::saver;
-use super::shared::Shared;
 use crate::EngineError;
 
 /// What was done while memory was frozen.

@@ -10,23 +10,23 @@
 //! handlers serve the writers too, what it installs from then on comes write-protected, and what is missing is taken
 //! from the engine's source without being brought into the memory.
 
-mod armed;
+mod arm;
 mod fetch;
+mod freeze;
+mod freezer;
 mod frozen;
 mod huge_file;
+mod locate;
 mod order;
 mod owner;
 mod page_table;
-mod pages;
 mod pool;
-mod protect;
+mod saved;
 mod saver;
-mod shared;
-mod whereabouts;
-mod writes;
+mod writers;
 
-pub use armed::{FreezeError, FreezeOptions, Freezer};
+pub(crate) use freeze::Shared;
+pub use freezer::{FreezeError, FreezeOptions, Freezer};
 pub use frozen::{FreezeStats, Frozen, FrozenError};
 pub use huge_file::HugeFile;
 pub use page_table::PageTable;
-pub(crate) use shared::Shared;

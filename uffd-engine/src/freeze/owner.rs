@@ -8,11 +8,11 @@ use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use page_source::{ByteLen, HostAddr, PageSource};
 
-use super::shared::Shared;
-use crate::core::Core;
-use crate::descriptor::Descriptor;
-use crate::fault::Origin;
-use crate::status::Task;
+use super::freeze::Shared;
+use crate::load::fault::Origin;
+use crate::load::status::Task;
+use crate::memory::Memory;
+use crate::memory::descriptor::Descriptor;
 use crate::sys::ops;
 
 /// Who reads the page faults.
@@ -27,7 +27,7 @@ pub(crate) enum Owner {
     },
     /// An engine whose regions are the zones, in the same order.
     Engine {
-        core: Arc<Core>,
+        core: Arc<Memory>,
         source: Arc<dyn PageSource>,
         /// The engine's own flow: it ends with the engine.
         origin: Weak<Origin>,
@@ -99,7 +99,7 @@ impl Owner {
     /// completion.
     pub(crate) fn let_go(&self, shared: &Shared, all_released: bool) {
         match self {
-            // After it too: see `Core::unregister`.
+            // After it too: see `Memory::unregister`.
             Owner::Freeze { descriptor, .. } => {
                 for zone in shared.zones.iter().filter(|zone| zone.registered.load(Ordering::Acquire)) {
                     let (start, len) = (zone.region.start, zone.region.len());
@@ -132,7 +132,7 @@ impl Owner {
 /// So much is released by one call.
 const STRIDE: ByteLen = ByteLen(1 << 30);
 
-impl Core {
+impl Memory {
     /// Takes the protection off, after a freeze has ended. What is protected all the same (an install that was under
     /// way) is released when it is written to.
     pub(crate) fn thaw(&self, shared: &Shared) {

@@ -9,12 +9,12 @@ use nix::errno::Errno;
 use page_source::{ByteLen, Flow, HostAddr, PAGE_SIZE, PageBytes, PageCount, PageRun, PageSink, is_zero};
 
 use super::fetch::Fetch;
+use super::freeze::{Shared, Zone};
 use super::frozen::FrozenError;
+use super::locate::{ContentAt, fetched_at_a_time};
 use super::order::{Order, PIECE};
 use super::owner::Owner;
 use super::pool::Copied;
-use super::shared::{Shared, Zone};
-use super::whereabouts::{Whereabouts, fetched_at_a_time};
 use crate::PausePoint;
 use crate::sys::memory::{Scratch, read_granule};
 use crate::sys::ops;
@@ -137,9 +137,9 @@ impl Saver<'_> {
         let mut at = granules.start;
         while at < granules.end {
             let place = whereabouts[at - granules.start];
-            if place == Whereabouts::Memory || copies.peek().is_some_and(|copy| copy.granule == at) {
+            if place == ContentAt::Memory || copies.peek().is_some_and(|copy| copy.granule == at) {
                 let end = self.gather(number, at..granules.end, &mut copies, |at| {
-                    whereabouts[at - granules.start] == Whereabouts::Memory
+                    whereabouts[at - granules.start] == ContentAt::Memory
                 })?;
                 if end == at && zone.saved.take_hole(at) {
                     zeros(shared, self.sink, zone.pages(at, 1))?;
@@ -152,12 +152,12 @@ impl Saver<'_> {
                 at = end.max(at + 1);
                 continue;
             }
-            if place == Whereabouts::Soon {
+            if place == ContentAt::Soon {
                 all = false;
                 at += 1;
                 continue;
             }
-            let most = if place == Whereabouts::Source { fetched_at_a_time(zone) } else { granules.len() };
+            let most = if place == ContentAt::Source { fetched_at_a_time(zone) } else { granules.len() };
             let alike = (at..granules.end).take(most).take_while(|&at| whereabouts[at - granules.start] == place);
             let claimed = alike.take_while(|&granule| zone.saved.claim(granule)).count();
             if claimed == 0 {
@@ -213,17 +213,17 @@ impl Saver<'_> {
     }
 
     /// Saves claimed granules that are not in memory.
-    fn save(&mut self, number: usize, first: usize, granules: usize, place: Whereabouts) -> Outcome {
+    fn save(&mut self, number: usize, first: usize, granules: usize, place: ContentAt) -> Outcome {
         let shared = self.shared;
         let zone = &shared.zones[number];
         let run = zone.pages(first, granules);
-        debug_assert!(matches!(place, Whereabouts::Source | Whereabouts::Zero), "{place:?}");
-        if place == Whereabouts::Source {
+        debug_assert!(matches!(place, ContentAt::Source | ContentAt::Zero), "{place:?}");
+        if place == ContentAt::Source {
             self.fetch(number, first, granules)?;
         }
         shared.settle();
         (first..first + granules).for_each(|granule| zone.saved.done(granule));
-        if place == Whereabouts::Zero {
+        if place == ContentAt::Zero {
             return zeros(shared, self.sink, run);
         }
         release(shared, zone, first, granules)?;

@@ -82,7 +82,7 @@ impl Descriptor {
 
 impl Descriptor {
     /// This range, which is the engine's own, is ordinary memory from now on, and nobody waits for it. Woken last: see
-    /// `Core::unregister`.
+    /// `Memory::unregister`.
     pub(crate) fn silence(&self, start: HostAddr, len: ByteLen) {
         for done in [self.unregister(start, len), self.wake(start, len)] {
             if let Err(error) = done {

@@ -3,18 +3,18 @@
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-use crate::core::Place;
+use crate::memory::Place;
 
 const SLOTS: usize = 16;
 const AREA_SHIFT: u32 = 48;
 
 #[derive(Debug, Default)]
-pub(crate) struct Hints {
+pub(crate) struct RecentFaults {
     slots: [AtomicU64; SLOTS],
     next: AtomicUsize,
 }
 
-impl Hints {
+impl RecentFaults {
     pub(crate) fn push(&self, place: Place) {
         let code = (place.area as u64) << AREA_SHIFT | (place.granule as u64 + 1);
         let at = self.next.fetch_add(1, Ordering::Relaxed) % SLOTS;
@@ -43,7 +43,7 @@ mod tests {
 
     #[test]
     fn latest_first_and_bounded() {
-        let hints = Hints::default();
+        let hints = RecentFaults::default();
         assert_eq!(hints.pop(), None);
         for granule in 0..20 {
             hints.push(Place { area: 3, granule });

@@ -18,8 +18,8 @@ use page_source::{ByteLen, HostAddr, PageCount};
 use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 use userfaultfd::RegisterMode;
 
-use crate::descriptor::Descriptor;
 use crate::freeze::Shared;
+use crate::memory::descriptor::Descriptor;
 use crate::sys::memory::Scratch;
 
 /// Who has frozen the memory, if somebody has: installs are ordered with that.

@@ -2,7 +2,7 @@
 
 use page_source::{ByteLen, Content, PageSource};
 
-use crate::core::Area;
+use crate::memory::Area;
 
 /// 2 MiB of small pages: poisoning them costs much more than the call.
 const TOGETHER: usize = 512;
@@ -47,8 +47,8 @@ mod tests {
     };
 
     use super::*;
-    use crate::region::{Backing, Region};
-    use crate::state::StateMap;
+    use crate::memory::region::{Backing, Region};
+    use crate::memory::states::StateMap;
 
     const PAGES: u64 = 2000;
 

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use page_source::{ByteLen, HostAddr, PAGE_SIZE};
 use userfaultfd::RegisterMode;
 
-use crate::descriptor::Descriptor;
+use crate::memory::descriptor::Descriptor;
 use crate::sys::memory::Scratch;
 use crate::sys::ops::{self, Done};
 

@@ -5,16 +5,16 @@ use std::sync::Arc;
 use page_source::{End, Flow, PageBytes, PageCount, PageRun, PageSink, SinkError, SourceError};
 
 use crate::EngineError;
-use crate::core::{Core, Place};
-use crate::install::{Claim, Content, stopped};
+use crate::load::huge::{Added, NotAdded, Whole};
+use crate::load::install::{Claim, Content, stopped};
+use crate::load::status::Task;
+use crate::memory::states::State;
+use crate::memory::{Memory, Place};
 use crate::options::FailurePolicy;
 use crate::pause::PausePoint;
-use crate::staging::{Added, NotAdded, Whole};
-use crate::state::State;
 use crate::stats::bump;
-use crate::status::Task;
 
-impl PageSink for Core {
+impl PageSink for Memory {
     fn data(&self, run: PageRun, bytes: PageBytes<'_>) -> Flow {
         if bytes.len() != run.len() {
             let reason = format!("{} bytes were delivered for {run}", bytes.len());
@@ -84,7 +84,7 @@ impl PageSink for Core {
     }
 }
 
-impl Core {
+impl Memory {
     /// An error that the source gave for some pages.
     fn source_error(&self, run: PageRun, error: SourceError) -> EngineError {
         let area = self.areas.iter().find(|area| area.block() == run.block);

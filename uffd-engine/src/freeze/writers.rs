@@ -7,14 +7,14 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use page_source::{ByteLen, HostAddr};
 
+use super::freeze::{Shared, Zone};
 use super::frozen::FrozenError;
 use super::owner::Owner;
 use super::pool::Copied;
-use super::shared::{Shared, Zone};
 use crate::PausePoint;
-use crate::core::Place;
-use crate::handler::bind;
-use crate::region::Backing;
+use crate::memory::Place;
+use crate::memory::region::Backing;
+use crate::serve::placement::bind;
 use crate::sys::abi::{Message, UFFD_EVENT_PAGEFAULT, UFFD_EVENT_REMOVE, UFFD_EVENT_UNMAP, UFFD_PAGEFAULT_FLAG_WP};
 use crate::sys::memory::read_granule;
 use crate::sys::ops::{self, Done};

@@ -6,13 +6,13 @@ use nix::errno::Errno;
 use page_source::{ByteLen, Feed, HostAddr, PageCount, PageRun, PageSource, Urgency};
 
 use crate::EngineError;
-use crate::core::{Core, Place};
-use crate::gate::Gate;
-use crate::install::{Content, frozen};
+use crate::load::install::{Content, frozen};
+use crate::load::status::Task;
+use crate::memory::gate::Gate;
+use crate::memory::states::State;
+use crate::memory::{Memory, Place};
 use crate::pause::PausePoint;
-use crate::state::State;
 use crate::stats::bump;
-use crate::status::Task;
 use crate::sys::abi::{UFFD_PAGEFAULT_FLAG_MINOR, UFFD_PAGEFAULT_FLAG_WP};
 use crate::sys::ops::{self, Done};
 
@@ -28,7 +28,7 @@ pub(crate) struct Origin {
 /// Zeros are installed in ranges of up to so many 4 KiB pages around a fault: one costs little more than the other.
 const ZERO_AROUND: usize = 16;
 
-impl Core {
+impl Memory {
     /// A fault that a handler has read at `since`.
     pub(crate) fn fault(&self, origin: &Origin, addr: HostAddr, flags: u64, since: Instant) {
         self.pauses.at(PausePoint::FaultRead);
@@ -44,10 +44,10 @@ impl Core {
         if self.serve(origin, place, flags & UFFD_PAGEFAULT_FLAG_MINOR != 0, false) {
             self.counters.resolved(since);
         } else {
-            self.waiting.insert(place, since);
+            self.latencies.insert(place, since);
             let state = self.areas[place.area].states.get(place.granule).state;
             if state == State::Present
-                && let Some(since) = self.waiting.remove(place)
+                && let Some(since) = self.latencies.remove(place)
             {
                 self.counters.resolved(since);
             }
@@ -74,20 +74,20 @@ impl Core {
             }
         };
         if !done {
-            self.deferred.write(place);
+            self.retry.write(place);
         }
     }
 
     /// Serves the faults again that could not be served before an event was read. Answers whether some are left.
     pub(crate) fn serve_deferred(&self, origin: &Origin) -> bool {
-        let (faults, writes) = self.deferred.take();
+        let (faults, writes) = self.retry.take();
         for place in faults {
             self.serve(origin, place, false, true);
         }
         for place in writes {
             self.serve_write(place);
         }
-        self.deferred.some()
+        self.retry.some()
     }
 
     /// Brings what a fault needs. `true` if whoever waited goes on already.
@@ -127,9 +127,9 @@ impl Core {
                     }
                     let Some(before) = area.states.request(place.granule, true) else { continue };
                     if !before {
-                        self.outstanding.requested(area.granule.0);
+                        self.window.requested(area.granule.0);
                     }
-                    self.hints.push(place);
+                    self.recent_faults.push(place);
                     origin.feed.request(self.around(origin, place), Urgency::Demand);
                     area.states.get(place.granule).state == State::Present
                 }
@@ -165,7 +165,7 @@ impl Core {
         let missing = |granule: &usize| {
             let asked = area.states.request(*granule, false);
             if asked == Some(false) {
-                self.outstanding.requested(area.granule.0);
+                self.window.requested(area.granule.0);
             }
             asked == Some(false)
         };
@@ -218,7 +218,7 @@ impl Core {
         match self.zero(&self.installing(), place, 1) {
             Done::All => bump(&self.counters.zero_installed, area.granule.0),
             Done::Failed(Errno::EAGAIN) | Done::Part(_) => {
-                self.deferred.faults([place]);
+                self.retry.faults([place]);
                 return false;
             }
             // It is there, or the region is being unregistered: nobody has to wait.
@@ -258,7 +258,7 @@ impl Core {
                     let protect = frozen(&gate).is_some_and(|shared| shared.protects(place, 1));
                     let done = ops::map_cached(self.descriptor.fd(), addr.0, len.0, protect);
                     if matches!(done, Done::Failed(Errno::EAGAIN)) {
-                        self.deferred.faults([place]);
+                        self.retry.faults([place]);
                         return false;
                     }
                     if done != Done::All {

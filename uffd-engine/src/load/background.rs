@@ -10,12 +10,12 @@ use page_source::{ByteLen, Content, PageCount, PageRun, Urgency};
 use parking_lot::{Mutex, MutexGuard};
 
 use crate::EngineError;
-use crate::core::{Core, Place};
-use crate::fault::Origin;
-use crate::handler::bind;
+use crate::load::fault::Origin;
+use crate::load::status::Task;
+use crate::memory::{Memory, Place};
 use crate::options::Background;
+use crate::serve::placement::bind;
 use crate::stats::bump;
-use crate::status::Task;
 
 /// After a fault, so many pages from there on come next, and at least so many granules.
 const AFTER_FAULT: PageCount = PageCount(512);
@@ -97,9 +97,9 @@ impl Plan {
     }
 
     /// The next pages to look at. `None` if the cursor has seen all of them.
-    fn next(&self, core: &Core, origin: &Origin) -> Option<(usize, PageRun)> {
+    fn next(&self, core: &Memory, origin: &Origin) -> Option<(usize, PageRun)> {
         let mut cursor = self.cursor.lock();
-        if let Some(Place { area, granule }) = core.hints.pop() {
+        if let Some(Place { area, granule }) = core.recent_faults.pop() {
             let rest = core.areas[area].pages(granule, core.areas[area].states.len() - granule);
             let following = AFTER_FAULT.0.max(GRANULES_AFTER_FAULT * core.areas[area].granule.0);
             cursor.following = Some((area, rest.split_at(PageCount(following)).0));
@@ -151,7 +151,7 @@ impl Plan {
     }
 
     /// Asks for one page; `true` if the source does not know more after that than before.
-    fn unknown_stays_unknown(&self, core: &Core, origin: &Origin, area: usize, one: PageRun) -> bool {
+    fn unknown_stays_unknown(&self, core: &Memory, origin: &Origin, area: usize, one: PageRun) -> bool {
         self.request(core, origin, area, one);
         origin.source.run_at(one.block, one.first).content == Content::Unknown
     }
@@ -162,7 +162,7 @@ impl Plan {
     }
 
     /// Requests what of a run is Missing, and counts it against the rate.
-    fn request(&self, core: &Core, origin: &Origin, area: usize, run: PageRun) {
+    fn request(&self, core: &Memory, origin: &Origin, area: usize, run: PageRun) {
         let asked = request(core, origin, area, run, self.piece);
         if let Some(rate) = &self.rate {
             rate.lock().take(asked);
@@ -170,8 +170,8 @@ impl Plan {
     }
 
     /// Why a loader has to wait now, if it has: for how long at most.
-    fn hold(&self, core: &Core) -> Option<Option<Duration>> {
-        if self.paused.load(Ordering::SeqCst) || !core.outstanding.room() {
+    fn hold(&self, core: &Memory) -> Option<Option<Duration>> {
+        if self.paused.load(Ordering::SeqCst) || !core.window.room() {
             return Some(None);
         }
         let debt = self.rate.as_ref()?.lock().debt()?;
@@ -180,7 +180,7 @@ impl Plan {
 }
 
 /// Requests what of a run is Missing, in runs of at most `piece` pages.
-fn request(core: &Core, origin: &Origin, number: usize, run: PageRun, piece: PageCount) -> ByteLen {
+fn request(core: &Memory, origin: &Origin, number: usize, run: PageRun, piece: PageCount) -> ByteLen {
     let area = &core.areas[number];
     let end = area.granule_of(run.first) + ByteLen(run.pages.0 / area.granule.0).get();
     let most = ByteLen(piece.0 / area.granule.0).get().max(1);
@@ -195,7 +195,7 @@ fn request(core: &Core, origin: &Origin, number: usize, run: PageRun, piece: Pag
             continue;
         }
         let pages = area.pages(at, count);
-        core.outstanding.requested(pages.pages.0);
+        core.window.requested(pages.pages.0);
         origin.feed.request(pages, Urgency::Background);
         asked += pages.len();
         at += count;
@@ -204,13 +204,13 @@ fn request(core: &Core, origin: &Origin, number: usize, run: PageRun, piece: Pag
 }
 
 /// Requests one granule, if it is Missing and nobody has.
-pub(crate) fn request_granule(core: &Core, origin: &Origin, place: Place) {
+pub(crate) fn request_granule(core: &Memory, origin: &Origin, place: Place) {
     let granule = core.areas[place.area].granule;
     request(core, origin, place.area, core.areas[place.area].pages(place.granule, 1), granule);
 }
 
 /// Fails the engine if a loader dies.
-struct Leaving<'a>(&'a Core);
+struct Leaving<'a>(&'a Memory);
 
 impl Drop for Leaving<'_> {
     fn drop(&mut self) {
@@ -221,12 +221,12 @@ impl Drop for Leaving<'_> {
 }
 
 /// Runs a loader on this thread until the engine has ended.
-pub(crate) fn run(core: &Arc<Core>, plan: &Plan, origin: &Origin, cpu: Option<usize>) {
+pub(crate) fn run(core: &Arc<Memory>, plan: &Plan, origin: &Origin, cpu: Option<usize>) {
     let _leaving = Leaving(core);
     bind(cpu);
     while core.status.running() {
         if let Some(at_most) = plan.hold(core) {
-            core.outstanding.sleep(at_most, || !core.status.running() || plan.hold(core).is_none());
+            core.window.sleep(at_most, || !core.status.running() || plan.hold(core).is_none());
             continue;
         }
         match plan.next(core, origin) {
@@ -237,21 +237,21 @@ pub(crate) fn run(core: &Arc<Core>, plan: &Plan, origin: &Origin, cpu: Option<us
 }
 
 /// The cursor has seen everything. The last loader to notice has the map checked; all wait for what comes of it.
-fn idle(core: &Core, plan: &Plan) {
+fn idle(core: &Memory, plan: &Plan) {
     let last = {
         let mut active = plan.active.lock();
         *active -= 1;
         *active == 0
     };
     if last {
-        core.outstanding.set_all_requested(true);
-        if core.outstanding.none() {
+        core.window.set_all_requested(true);
+        if core.window.none() {
             core.status.tell(Task::Check);
         }
     }
     let more = || plan.cursor.lock().area < core.areas.len();
     while core.status.running() && !more() {
-        core.outstanding.sleep(None, || !core.status.running() || more());
+        core.window.sleep(None, || !core.status.running() || more());
     }
     *plan.active.lock() += 1;
 }

@@ -6,10 +6,10 @@ use nix::errno::Errno;
 use page_source::{ByteLen, HostAddr, PageRun};
 use userfaultfd::RegisterMode;
 
-use super::armed::FreezeError;
+use super::freeze::Shared;
+use super::freezer::FreezeError;
 use super::owner::Owner;
-use super::shared::Shared;
-use crate::region::Backing;
+use crate::memory::region::Backing;
 use crate::sys::ops;
 
 /// So much is protected by one call, from one multiple to the next: what one entry of the second level of a page table

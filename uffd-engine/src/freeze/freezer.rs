@@ -8,18 +8,18 @@ use std::thread::Builder as Thread;
 use nix::errno::Errno;
 use page_source::{ByteLen, HostAddr, Layout, PageRun};
 
+use super::arm::arm_all;
+use super::freeze::{Shared, Zone};
 use super::frozen::{Frozen, FrozenError};
 use super::owner::Owner;
 use super::page_table::PageTable;
-use super::pages::Saved;
 use super::pool::Pool;
-use super::protect::arm_all;
-use super::shared::{Shared, Zone};
-use super::writes;
-use crate::core::Core;
-use crate::descriptor::Descriptor;
-use crate::handler::check_cores;
-use crate::region::{self, Backing, Region};
+use super::saved::Saved;
+use super::writers;
+use crate::memory::Memory;
+use crate::memory::descriptor::Descriptor;
+use crate::memory::region::{self, Backing, Region};
+use crate::serve::placement::check_cores;
 use crate::sys::abi::Features;
 use crate::{Engine, Handlers, OpenError, StartError};
 
@@ -105,7 +105,7 @@ impl Freezer {
         for (number, &cpu) in options.handlers.cores.iter().enumerate() {
             let shared = Arc::clone(&freezer.shared);
             let thread =
-                Thread::new().name(format!("uffd-write-{number}")).spawn(move || writes::run(&shared, number, cpu));
+                Thread::new().name(format!("uffd-write-{number}")).spawn(move || writers::run(&shared, number, cpu));
             freezer.threads.push(thread.map_err(system("a thread"))?);
         }
         Ok(freezer)
@@ -154,7 +154,7 @@ impl Freezer {
 
     /// Nothing is being installed at the freeze point, and no discard read: a page is either there, and protected, or
     /// its content is that of the source.
-    fn arm_with(&self, core: &Core, populated: &[PageRun]) -> Result<(), FreezeError> {
+    fn arm_with(&self, core: &Memory, populated: &[PageRun]) -> Result<(), FreezeError> {
         let _no_discards = core.discarding.write();
         loop {
             let mut gate = core.gate_alone();

@@ -7,15 +7,15 @@ use std::time::Instant;
 
 use parking_lot::Mutex;
 
-use crate::core::Place;
+use crate::memory::Place;
 
 #[derive(Debug, Default)]
-pub(crate) struct Waiting {
+pub(crate) struct Latencies {
     count: AtomicUsize,
     since: Mutex<HashMap<Place, Instant>>,
 }
 
-impl Waiting {
+impl Latencies {
     pub(crate) fn insert(&self, place: Place, since: Instant) {
         let mut map = self.since.lock();
         map.entry(place).or_insert(since);

@@ -10,11 +10,11 @@ use parking_lot::{Condvar, Mutex, RwLock};
 use super::frozen::FrozenError;
 use super::owner::Owner;
 use super::page_table::PageTable;
-use super::pages::Saved;
 use super::pool::Pool;
+use super::saved::Saved;
 use crate::PausePoint;
-use crate::core::Place;
-use crate::region::Region;
+use crate::memory::Place;
+use crate::memory::region::Region;
 use crate::sys::memory::Scratch;
 
 /// A region with what of it is saved.

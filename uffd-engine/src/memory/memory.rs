@@ -5,52 +5,36 @@ use std::io;
 use std::sync::Arc;
 use std::thread::ThreadId;
 
-use page_source::{BlockId, ByteLen, HostAddr, Layout, PageCount, PageIndex, PageRun};
+use page_source::{ByteLen, HostAddr, Layout, PageCount, PageRun};
 use parking_lot::{Mutex, RwLock};
 
-use crate::deferred::Deferred;
-use crate::descriptor::Descriptor;
+use super::area::Area;
+use super::descriptor::Descriptor;
+use super::gate::{Alone, Gate, GateLock, InHaste};
+use super::place::Place;
+use super::region::Region;
+use super::states::StateMap;
 use crate::freeze::Shared;
-use crate::gate::{Alone, Gate, GateLock, InHaste};
-use crate::hints::Hints;
+use crate::load::huge::Staging;
+use crate::load::latencies::Latencies;
+use crate::load::recent_faults::RecentFaults;
+use crate::load::status::Status;
+use crate::load::window::Window;
 use crate::options::FailurePolicy;
-use crate::outstanding::Outstanding;
 use crate::pause::Pauses;
-use crate::region::Region;
-use crate::staging::Staging;
-use crate::state::StateMap;
+use crate::serve::retry::Retry;
 use crate::stats::Counters;
-use crate::status::Status;
-use crate::waiting::Waiting;
-
-/// A region with the states of its granules.
-#[derive(Debug)]
-pub(crate) struct Area {
-    pub(crate) region: Region,
-    /// Of the RAM block, for messages.
-    pub(crate) name: Arc<str>,
-    pub(crate) states: StateMap,
-    /// 4 KiB pages per granule.
-    pub(crate) granule: PageCount,
-}
-
-/// A granule of an area: the number of the area, and the granule's number in it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct Place {
-    pub(crate) area: usize,
-    pub(crate) granule: usize,
-}
 
 #[derive(Debug)]
-pub(crate) struct Core {
+pub(crate) struct Memory {
     pub(crate) descriptor: Descriptor,
     pub(crate) areas: Vec<Area>,
     /// The areas by their first address.
     by_address: Vec<(HostAddr, usize)>,
     pub(crate) status: Status,
     pub(crate) counters: Counters,
-    pub(crate) outstanding: Outstanding,
-    pub(crate) hints: Hints,
+    pub(crate) window: Window,
+    pub(crate) recent_faults: RecentFaults,
     pub(crate) staging: Staging,
     pub(crate) policy: FailurePolicy,
     pub(crate) pauses: Pauses,
@@ -67,21 +51,21 @@ pub(crate) struct Core {
     /// The threads that read events: an install that must be tried again after an event was read can't wait there.
     readers: RwLock<Vec<ThreadId>>,
     /// Faults that such a thread has to serve again.
-    pub(crate) deferred: Deferred,
+    pub(crate) retry: Retry,
     /// When the faults were read that wait for a late source.
-    pub(crate) waiting: Waiting,
+    pub(crate) latencies: Latencies,
 }
 
-impl Core {
+impl Memory {
     pub(crate) fn new(
         descriptor: Descriptor,
         regions: Vec<Region>,
         layout: &Layout,
         staging: Staging,
         policy: FailurePolicy,
-        window: PageCount,
+        most: PageCount,
         pauses: Pauses,
-    ) -> io::Result<Core> {
+    ) -> io::Result<Memory> {
         let gated = descriptor.features().contains(crate::Features::EVENT_REMOVE);
         let area = |region: Region| {
             let states = StateMap::new(region.granules())?;
@@ -91,14 +75,14 @@ impl Core {
         let areas = regions.into_iter().map(area).collect::<io::Result<Vec<Area>>>()?;
         let mut by_address: Vec<_> = areas.iter().enumerate().map(|(i, area)| (area.region.start, i)).collect();
         by_address.sort_unstable();
-        Ok(Core {
+        Ok(Memory {
             descriptor,
             areas,
             by_address,
             status: Status::default(),
             counters: Counters::new(),
-            outstanding: Outstanding::new(window),
-            hints: Hints::default(),
+            window: Window::new(most),
+            recent_faults: RecentFaults::default(),
             staging,
             policy,
             pauses,
@@ -107,8 +91,8 @@ impl Core {
             gated,
             handlers: Mutex::default(),
             readers: RwLock::default(),
-            deferred: Deferred::default(),
-            waiting: Waiting::default(),
+            retry: Retry::default(),
+            latencies: Latencies::default(),
         })
     }
 
@@ -198,41 +182,5 @@ impl Core {
             .enumerate()
             .map(move |(i, area)| (i, area.region.run.intersect(run)))
             .filter(|(_, part)| !part.is_empty())
-    }
-}
-
-impl Area {
-    /// The address of a granule.
-    pub(crate) fn addr(&self, granule: usize) -> HostAddr {
-        self.region.start + self.len_of(granule)
-    }
-
-    /// The length of so many granules.
-    pub(crate) fn len_of(&self, granules: usize) -> ByteLen {
-        ByteLen(granules as u64 * self.granule.to_bytes().0)
-    }
-
-    /// The first page of a granule.
-    pub(crate) fn page(&self, granule: usize) -> PageIndex {
-        self.region.run.first + PageCount(granule as u64 * self.granule.0)
-    }
-
-    /// The pages of some granules.
-    pub(crate) fn pages(&self, first: usize, granules: usize) -> PageRun {
-        PageRun::new(self.block(), self.page(first), PageCount(granules as u64 * self.granule.0))
-    }
-
-    /// The granule that holds a page.
-    pub(crate) fn granule_of(&self, page: PageIndex) -> usize {
-        crate::region::granule_of(&self.region, page)
-    }
-
-    pub(crate) fn block(&self) -> BlockId {
-        self.region.run.block
-    }
-
-    /// Whether one page is one granule.
-    pub(crate) fn small(&self) -> bool {
-        self.granule.0 == 1
     }
 }

@@ -2,14 +2,14 @@
 
 use page_source::{ByteLen, HostAddr};
 
-use crate::core::{Core, Place};
-use crate::gate::Alone;
+use crate::memory::gate::Alone;
+use crate::memory::states::State;
+use crate::memory::{Memory, Place};
 use crate::pause::PausePoint;
-use crate::state::State;
 use crate::stats::bump;
 
-impl Core {
-    /// The guest gave a range back: what was there is gone, and reads as zeros. `alone`: [`Core::reading`].
+impl Memory {
+    /// The guest gave a range back: what was there is gone, and reads as zeros. `alone`: [`Memory::reading`].
     pub(crate) fn removed(&self, alone: Option<&Alone<'_>>, start: HostAddr, end: HostAddr) {
         self.pauses.at(PausePoint::DiscardRead);
         if let Some(shared) = alone.and_then(|gate| gate.as_ref()) {
@@ -45,7 +45,7 @@ impl Core {
             if area.states.unrequest(granule) {
                 self.answered(area.granule.0);
             }
-            self.waiting.forget(place);
+            self.latencies.forget(place);
             if !area.small() {
                 self.staging.settled(place, None);
             }

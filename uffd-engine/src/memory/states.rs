@@ -128,7 +128,7 @@ impl StateMap {
     }
 
     /// A granule that the caller has claimed becomes what it was before. `true` if something was left to the caller
-    /// meanwhile: whoever waits there has to be woken, to fault again, and [told](crate::core::Core::was_met).
+    /// meanwhile: whoever waits there has to be woken, to fault again, and [told](crate::memory::Memory::was_met).
     pub(crate) fn give_back(&self, granule: usize) -> bool {
         let old = self.replace(granule, |old| {
             let state = match old & WAS {

@@ -2,17 +2,17 @@
 
 use page_source::{ByteLen, Content, PageCount, PageSource};
 
+use super::freeze::{Shared, Zone};
 use super::frozen::FrozenError;
 use super::owner::Owner;
 use super::saver::page_table_error;
-use super::shared::{Shared, Zone};
-use crate::core::{Core, Place};
-use crate::loader;
-use crate::region::Backing;
-use crate::state::State;
+use crate::load::background;
+use crate::memory::region::Backing;
+use crate::memory::states::State;
+use crate::memory::{Memory, Place};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Whereabouts {
+pub(crate) enum ContentAt {
     /// In the memory itself.
     Memory,
     /// Nowhere: it is zero.
@@ -29,17 +29,17 @@ impl Shared {
         &self,
         number: usize,
         granules: std::ops::Range<usize>,
-    ) -> Result<Vec<Whereabouts>, FrozenError> {
+    ) -> Result<Vec<ContentAt>, FrozenError> {
         let zone = &self.zones[number];
         match &self.owner {
             Owner::Freeze { .. } => {
-                let of = |exists| if exists { Whereabouts::Memory } else { Whereabouts::Zero };
+                let of = |exists| if exists { ContentAt::Memory } else { ContentAt::Zero };
                 Ok(self.existing(zone, granules)?.into_iter().map(of).collect())
             }
             Owner::Engine { core, source, origin } => {
                 let ask = |place| {
                     if let Some(origin) = origin.upgrade() {
-                        loader::request_granule(core, &origin, place);
+                        background::request_granule(core, &origin, place);
                     }
                 };
                 self.in_engine(zone, number, granules, core, &**source, ask)
@@ -54,14 +54,14 @@ impl Shared {
         zone: &Zone,
         number: usize,
         granules: std::ops::Range<usize>,
-        core: &Core,
+        core: &Memory,
         source: &dyn PageSource,
         ask: impl Fn(Place),
-    ) -> Result<Vec<Whereabouts>, FrozenError> {
+    ) -> Result<Vec<ContentAt>, FrozenError> {
         let area = &core.areas[number];
         let states: Vec<State> = granules.clone().map(|granule| area.states.get(granule).state).collect();
         // A page that is Present can be missing all the same, if it was given back before the freeze point: see
-        // `Core::serve`. In this order: what is Present was mapped before.
+        // `Memory::serve`. In this order: what is Present was mapped before.
         let exists = if zone.region.shared || !states.contains(&State::Present) {
             vec![true; granules.len()]
         } else {
@@ -89,17 +89,17 @@ impl Shared {
                 let place = Place { area: number, granule };
                 let at = granule - granules.start;
                 Ok(match state {
-                    _ if zone.saved.saved(granule) => Whereabouts::Zero,
-                    State::Present if exists[at] => Whereabouts::Memory,
-                    State::Present | State::Zero | State::Removed => Whereabouts::Zero,
-                    State::InFlight => Whereabouts::Soon,
+                    _ if zone.saved.saved(granule) => ContentAt::Zero,
+                    State::Present if exists[at] => ContentAt::Memory,
+                    State::Present | State::Zero | State::Removed => ContentAt::Zero,
+                    State::InFlight => ContentAt::Soon,
                     State::Poisoned => return Err(FrozenError::Poisoned(zone.pages(granule, 1))),
                     State::Missing if in_file[at] && !core.staging.gathering(place) => map(core, place),
-                    State::Missing if content(granule) == Content::Zero => Whereabouts::Zero,
-                    State::Missing if source.repeatable() => Whereabouts::Source,
+                    State::Missing if content(granule) == Content::Zero => ContentAt::Zero,
+                    State::Missing if source.repeatable() => ContentAt::Source,
                     State::Missing => {
                         ask(place);
-                        Whereabouts::Soon
+                        ContentAt::Soon
                     }
                 })
             })
@@ -122,9 +122,9 @@ impl Shared {
 }
 
 /// Maps what the file behind shared memory holds.
-fn map(core: &Core, place: Place) -> Whereabouts {
+fn map(core: &Memory, place: Place) -> ContentAt {
     let mapped = core.map_cached(&core.installing(), place);
-    if mapped == Some(true) { Whereabouts::Memory } else { Whereabouts::Soon }
+    if mapped == Some(true) { ContentAt::Memory } else { ContentAt::Soon }
 }
 
 /// So much is taken from a source at a time: its pages can't be written to meanwhile.

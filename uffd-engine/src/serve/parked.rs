@@ -2,8 +2,8 @@
 
 use nix::errno::Errno;
 
-use crate::core::Core;
-use crate::gate::KNOCKS;
+use crate::memory::Memory;
+use crate::memory::gate::KNOCKS;
 use crate::pause::PausePoint;
 use crate::sys::abi::Message;
 
@@ -13,7 +13,7 @@ const PATIENCE: u32 = 8;
 
 /// When a handler waits inside the gate.
 #[derive(Debug)]
-pub(crate) struct Solo {
+pub(crate) struct Parked {
     /// It is the only one, and may be disturbed so often.
     knocks: u64,
     /// How many reads went by undisturbed, and how many have to.
@@ -23,14 +23,19 @@ pub(crate) struct Solo {
     blocking: bool,
 }
 
-impl Solo {
+impl Parked {
     /// `alone`: no other handler reads.
-    pub(crate) fn new(alone: bool) -> Solo {
-        Solo { knocks: if alone { KNOCKS } else { 0 }, quiet: 0, patience: PATIENCE, blocking: false }
+    pub(crate) fn new(alone: bool) -> Parked {
+        Parked { knocks: if alone { KNOCKS } else { 0 }, quiet: 0, patience: PATIENCE, blocking: false }
     }
 
     /// Waits inside, reads and applies what comes. `None` if that is not for now: the descriptor does not block then.
-    pub(crate) fn read(&mut self, core: &Core, messages: &mut [Message], again: bool) -> Option<Result<usize, Errno>> {
+    pub(crate) fn read(
+        &mut self,
+        core: &Memory,
+        messages: &mut [Message],
+        again: bool,
+    ) -> Option<Result<usize, Errno>> {
         if again || !self.in_peace() {
             return self.outside(core);
         }
@@ -67,7 +72,7 @@ impl Solo {
     }
 
     /// From now on a read must not block.
-    fn outside(&mut self, core: &Core) -> Option<Result<usize, Errno>> {
+    fn outside(&mut self, core: &Memory) -> Option<Result<usize, Errno>> {
         if self.blocking {
             self.blocking = false;
             return core.descriptor.set_blocking(false).err().map(Err);
@@ -82,15 +87,15 @@ mod tests {
 
     #[test]
     fn it_goes_in_less_and_less_often_and_in_the_end_no_more() {
-        let mut solo = Solo::new(true);
+        let mut parked = Parked::new(true);
         let mut peace = 8;
         for _ in 0..KNOCKS {
-            assert_eq!((0..).take_while(|_| !solo.in_peace()).count(), peace);
-            assert!(solo.in_peace());
-            solo.disturbed();
+            assert_eq!((0..).take_while(|_| !parked.in_peace()).count(), peace);
+            assert!(parked.in_peace());
+            parked.disturbed();
             peace *= 2;
         }
-        assert!((0..1 << 20).all(|_| !solo.in_peace()));
-        assert!((0..100).all(|_| !Solo::new(false).in_peace()));
+        assert!((0..1 << 20).all(|_| !parked.in_peace()));
+        assert!((0..100).all(|_| !Parked::new(false).in_peace()));
     }
 }

@@ -6,14 +6,14 @@ use nix::errno::Errno;
 use page_source::{ByteLen, Flow, PageBytes, SinkError};
 
 use crate::EngineError;
-use crate::core::{Area, Core, Place};
 use crate::freeze::Shared;
-use crate::gate::Gate;
+use crate::load::status::Task;
+use crate::memory::gate::Gate;
+use crate::memory::region::Backing;
+use crate::memory::states::State;
+use crate::memory::{Area, Memory, Place};
 use crate::pause::PausePoint;
-use crate::region::Backing;
-use crate::state::State;
 use crate::stats::bump;
-use crate::status::Task;
 use crate::sys::ops::{self, Done};
 
 /// Where an install of claimed granules stands after one call to the kernel.
@@ -40,7 +40,7 @@ pub(crate) enum Content<'a> {
     Gathered,
 }
 
-impl Core {
+impl Memory {
     /// Installs what of `granules` of an area may be installed. `bytes` covers exactly these granules.
     pub(crate) fn install_bytes(&self, area: usize, first: usize, granules: usize, bytes: PageBytes<'_>) -> Flow {
         let states = &self.areas[area].states;
@@ -97,7 +97,7 @@ impl Core {
                         // It can't be read here: we are what reads. The fault is served again after the next read.
                         let Place { area, granule } = claim.place;
                         let again = (granule..granule + claim.left).map(|granule| Place { area, granule });
-                        self.deferred.faults(again);
+                        self.retry.faults(again);
                         return Ok(claimed);
                     }
                     if !self.status.running() {
@@ -228,7 +228,7 @@ impl Core {
 
     /// A fault that waited for a late source, if it did, has its page now.
     fn answered_late(&self, place: Place) {
-        if let Some(since) = self.waiting.remove(place) {
+        if let Some(since) = self.latencies.remove(place) {
             self.counters.resolved(since);
         }
     }
@@ -249,7 +249,7 @@ impl Core {
 
     /// So many requested pages have ended. After the last one there may be nothing left to do.
     pub(crate) fn answered(&self, pages: u64) {
-        if self.outstanding.answered(pages) {
+        if self.window.answered(pages) {
             self.status.tell(Task::Check);
         }
     }
@@ -263,14 +263,14 @@ impl Core {
 /// Claimed granules that are not installed yet. However the install ends, by a panic too, they are given back: they are
 /// what they were before, and whoever has been left to us faults again.
 pub(crate) struct Claim<'a> {
-    core: &'a Core,
+    core: &'a Memory,
     place: Place,
     left: usize,
 }
 
 impl<'a> Claim<'a> {
     /// Of one granule, which the caller has claimed.
-    pub(crate) fn of(core: &'a Core, place: Place) -> Claim<'a> {
+    pub(crate) fn of(core: &'a Memory, place: Place) -> Claim<'a> {
         Claim { core, place, left: 1 }
     }
 }

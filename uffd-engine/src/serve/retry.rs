@@ -4,17 +4,17 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
 
-use crate::core::Place;
+use crate::memory::Place;
 
 /// Looked at after every fault, and nearly always empty: that costs no lock.
 #[derive(Debug, Default)]
-pub(crate) struct Deferred {
+pub(crate) struct Retry {
     some: AtomicBool,
     faults: Mutex<Vec<Place>>,
     writes: Mutex<Vec<Place>>,
 }
 
-impl Deferred {
+impl Retry {
     /// Missing and minor faults.
     pub(crate) fn faults(&self, places: impl IntoIterator<Item = Place>) {
         self.faults.lock().extend(places);

@@ -5,17 +5,17 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use page_source::{PageSource, SourceError};
+use page_source::SourceError;
 
-use crate::core::Core;
-use crate::fault::Origin;
-use crate::loader::Plan;
+use crate::load::background::Plan;
+use crate::load::fault::Origin;
+use crate::load::status::{Outcome, Task};
+use crate::memory::Memory;
+use crate::memory::poison::stay_open;
+use crate::memory::states::State;
 use crate::options::Event;
 use crate::pause::PausePoint;
-use crate::state::State;
-use crate::status::{Outcome, Task};
-use crate::sys::ops;
-use crate::{EngineError, FrozenError, stats};
+use crate::{EngineError, FrozenError};
 
 /// Whom the engine tells.
 pub(crate) struct Observer(pub(crate) Box<dyn Fn(&Event) + Send>);
@@ -28,7 +28,7 @@ impl fmt::Debug for Observer {
 
 #[derive(Debug)]
 pub(crate) struct Supervisor {
-    pub(crate) core: Arc<Core>,
+    pub(crate) core: Arc<Memory>,
     pub(crate) plan: Arc<Plan>,
     pub(crate) origin: Arc<Origin>,
     pub(crate) observer: Option<Observer>,
@@ -88,7 +88,7 @@ impl Supervisor {
 
     /// A source that has died without a word would leave its pages outstanding for ever.
     fn look_up(&self) {
-        if !self.core.outstanding.none() && !self.origin.feed.alive() {
+        if !self.core.window.none() && !self.origin.feed.alive() {
             let (peer, reason) = ("the source of the pages".into(), "it has stopped answering".into());
             self.core.status.fail(EngineError::Broken(SourceError::Peer { peer, reason }));
         }
@@ -122,9 +122,9 @@ impl Supervisor {
         }
         if missing {
             // What was requested has been answered, and yet something is missing: an install was undone. Once more.
-            self.core.outstanding.set_all_requested(false);
+            self.core.window.set_all_requested(false);
             self.plan.rewind();
-            self.core.outstanding.wake();
+            self.core.window.wake();
             return false;
         }
         if under_way {
@@ -147,7 +147,7 @@ impl Supervisor {
         let after = self.core.counters.complete();
         self.core.unregister();
         self.core.status.end(Outcome::Complete(after));
-        self.core.outstanding.wake();
+        self.core.window.wake();
         self.tell(&Event::Complete { after });
         true
     }
@@ -187,7 +187,7 @@ impl Supervisor {
     /// Poisons what is missing, tells the VMM, and lets the memory go: what is zero then reads as zero.
     fn fail(&mut self, error: EngineError) {
         log::error!("{error}");
-        self.core.outstanding.wake();
+        self.core.window.wake();
         if let Some(frozen) = self.core.frozen() {
             frozen.end(Err(FrozenError::Engine(Box::new(error.clone()))));
         }
@@ -205,87 +205,4 @@ enum Lack {
     Install,
     /// Something is Missing.
     Content,
-}
-
-/// Where pages can't be poisoned, the descriptor is never closed: what is missing would read as zero then.
-pub(crate) fn stay_open(core: &Arc<Core>) {
-    if core.staging.cannot_poison.load(Ordering::Acquire) {
-        log::error!("this kernel can't poison pages: the descriptor stays open, and what is missing stays blocked");
-        std::mem::forget(Arc::clone(core));
-    }
-}
-
-impl Core {
-    /// Ends what could not start whole, and has no supervisor. Memory of this process is let go as it is, since its owner
-    /// is told at once; for that of another process, which would go on with zeros, what is missing is poisoned.
-    pub(crate) fn give_up(&self, source: &dyn PageSource) {
-        // Nothing is installed from here on. If it has failed before, that is so already.
-        self.status.begin_completion();
-        if self.descriptor.foreign() {
-            self.fail_closed(source);
-        } else {
-            self.unregister();
-        }
-        self.status.end(Outcome::Failed(EngineError::Cancelled));
-    }
-
-    /// Poisons what is missing of the source's content, and then lets the memory go.
-    pub(crate) fn fail_closed(&self, source: &dyn PageSource) {
-        for number in 0..self.areas.len() {
-            let area = &self.areas[number];
-            let stored = || self.poison_missing(number, area.stored(source));
-            if catch_unwind(AssertUnwindSafe(stored)).is_err() {
-                // Nobody knows any more what is zero.
-                self.poison_missing(number, std::iter::once((0, area.states.len())));
-            }
-        }
-        if !self.staging.cannot_poison.load(Ordering::Acquire) {
-            self.unregister();
-        }
-        // Whoever gives memory back waits for the event to be read.
-        self.read_for_want_of_handlers();
-    }
-
-    fn poison_missing(&self, number: usize, spans: impl Iterator<Item = (usize, usize)>) {
-        let area = &self.areas[number];
-        for (first, granules) in spans {
-            let mut at = first;
-            while at < first + granules {
-                let run = (at..first + granules).take_while(|&granule| area.states.claim_missing(granule)).count();
-                if run > 0 {
-                    self.poison_range(number, at, run);
-                    at += run;
-                } else if matches!(area.states.get(at).state, State::InFlight | State::Missing) {
-                    // Whoever is at it sees that the engine has failed, and ends soon, one way or the other.
-                    std::thread::yield_now();
-                } else {
-                    at += 1;
-                }
-            }
-        }
-    }
-
-    /// In as few calls as the kernel makes of it; page by page where something is in the way.
-    fn poison_range(&self, number: usize, first: usize, granules: usize) {
-        let area = &self.areas[number];
-        let end = first + granules;
-        let mut at = first;
-        while at < end {
-            let (addr, len) = (area.addr(at), area.len_of(end - at));
-            let poisoned = match ops::poison(self.descriptor.fd(), addr.0, len.0) {
-                ops::Done::All => end - at,
-                ops::Done::Part(bytes) => usize::try_from(bytes / area.len_of(1).0).unwrap_or(0),
-                ops::Done::Failed(_) => 0,
-            };
-            stats::bump(&self.counters.poisoned, poisoned as u64 * area.granule.0);
-            at += poisoned;
-            if poisoned == 0 {
-                self.poison_in_kernel(number, at);
-                at += 1;
-            }
-        }
-        for granule in first..end {
-            area.states.settle(granule, State::Poisoned);
-        }
-    }
 }

@@ -6,7 +6,7 @@ use page_source::PageCount;
 use parking_lot::{Condvar, Mutex};
 
 #[derive(Debug)]
-pub(crate) struct Outstanding {
+pub(crate) struct Window {
     pages: AtomicU64,
     window: u64,
     /// Loaders that wait for room, for the end of a pause, or for time to pass.
@@ -17,9 +17,9 @@ pub(crate) struct Outstanding {
     all_requested: AtomicU64,
 }
 
-impl Outstanding {
-    pub(crate) fn new(window: PageCount) -> Outstanding {
-        Outstanding {
+impl Window {
+    pub(crate) fn new(window: PageCount) -> Window {
+        Window {
             pages: AtomicU64::new(0),
             window: window.0,
             asleep: AtomicU64::new(0),

@@ -12,7 +12,7 @@ use std::sync::atomic::AtomicBool;
 use page_source::{ByteLen, HostAddr, PAGE_SIZE, PageBytes, PageSize};
 use parking_lot::Mutex;
 
-use crate::core::Place;
+use crate::memory::Place;
 use crate::sys::memory::{Scratch, write_alias};
 
 const PAGES: usize = 512;
