@@ -8,7 +8,6 @@ use std::vec::IntoIter;
 use nix::errno::Errno;
 use page_source::{ByteLen, Flow, HostAddr, PAGE_SIZE, PageBytes, PageCount, PageRun, PageSink, is_zero};
 
-use super::fetch::Fetch;
 use super::freeze::{Shared, Zone};
 use super::frozen::FrozenError;
 use super::locate::{ContentAt, fetched_at_a_time};
@@ -16,6 +15,7 @@ use super::order::{Order, PIECE};
 use super::owner::Owner;
 use super::pool::Copied;
 use crate::PausePoint;
+use crate::memory::holder::FetchError;
 use crate::sys::memory::{Scratch, read_granule};
 use crate::sys::ops;
 
@@ -24,7 +24,7 @@ type Outcome = Result<(), FrozenError>;
 /// Delivers everything. Returns when each page was delivered, or at the first error.
 pub(crate) fn run(shared: &Shared, sink: &dyn PageSink) -> Outcome {
     let buffer = Scratch::new(PIECE).map_err(|error| kernel("a buffer", HostAddr(0), errno_of(&error)))?;
-    let mut saver = Saver { shared, sink, buffer, fetch: None };
+    let mut saver = Saver { shared, sink, buffer };
     let mut order = Order::new(&shared.zones);
     while let Some((number, piece)) = saver.written_first(&mut order)?.or_else(|| order.next()) {
         saver.sweep(number, piece)?;
@@ -46,7 +46,7 @@ pub(crate) fn run(shared: &Shared, sink: &dyn PageSink) -> Outcome {
     match &shared.owner {
         Owner::Freeze { .. } => Ok(()),
         // What was loaded since the freeze point was not vouched for yet, nor what was taken here.
-        Owner::Engine { source, .. } => source.verify().map_err(FrozenError::Changed),
+        Owner::Engine { fetch, .. } => fetch.vouch().map_err(FrozenError::Changed),
     }
 }
 
@@ -66,7 +66,6 @@ struct Saver<'a> {
     shared: &'a Shared,
     sink: &'a dyn PageSink,
     buffer: Scratch,
-    fetch: Option<Fetch>,
 }
 
 impl Saver<'_> {
@@ -232,14 +231,13 @@ impl Saver<'_> {
 
     /// From the source of the engine that loads the memory.
     fn fetch(&mut self, number: usize, first: usize, granules: usize) -> Outcome {
-        let Owner::Engine { core, source, .. } = &self.shared.owner else { return Ok(()) };
-        let run = core.areas[number].pages(first, granules);
-        let fetch = match self.fetch.take() {
-            Some(fetch) => fetch,
-            None => Fetch::start(&**source, PIECE).map_err(|error| FrozenError::Source { run, error })?,
-        };
+        let Owner::Engine { memory, fetch } = &self.shared.owner else { return Ok(()) };
+        let run = memory.area(number).pages(first, granules);
         let to = self.buffer.bytes_mut(0, run.len().get());
-        self.fetch.insert(fetch).fetch(run, to, || self.shared.has_ended())?;
+        fetch.fetch(run, to, &|| self.shared.has_ended()).map_err(|error| match error {
+            FetchError::Over => FrozenError::Cancelled,
+            FetchError::Source(error) => FrozenError::Source { run, error },
+        })?;
         self.shared.from_source.fetch_add(run.pages.0, Ordering::Relaxed);
         Ok(())
     }

@@ -7,7 +7,6 @@
 use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
 use page_source::{ByteLen, HostAddr, PAGE_SIZE, PageBytes, PageSize};
 use parking_lot::Mutex;
@@ -87,8 +86,6 @@ pub(crate) struct Staging {
     spare: Mutex<Vec<Scratch>>,
     limit: usize,
     zeros: Scratch,
-    /// The kernel can't poison: then nothing may ever be unregistered or closed while it is missing.
-    pub(crate) cannot_poison: AtomicBool,
 }
 
 /// So many buffers are kept for the next granules.
@@ -102,7 +99,6 @@ impl Staging {
             spare: Mutex::default(),
             limit,
             zeros: Scratch::new(PageSize::HUGE.bytes())?,
-            cannot_poison: AtomicBool::new(false),
         })
     }
 
