@@ -3,7 +3,7 @@
 use std::io;
 use std::ops::Range;
 
-use crate::state::{State, StateMap};
+use crate::memory::states::{State, StateMap};
 
 /// A state map, with the steps of a load as the engine takes them.
 #[derive(Debug)]
