@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use page_source::{PageCount, PageRun};
+use page_units::{PageCount, PageRun};
 
 use crate::load::background::Plan;
 use crate::load::fault::Origin;
@@ -189,7 +189,7 @@ impl Engine {
         for (number, part) in parts {
             let area = &self.core.areas[number];
             let first = area.granule_of(part.first);
-            let granules = page_source::ByteLen(part.pages.0 / area.granule.0).get();
+            let granules = page_units::ByteLen(part.pages.0 / area.granule.0).get();
             for granule in first..first + granules {
                 self.core.pauses.at(PausePoint::Discarding);
                 while self.core.remove_granule(number, granule) == State::InFlight {

@@ -6,7 +6,8 @@ use std::sync::{Arc, Weak};
 
 use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use page_source::{ByteLen, HostAddr, PageSource};
+use page_source::PageSource;
+use page_units::{ByteLen, HostAddr};
 
 use super::freeze::Shared;
 use crate::load::fault::Origin;

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use page_source::{ByteLen, Content, PageCount, PageRun, Urgency};
+use page_source::{Content, Urgency};
+use page_units::{ByteLen, PageCount, PageRun};
 use parking_lot::{Mutex, MutexGuard};
 
 use crate::EngineError;

@@ -3,7 +3,8 @@
 use std::time::Instant;
 
 use nix::errno::Errno;
-use page_source::{ByteLen, Feed, HostAddr, PageCount, PageRun, PageSource, Urgency};
+use page_source::{Feed, PageSource, Urgency};
+use page_units::{ByteLen, HostAddr, PageCount, PageRun};
 
 use crate::EngineError;
 use crate::load::install::{Content, frozen};

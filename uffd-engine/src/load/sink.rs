@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use page_source::{End, Flow, PageBytes, PageCount, PageRun, PageSink, SinkError, SourceError};
+use page_source::{End, Flow, PageBytes, PageSink, SinkError, SourceError};
+use page_units::{PageCount, PageRun};
 
 use crate::EngineError;
 use crate::load::huge::{Added, NotAdded, Whole};
@@ -272,5 +273,5 @@ impl Memory {
 
 /// A number of pages that are in memory.
 fn count(pages: PageCount) -> usize {
-    page_source::ByteLen(pages.0).get()
+    page_units::ByteLen(pages.0).get()
 }

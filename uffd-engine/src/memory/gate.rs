@@ -14,7 +14,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use page_source::{ByteLen, HostAddr, PageCount};
+use page_units::{ByteLen, HostAddr, PageCount};
 use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 use userfaultfd::RegisterMode;
 

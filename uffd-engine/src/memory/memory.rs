@@ -5,7 +5,7 @@ use std::io;
 use std::sync::Arc;
 use std::thread::ThreadId;
 
-use page_source::{ByteLen, HostAddr, Layout, PageCount, PageRun};
+use page_units::{ByteLen, HostAddr, Layout, PageCount, PageRun};
 use parking_lot::{Mutex, RwLock};
 
 use super::area::Area;

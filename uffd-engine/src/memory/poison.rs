@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use nix::errno::Errno;
-use page_source::{ByteLen, PageSource};
+use page_source::PageSource;
+use page_units::ByteLen;
 
 use super::descriptor::Descriptor;
 use super::{Memory, Place};

@@ -7,7 +7,7 @@
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use page_source::{ByteLen, HostAddr, PAGE_SIZE};
+use page_units::{ByteLen, HostAddr, PAGE_SIZE};
 use userfaultfd::RegisterMode;
 
 use crate::memory::descriptor::Descriptor;

@@ -1,6 +1,6 @@
 //! What the guest gave back.
 
-use page_source::{ByteLen, HostAddr};
+use page_units::{ByteLen, HostAddr};
 
 use crate::memory::gate::Alone;
 use crate::memory::states::State;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use nix::errno::Errno;
-use page_source::HostAddr;
+use page_units::HostAddr;
 
 use crate::EngineError;
 use crate::load::fault::Origin;
