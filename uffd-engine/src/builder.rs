@@ -6,7 +6,8 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::thread::{Builder as Thread, JoinHandle};
 
-use page_source::{PageCount, PageSink, PageSource};
+use page_source::{PageSink, PageSource};
+use page_units::PageCount;
 
 use crate::load::background;
 use crate::load::completion::give_up;
@@ -251,8 +252,8 @@ impl Builder {
 /// loader may overdraw one piece, and for faults.
 fn asked_for(background: &Background) -> usize {
     const FAULTS: usize = 16;
-    let huge = page_source::PageSize::HUGE.pages().0;
-    page_source::ByteLen(background.window.0.div_ceil(huge)).get() + background.threads + FAULTS
+    let huge = page_units::PageSize::HUGE.pages().0;
+    page_units::ByteLen(background.window.0.div_ceil(huge)).get() + background.threads + FAULTS
 }
 
 fn system(what: &'static str) -> impl Fn(io::Error) -> StartError {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use page_source::{Layout, PageCount, PageRun};
+use page_units::{Layout, PageCount, PageRun};
 
 use crate::load::fetch;
 use crate::load::intake::Intake;

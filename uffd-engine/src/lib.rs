@@ -7,6 +7,9 @@
 //! A page of the source is never replaced by zeros or by stale bytes. When content can't be had, what is missing is
 //! poisoned, so that any access to it is an error, before anything is closed.
 
+#[cfg(feature = "bench")]
+#[doc(hidden)]
+pub mod bench;
 mod builder;
 mod engine;
 mod error;

@@ -15,7 +15,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mapped_ram::Writer;
-use page_source::{ByteLen, PageCount, PageRun, PageSink, PageSource};
+use page_source::{PageSink, PageSource};
+use page_units::{ByteLen, PageCount, PageRun};
 use uffd_engine::{Engine, FreezeError, Freezer, Frozen};
 use vmstate::{Configuration, DeviceWriter};
 

@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 
 use kvm_ioctls::VmFd;
-use page_source::{BlockId, ByteLen, GuestAddr, HostAddr, Layout, LayoutError, PageIndex, PageRun, RamBlock};
+use page_units::{BlockId, ByteLen, GuestAddr, HostAddr, Layout, LayoutError, PageIndex, PageRun, RamBlock};
 use uffd_engine::{Backing, Region};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
 

@@ -9,7 +9,7 @@ use std::sync::OnceLock;
 
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
-use page_source::{FileOffset, HostAddr, PAGE_SHIFT, PageCount, PageRun};
+use page_units::{FileOffset, HostAddr, PAGE_SHIFT, PageCount, PageRun};
 use uffd_engine::{Backing, HugeFile, PageTable};
 
 use crate::memory::{GuestRam, Piece};
@@ -216,7 +216,7 @@ fn in_page_table(piece: &Piece) -> io::Result<Vec<PageRun>> {
 
 #[cfg(test)]
 mod tests {
-    use page_source::{ByteLen, GuestAddr};
+    use page_units::{ByteLen, GuestAddr};
     use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
@@ -233,7 +233,7 @@ mod tests {
         // Of the second, which begins in the middle of what would be one of the file: its last page.
         touch((1 << 32) + mib(4).0 - 1);
         let run = |first: u64, pages: u64| {
-            PageRun::new(page_source::BlockId(0), page_source::PageIndex(first), PageCount(pages))
+            PageRun::new(page_units::BlockId(0), page_units::PageIndex(first), PageCount(pages))
         };
         let existing = Existing::new(&ram).unwrap();
         let mut pages = existing.shared_page_tables().unwrap();

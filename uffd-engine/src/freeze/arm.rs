@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering;
 
 use nix::errno::Errno;
-use page_source::{ByteLen, HostAddr, PageRun};
+use page_units::{ByteLen, HostAddr, PageRun};
 use userfaultfd::RegisterMode;
 
 use super::freeze::Shared;

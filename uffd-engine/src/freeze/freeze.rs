@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use nix::errno::Errno;
-use page_source::{ByteLen, HostAddr, Layout, PageCount, PageRun, PageSize};
+use page_units::{ByteLen, HostAddr, Layout, PageCount, PageRun, PageSize};
 use parking_lot::{Condvar, Mutex, RwLock};
 
 use super::frozen::FrozenError;
@@ -146,7 +146,7 @@ impl Shared {
     /// Whether the file behind shared memory held a page at the freeze point.
     pub(crate) fn in_file(&self, run: PageRun) -> Vec<bool> {
         let populated = self.populated.read();
-        let mut exists = vec![false; run.len().to_pages().to_bytes().get() >> page_source::PAGE_SHIFT];
+        let mut exists = vec![false; run.len().to_pages().to_bytes().get() >> page_units::PAGE_SHIFT];
         // They are sorted and do not overlap: the first that may reach into it, and on.
         let before = |known: &PageRun| (known.block, known.end()) <= (run.block, run.first);
         let from = populated.partition_point(before);

@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 use std::thread::Builder as Thread;
 
 use nix::errno::Errno;
-use page_source::{ByteLen, HostAddr, Layout, PageRun};
+use page_units::{ByteLen, HostAddr, Layout, PageRun};
 
 use super::arm::arm_all;
 use super::freeze::{Shared, Zone};

@@ -5,10 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{Builder as Thread, JoinHandle};
 
 use nix::errno::Errno;
-use page_source::{
-    BlockId, Content, End, Feed, HostAddr, Layout, PageCount, PageIndex, PageRun, PageSink, PageSource, SinkError,
-    SourceError, Span, Urgency,
-};
+use page_source::{Content, End, Feed, PageSink, PageSource, SinkError, SourceError, Span, Urgency};
+use page_units::{BlockId, HostAddr, Layout, PageCount, PageIndex, PageRun};
 
 use super::freeze::Shared;
 use super::saver;

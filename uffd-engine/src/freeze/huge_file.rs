@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 
 use nix::errno::Errno;
-use page_source::{ByteLen, FileOffset, PageSize};
+use page_units::{ByteLen, FileOffset, PageSize};
 use userfaultfd::RegisterMode;
 
 use crate::memory::descriptor::Descriptor;

@@ -1,6 +1,6 @@
 //! Where the content of a granule at the freeze point is to be had.
 
-use page_source::{ByteLen, PageCount};
+use page_units::{ByteLen, PageCount};
 
 use super::freeze::{Shared, Zone};
 use super::frozen::FrozenError;

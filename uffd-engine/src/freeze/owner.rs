@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use page_source::{ByteLen, HostAddr};
+use page_units::{ByteLen, HostAddr};
 
 use super::freeze::Shared;
 use crate::memory::Memory;

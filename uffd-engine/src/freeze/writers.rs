@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use page_source::{ByteLen, HostAddr};
+use page_units::{ByteLen, HostAddr};
 
 use super::freeze::{Shared, Zone};
 use super::frozen::FrozenError;

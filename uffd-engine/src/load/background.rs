@@ -1,6 +1,7 @@
 //! The threads that bring in what nobody has asked for.
 
-use page_source::{ByteLen, Content, PageCount, PageRun, Urgency};
+use page_source::{Content, Urgency};
+use page_units::{ByteLen, PageCount, PageRun};
 use parking_lot::MutexGuard;
 
 use super::intake::Intake;

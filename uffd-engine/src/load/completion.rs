@@ -3,7 +3,8 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
-use page_source::{PageCount, PageRun, PageSource, SourceError};
+use page_source::{PageSource, SourceError};
+use page_units::{PageCount, PageRun};
 
 use super::intake::Intake;
 use super::load::Load;

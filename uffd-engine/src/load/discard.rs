@@ -1,6 +1,6 @@
 //! Giving pages back through the engine.
 
-use page_source::{ByteLen, PageRun};
+use page_units::{ByteLen, PageRun};
 
 use super::intake::Intake;
 use crate::DiscardError;

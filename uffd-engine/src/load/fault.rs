@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use nix::errno::Errno;
-use page_source::{ByteLen, PageRun, Urgency};
+use page_source::Urgency;
+use page_units::{ByteLen, PageRun};
 
 use super::install::Content;
 use super::load::Load;

@@ -8,7 +8,8 @@ use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
 
-use page_source::{ByteLen, HostAddr, PAGE_SIZE, PageBytes, PageSize};
+use page_source::PageBytes;
+use page_units::{ByteLen, HostAddr, PAGE_SIZE, PageSize};
 use parking_lot::Mutex;
 
 use crate::memory::Place;

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use nix::errno::Errno;
-use page_source::{ByteLen, Flow, PageBytes, SinkError};
+use page_source::{Flow, PageBytes, SinkError};
+use page_units::ByteLen;
 
 use super::intake::{Intake, stopped};
 use crate::EngineError;

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use page_source::{PageCount, PageRun, SinkError, SourceError};
+use page_source::{SinkError, SourceError};
+use page_units::{PageCount, PageRun};
 
 use super::huge::Staging;
 use super::latencies::Latencies;

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use page_source::{Feed, PageCount, PageSource};
+use page_source::{Feed, PageSource};
+use page_units::PageCount;
 
 use super::intake::Intake;
 use super::plan::Plan;

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use page_source::{Flow, PageBytes, PageCount, PageRun, SinkError};
+use page_source::{Flow, PageBytes, SinkError};
+use page_units::{PageCount, PageRun};
 
 use super::huge::{Added, NotAdded, Whole};
 use super::install::{Claim, Content};
@@ -139,5 +140,5 @@ impl Intake {
 
 /// A number of pages that are in memory.
 pub(super) fn count(pages: PageCount) -> usize {
-    page_source::ByteLen(pages.0).get()
+    page_units::ByteLen(pages.0).get()
 }

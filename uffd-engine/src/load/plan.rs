@@ -5,7 +5,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use page_source::{ByteLen, PageCount, PageRun};
+use page_units::{ByteLen, PageCount, PageRun};
 use parking_lot::Mutex;
 
 use super::rate::Bucket;

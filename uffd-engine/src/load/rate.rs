@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use page_source::ByteLen;
+use page_units::ByteLen;
 
 /// A token bucket: it may be overdrawn by one piece, and is then paid back by waiting.
 #[derive(Debug)]

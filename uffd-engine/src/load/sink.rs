@@ -1,6 +1,7 @@
 //! The engine as a sink of pages.
 
-use page_source::{End, Flow, PageBytes, PageCount, PageRun, PageSink, SinkError, SourceError};
+use page_source::{End, Flow, PageBytes, PageSink, SinkError, SourceError};
+use page_units::{PageCount, PageRun};
 
 use super::intake::{Intake, stopped};
 use super::pieces::count;

@@ -1,6 +1,7 @@
 //! What a source may have content for.
 
-use page_source::{ByteLen, Content, PageSource};
+use page_source::{Content, PageSource};
+use page_units::ByteLen;
 
 use crate::memory::Area;
 
@@ -40,9 +41,8 @@ pub(crate) fn stored<'a>(area: &'a Area, source: &'a dyn PageSource) -> impl Ite
 mod tests {
     use std::sync::Arc;
 
-    use page_source::{
-        BlockId, Feed, HostAddr, Layout, PageCount, PageIndex, PageRun, PageSink, PageSize, RamBlock, SourceError, Span,
-    };
+    use page_source::{Feed, PageSink, SourceError, Span};
+    use page_units::{BlockId, HostAddr, Layout, PageCount, PageIndex, PageRun, PageSize, RamBlock};
 
     use super::*;
     use crate::memory::region::{Backing, Region};

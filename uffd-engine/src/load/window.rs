@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use page_source::PageCount;
+use page_units::PageCount;
 use parking_lot::{Condvar, Mutex};
 
 #[derive(Debug)]

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use page_source::{BlockId, ByteLen, HostAddr, PageCount, PageIndex, PageRun};
+use page_units::{BlockId, ByteLen, HostAddr, PageCount, PageIndex, PageRun};
 
 use super::region::{self, Region};
 

@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd, IntoRawFd, OwnedFd};
 use std::os::raw::c_void;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use page_source::{ByteLen, HostAddr};
+use page_units::{ByteLen, HostAddr};
 use userfaultfd::{RegisterMode, Uffd};
 
 use crate::OpenError;

@@ -13,7 +13,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use page_source::{HostAddr, PageCount};
+use page_units::{HostAddr, PageCount};
 use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::descriptor::Descriptor;

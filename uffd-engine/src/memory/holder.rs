@@ -2,7 +2,8 @@
 
 use std::fmt::Debug;
 
-use page_source::{HostAddr, PageRun, SourceError};
+use page_source::SourceError;
+use page_units::{HostAddr, PageRun};
 
 use super::place::Place;
 use crate::EngineError;

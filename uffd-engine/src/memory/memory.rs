@@ -4,7 +4,7 @@ use std::io;
 use std::sync::atomic::AtomicBool;
 
 use nix::errno::Errno;
-use page_source::{HostAddr, Layout};
+use page_units::{HostAddr, Layout};
 
 use super::area::Area;
 use super::descriptor::Descriptor;

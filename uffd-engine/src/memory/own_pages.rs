@@ -3,7 +3,7 @@
 
 use std::io;
 
-use page_source::{ByteLen, HostAddr, PAGE_SIZE, PageCount};
+use page_units::{ByteLen, HostAddr, PAGE_SIZE, PageCount};
 use userfaultfd::RegisterMode;
 
 use super::descriptor::Descriptor;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use nix::errno::Errno;
-use page_source::ByteLen;
+use page_units::ByteLen;
 
 use super::descriptor::Descriptor;
 use super::memory::Memory;

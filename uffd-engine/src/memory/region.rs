@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use page_source::{ByteLen, HostAddr, Layout, PAGE_SIZE, PageCount, PageIndex, PageRun, PageSize};
+use page_units::{ByteLen, HostAddr, Layout, PAGE_SIZE, PageCount, PageIndex, PageRun, PageSize};
 
 use userfaultfd::RegisterMode;
 
@@ -166,7 +166,7 @@ pub(crate) fn granule_of(region: &Region, page: PageIndex) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use page_source::{BlockId, RamBlock};
+    use page_units::{BlockId, RamBlock};
 
     use super::*;
 

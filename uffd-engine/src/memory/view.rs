@@ -4,7 +4,7 @@ use std::ops::Deref as _;
 use std::sync::Arc;
 use std::thread::ThreadId;
 
-use page_source::{BlockId, ByteLen, HostAddr, Layout, PageIndex, PageRun};
+use page_units::{BlockId, ByteLen, HostAddr, Layout, PageIndex, PageRun};
 use parking_lot::{Mutex, RwLock};
 
 use super::area::Area;

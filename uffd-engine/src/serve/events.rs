@@ -1,7 +1,7 @@
 //! Reading messages, and applying what the guest gave back.
 
 use nix::errno::Errno;
-use page_source::{ByteLen, HostAddr};
+use page_units::{ByteLen, HostAddr};
 
 use super::served::Discarded;
 use crate::memory::gate::{Alone, Priority};

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use page_source::HostAddr;
+use page_units::HostAddr;
 
 use crate::EngineError;
 use crate::memory::{Memory, Place};

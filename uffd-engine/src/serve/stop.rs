@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use page_source::{HostAddr, PageCount};
+use page_units::{HostAddr, PageCount};
 
 use crate::memory::descriptor::Descriptor;
 use crate::memory::own_pages::OwnPages;
@@ -61,7 +61,7 @@ mod tests {
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
     use nix::unistd::gettid;
 
-    use page_source::{ByteLen, PAGE_SIZE};
+    use page_units::{ByteLen, PAGE_SIZE};
     use userfaultfd::RegisterMode;
 
     use super::*;

@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use nix::unistd::{Whence, lseek};
-use page_source::{BlockId, ByteLen, PageCount, PageIndex, PageRun};
+use page_units::{BlockId, ByteLen, PageCount, PageIndex, PageRun};
 use parking_lot::{Mutex, RwLock};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};

@@ -1,6 +1,6 @@
 //! `live.fault`: how long a writer to frozen memory waits.
 
-use page_source::{BlockId, ByteLen, HostAddr, Layout, PageSize, RamBlock};
+use page_units::{BlockId, ByteLen, HostAddr, Layout, PageSize, RamBlock};
 use uffd_engine::{Backing, FreezeOptions, Freezer, Handlers, Region};
 
 use super::{Bench, Measured};
