@@ -6,6 +6,7 @@ use mapped_ram::{OpenErrorKind, Options, Snapshot};
 use page_units::FileOffset;
 
 use crate::commands::Failure;
+use crate::commands::serving::quoted;
 use crate::parse;
 use crate::recognise::{self, Known};
 
@@ -45,6 +46,14 @@ impl Offset {
             }
             (OpenErrorKind::NotAStream { .. }, Known::Other(what)) => format!("{error}; {what}").into(),
             (OpenErrorKind::NotAStream { .. }, Known::Perhaps) => format!("{error}{}", recognise::unknown(path)).into(),
+            (OpenErrorKind::PlainStream { .. }, _) => {
+                let file = format!("file:{}", path.display());
+                format!(
+                    "{error}; or start QEMU with -incoming {}, then: fastload capture --qmp SOCKET OUT",
+                    quoted(file.as_ref())
+                )
+                .into()
+            }
             _ => error.into(),
         })
     }

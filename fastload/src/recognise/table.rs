@@ -57,7 +57,7 @@ pub(super) static TABLE: &[Entry] = &[
     entry("a file compressed with gzip", Mark::At(0, b"\x1f\x8b"), Help::Unpack("gzip -dk")),
     entry("a file compressed with xz", Mark::At(0, b"\xfd7zXZ\0"), Help::Unpack("xz -dk")),
     entry("a file compressed with bzip2", Mark::Test(bzip2), Help::Unpack("bzip2 -dk")),
-    entry("a file compressed with lz4", Mark::At(0, b"\x04\x22\x4d\x18"), Help::Unpack("lz4 -d")),
+    entry("a file compressed with lz4", Mark::At(0, b"\x04\x22\x4d\x18"), Help::Unpack("lz4 -dm")),
     entry("a file compressed with lzop", Mark::At(0, b"\x89LZO\0\r\n\x1a\n"), Help::Unpack("lzop -d")),
     entry("a file compressed with lzip", Mark::At(0, b"LZIP"), Help::Unpack("lzip -dk")),
     entry("a zip archive", Mark::At(0, b"PK\x03\x04"), Help::Unpack("unzip")),

@@ -34,16 +34,16 @@ fn libvirt(magic: &[u8; 16], words: [u32; 5]) -> Vec<u8> {
 /// The marks as they stand in each format's own document, made byte by byte.
 #[test]
 fn every_format_is_named_with_what_helps() {
-    let qcow2: &[(usize, &[u8])] = &[(0, b"QFI\xfb\0\0\0\x03")];
-    let cases: &[(&[(usize, &[u8])], &str, &str)] = &[
+    type Parts = &'static [(usize, &'static [u8])];
+    let cases: &[(Parts, &str, &str)] = &[
         (&[(0, b"\x28\xb5\x2f\xfd\x04")], "compressed with zstd", "zstd -d 'it'\\''s'"),
         (&[(0, b"\x1f\x8b\x08")], "compressed with gzip", "gzip -dk"),
         (&[(0, b"\xfd7zXZ\0\0\x04")], "compressed with xz", "xz -dk"),
         (&[(0, b"BZh91AY&SY")], "compressed with bzip2", "bzip2 -dk"),
-        (&[(0, b"\x04\x22\x4d\x18")], "compressed with lz4", "lz4 -d"),
+        (&[(0, b"\x04\x22\x4d\x18")], "compressed with lz4", "lz4 -dm"),
         (&[(0, b"PK\x03\x04")], "zip archive", "unzip"),
         (&[(0, b"vm.snap"), (257, b"ustar")], "tar archive", "tar xSf"),
-        (qcow2, "a qcow2 disk image, and has no memory", "fastload capture"),
+        (&[(0, b"QFI\xfb\0\0\0\x03")], "a qcow2 disk image, and has no memory", "fastload capture"),
         (&[(0, b"KDMV\x01")], "VMDK", "fastload capture"),
         (&[(0, b"# Disk DescriptorFile\n")], "VMDK", "fastload capture"),
         (&[(0, b"<<< QEMU VM"), (64, b"\x7f\x10\xda\xbe")], "VDI", "fastload capture"),
