@@ -11,6 +11,7 @@ macro_rules! say {
 }
 
 mod bench;
+mod circles;
 mod demo;
 mod e2e;
 mod hung;

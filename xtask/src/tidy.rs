@@ -23,6 +23,7 @@ pub(crate) fn run() -> Done {
     }
     problems.extend(crates(root(), &files));
     problems.extend(ci(root()));
+    problems.extend(crate::circles::check(root())?);
     for problem in &problems {
         say!("{problem}");
     }
