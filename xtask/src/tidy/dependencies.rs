@@ -1,4 +1,4 @@
-//! Who may use whom: the dependency rules of ARCHITECTURE.md.
+//! Which crate may use which: the dependency rules of ARCHITECTURE.md.
 
 use super::metadata::Member;
 
@@ -7,19 +7,51 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("page-units", &[]),
     ("whole-file", &[]),
     ("vmstate", &["page-units"]),
-    ("mapped-ram", &["page-units", "vmstate", "whole-file"]),
-    ("page-source", &["mapped-ram", "page-units", "vmstate", "whole-file"]),
+    ("frame-file", &["page-units"]),
+    ("mapped-ram", &["frame-file", "page-units", "vmstate", "whole-file"]),
+    ("page-source", &["page-units"]),
+    ("page-files", &["frame-file", "mapped-ram", "page-source", "page-units", "whole-file"]),
+    ("qemu-pages", &["page-source", "page-units", "vmstate"]),
     ("uffd-engine", &["page-source", "page-units"]),
-    ("vmm-glue", &["mapped-ram", "page-source", "page-units", "uffd-engine", "vmstate", "whole-file"]),
+    (
+        "vmm-glue",
+        &[
+            "mapped-ram",
+            "page-files",
+            "page-source",
+            "page-units",
+            "qemu-pages",
+            "uffd-engine",
+            "vmstate",
+            "whole-file",
+        ],
+    ),
     ("fastload-qmp", &[]),
-    ("fastload", &["fastload-qmp", "mapped-ram", "page-source", "page-units", "vmstate", "whole-file"]),
+    (
+        "fastload",
+        &[
+            "fastload-qmp",
+            "frame-file",
+            "mapped-ram",
+            "page-files",
+            "page-source",
+            "page-units",
+            "qemu-pages",
+            "uffd-engine",
+            "vmstate",
+            "whole-file",
+        ],
+    ),
 ];
 
 /// What a crate must not use of others, whatever it may use here.
 const MUST_NOT_USE: &[(&str, &[&str])] = &[
     ("page-units", &["libc", "nix"]),
-    ("page-source", &["kvm-bindings", "kvm-ioctls", "userfaultfd"]),
-    ("uffd-engine", &["kvm-bindings", "kvm-ioctls", "tempfile"]),
+    ("vmstate", &["libc", "nix"]),
+    ("page-source", &["kvm-bindings", "kvm-ioctls", "tempfile", "userfaultfd", "vm-memory"]),
+    ("page-files", &["kvm-bindings", "kvm-ioctls", "userfaultfd", "vm-memory"]),
+    ("qemu-pages", &["kvm-bindings", "kvm-ioctls", "userfaultfd", "vm-memory"]),
+    ("uffd-engine", &["kvm-bindings", "kvm-ioctls", "serde_json", "tempfile", "vm-memory"]),
     ("xtask", &["libc", "nix", "userfaultfd", "zstd"]),
 ];
 

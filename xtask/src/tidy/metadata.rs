@@ -8,22 +8,22 @@ use crate::run::{Done, cargo, show, succeeded};
 
 /// A member of the workspace.
 #[derive(Debug)]
-pub(super) struct Member {
-    pub(super) name: String,
+pub(crate) struct Member {
+    pub(crate) name: String,
     /// Where its `Cargo.toml` is.
-    pub(super) directory: PathBuf,
+    pub(crate) directory: PathBuf,
     /// Whether it is going to a registry.
-    pub(super) published: bool,
-    pub(super) dependencies: Vec<Dependency>,
+    pub(crate) published: bool,
+    pub(crate) dependencies: Vec<Dependency>,
     manifest: Value,
 }
 
 /// What a member depends on.
 #[derive(Debug)]
-pub(super) struct Dependency {
-    pub(super) name: String,
+pub(crate) struct Dependency {
+    pub(crate) name: String,
     /// Whether only tests, examples and benchmarks need it.
-    pub(super) for_tests: bool,
+    pub(crate) for_tests: bool,
 }
 
 impl Member {
@@ -42,7 +42,7 @@ impl Member {
 ///
 /// # Errors
 /// If cargo refuses a manifest.
-pub(super) fn members(root: &Path) -> Done<Vec<Member>> {
+pub(crate) fn members(root: &Path) -> Done<Vec<Member>> {
     let mut command = cargo("metadata");
     command.args(["--no-deps", "--offline", "--format-version", "1"]).current_dir(root);
     let output = command.output().map_err(|error| format!("{}: {error}", show(&command)))?;

@@ -7,7 +7,8 @@ pub(super) fn check(file: &Path, text: &str) -> Vec<String> {
     if file.extension().is_none_or(|extension| extension != "rs") {
         return Vec::new();
     }
-    let bad = names(text).into_iter().filter_map(|(line, name)| Some((line, name, fault(name)?)));
+    let named = names(text).into_iter().filter(|(_, name)| !name.is_empty());
+    let bad = named.filter_map(|(line, name)| Some((line, name, fault(name)?)));
     bad.map(|(line, name, fault)| format!("{}:{line}: the test {name}: {fault}", file.display())).collect()
 }
 
