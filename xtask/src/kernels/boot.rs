@@ -1,8 +1,8 @@
 //! A kernel in QEMU, without KVM.
 
 use std::collections::VecDeque;
-use std::fs;
-use std::io::{BufRead, BufReader};
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::mpsc::{RecvTimeoutError, channel};
@@ -19,6 +19,8 @@ pub(crate) struct Machine<'a> {
     pub(crate) initramfs: &'a Path,
     /// Where what the kernel says is written.
     pub(crate) console: &'a Path,
+    /// Where what the tests say is written.
+    pub(crate) log: &'a Path,
     /// How long all of it may take.
     pub(crate) limit: Duration,
 }
@@ -47,6 +49,7 @@ pub(crate) fn run(machine: &Machine<'_>, column: &mut Column) -> Done {
         .stdin(Stdio::null())
         .stdout(Stdio::piped());
     let began = Instant::now();
+    let mut log = File::create(machine.log).map_err(|error| format!("{}: {error}", machine.log.display()))?;
     let mut qemu = command.spawn().map_err(|error| format!("{}: {error}", show(&command)))?;
     let (lines, heard) = channel();
     if let Some(output) = qemu.stdout.take() {
@@ -61,6 +64,7 @@ pub(crate) fn run(machine: &Machine<'_>, column: &mut Column) -> Done {
         match heard.recv_timeout(left) {
             Ok(line) => {
                 let text = String::from_utf8_lossy(&line).trim_end_matches('\r').to_owned();
+                writeln!(log, "{text}")?;
                 column.hear(&Line::parse(&text));
                 if last.len() == TAIL {
                     last.pop_front();

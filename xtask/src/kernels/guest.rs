@@ -18,7 +18,7 @@ const LINE: &str = "/dev/ttyS1";
 /// Where the tests write what they skipped.
 const SKIPS: &str = "/tmp/skips";
 /// How long one program may take: nothing takes nearly as long, unless it hangs.
-const LIMIT: Duration = Duration::from_secs(10 * 60);
+const LIMIT: Duration = Duration::from_secs(4 * 60);
 /// How often programs that hang are looked for.
 const TICK: Duration = Duration::from_secs(1);
 

@@ -118,7 +118,9 @@ fn on(kernels: &[&Kernel], selection: &Selection, update: bool, report: &mut Rep
         let fetched = debian::fetch(kernel, update)?;
         say!("   {}: {}", kernel.name, fetched.package);
         let console = directory().join(format!("{}.console", kernel.name));
-        let machine = Machine { kernel: &fetched.image, initramfs: &initramfs, console: &console, limit: LIMIT };
+        let log = directory().join(format!("{}.log", kernel.name));
+        let machine =
+            Machine { kernel: &fetched.image, initramfs: &initramfs, console: &console, log: &log, limit: LIMIT };
         let column = report.column(kernel.name, &fetched.package);
         if let Err(error) = boot::run(&machine, column) {
             column.problem = Some(error.to_string());
