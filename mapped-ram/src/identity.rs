@@ -4,8 +4,7 @@ use std::fs::{File, Metadata};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 
-/// What `fstat` says of a file that nobody writes to, and what of it must not change: while it does not, neither do the
-/// bytes.
+/// What `fstat` says of a file. While what is watched of it does not change, neither do the bytes.
 ///
 /// The modification time has the granularity of the file system's clock (a few milliseconds before Linux 6.13), and
 /// stores through somebody's writable mapping of the file move it only now and then.

@@ -15,14 +15,18 @@ use crate::run::{Done, show};
 /// Where the list of what the guest runs lies.
 pub(crate) const PLAN: &str = "/tests/plan";
 
-/// Writes the archive: init, the programs without debug information, `mount`, and the libraries of all.
+/// Writes the archive: init, the programs without debug information, what init itself runs (`mount`, and `sh` to end a
+/// program that hangs), and the libraries of all.
 ///
 /// # Errors
 /// If a file can't be read or written, or a tool (`strip`, `ldd`) is missing.
 pub(crate) fn write(archive: &Path, programs: &[Program], filter: Option<&str>) -> Done {
     let work = archive.with_extension("work");
     fs::create_dir_all(&work)?;
-    let mut files = vec![("/init".to_owned(), std::env::current_exe()?), ("/bin/mount".to_owned(), tool("mount")?)];
+    let mut files = vec![("/init".to_owned(), std::env::current_exe()?)];
+    for name in ["mount", "sh"] {
+        files.push((format!("/bin/{name}"), tool(name)?));
+    }
     let mut plan = String::new();
     for Program { name, path } in programs {
         files.push((format!("/tests/{name}"), path.clone()));
