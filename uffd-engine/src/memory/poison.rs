@@ -135,7 +135,7 @@ impl Memory {
         }
         // One that was refused before is met again by a fault that was read before.
         let here = at.granule..at.granule + granules;
-        let new = here.filter(|&granule| area.states.get(granule).state != State::Poisoned).count();
+        let new = here.filter(|&granule| self.states(at.area).get(granule).state != State::Poisoned).count();
         bump(&self.counters.poisoned, new as u64 * area.granule.0);
         self.wake(at, granules);
         true

@@ -37,9 +37,7 @@ impl Drop for OnExit<'_> {
         }
         self.waiter.left(memory);
         // An engine that fails closed before the last handler has left reads nothing, and a discard would wait for ever.
-        if std::thread::panicking() {
-            events::read_without_handlers(memory, self.served);
-        }
+        events::read_without_handlers(memory, self.served);
     }
 }
 
