@@ -7,8 +7,8 @@ use std::sync::Arc;
 use page_source::{Content, Feed, PageBytes, PageSink, PageSource, SourceError, Span, Urgency};
 use page_units::{BlockId, Layout, PageCount, PageIndex, PageRun};
 
-use crate::memory::GuestRam;
 use crate::populated::Existing;
+use crate::ram::GuestRam;
 use crate::sys;
 
 /// So much is copied at a time.
