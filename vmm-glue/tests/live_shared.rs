@@ -18,8 +18,8 @@ use page_units::{ByteLen, GuestAddr, HostAddr};
 use testkit::guest::{GuestImage, Pattern, Privilege};
 use testkit::hugepages::Overcommit;
 use testkit::require;
-use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::bitmap::Bitmap;
+use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
 };
