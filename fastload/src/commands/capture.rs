@@ -36,9 +36,7 @@ If it is killed (SIGKILL) the guest goes on as well, but QEMU's capability backg
 stays on until the next capture of it through the same QMP socket; the capability events, which
 does no harm, stays on.
 
-With --json there are two lines: {\"event\": \"frozen\", ...} right after the freeze point, with the
-blackout in microseconds (not if the guest was paused), and {\"event\": \"captured\", ...} when the
-file is there.")]
+With --json there is an event `frozen` right after the freeze point (not if the guest was paused), and one `complete` when the file is there.")]
 pub(crate) struct Capture {
     /// QEMU's QMP socket, which no other program may hold meanwhile.
     #[arg(long, value_name = "PATH")]
@@ -51,7 +49,7 @@ pub(crate) struct Capture {
     any_space: bool,
     /// Print JSON, and no progress bar.
     #[arg(long)]
-    json: bool,
+    pub(crate) json: bool,
 }
 
 impl Capture {

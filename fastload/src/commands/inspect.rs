@@ -5,7 +5,10 @@ mod tree;
 
 use std::path::PathBuf;
 
+use serde_json::json;
+
 use crate::commands::Failure;
+use crate::event::Event;
 use crate::offset::Offset;
 use crate::output;
 
@@ -25,7 +28,7 @@ pub(crate) struct Inspect {
     file: PathBuf,
     /// Print JSON.
     #[arg(long)]
-    json: bool,
+    pub(crate) json: bool,
     /// Print the decoded state of the device sections of this name, e.g. `cpu` or `0000:00:02.0/virtio-net`.
     #[arg(long, value_name = "NAME")]
     device: Option<String>,
@@ -36,13 +39,13 @@ pub(crate) struct Inspect {
 impl Inspect {
     pub(crate) fn run(&self) -> Result<(), Failure> {
         let snapshot = self.offset.open_damaged(&self.file)?;
-        let text = match &self.device {
-            Some(name) => tree::show(&snapshot, name, self.json)?,
-            None => {
-                let report = report::Report::of(&snapshot)?;
-                if self.json { report.json()? } else { report.text() }
-            }
-        };
-        Ok(output::print(&text)?)
+        let complete = || Event::new("complete").path("file", &self.file);
+        match &self.device {
+            Some(name) if self.json => complete().with(json!({ "devices": tree::values(&snapshot, name)? })).print()?,
+            Some(name) => output::print(&tree::text(&snapshot, name)?)?,
+            None if self.json => complete().with(report::Report::of(&snapshot)?).print()?,
+            None => output::print(&report::Report::of(&snapshot)?.text())?,
+        }
+        Ok(())
     }
 }

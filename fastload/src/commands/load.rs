@@ -23,6 +23,7 @@ pub(crate) use self::keeper::StandBy;
 pub(crate) use self::qemu::Waiting;
 use super::serving::{self, Fate, Image};
 use crate::commands::Failure;
+use crate::event::Event;
 use crate::offset::Offset;
 use crate::output;
 
@@ -73,7 +74,7 @@ pub(crate) struct Load {
     skip_device_check: bool,
     /// Print the figures as JSON.
     #[arg(long)]
-    json: bool,
+    pub(crate) json: bool,
 }
 
 impl Load {
@@ -137,7 +138,7 @@ impl Load {
         let connecting = Instant::now();
         let (paused, mut deaf) = (waiting.paused, false);
         let mut running: Option<Instant> = None;
-        let served = serving::attend(image, server, &waiting.address.clone(), self.recover, |control| {
+        let served = serving::attend(image, server, &waiting.address.clone(), self.recover, self.json, |control| {
             if self.recover {
                 return Ok(false);
             }
@@ -150,7 +151,11 @@ impl Load {
             if running.is_none() && paused && control.progress().phase >= Phase::Started {
                 running = Some(Instant::now());
             }
-            if running.is_some() && !self.json {
+            if running.is_some() && self.json {
+                // A guest that is left paused is no less loaded.
+                let event = Event::new(if paused { "loaded" } else { "running" });
+                event.print()?;
+            } else if running.is_some() {
                 let what = if paused { "loaded (paused)" } else { "running" };
                 serving::note(&format!("{what} after {:.1} ms", begun.elapsed().as_secs_f64() * 1e3));
             }
@@ -198,9 +203,9 @@ impl Load {
             figures["state"] = json!(if paused { "paused" } else { "running" });
             figures["preempt"] = json!(waiting.preempt);
             figures["recovered"] = json!(self.recover);
-            return Ok(output::print(&format!("{figures}\n"))?);
+            return Ok(Event::new("complete").with(figures).print()?);
         }
-        Ok(output::print(&serving::summary(report))?)
+        Ok(output::print(&serving::summary(report, connecting - begun + report.to_complete))?)
     }
 }
 

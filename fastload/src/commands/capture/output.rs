@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use indicatif::{ProgressBar, ProgressStyle};
 use page_units::ByteLen;
 use serde_json::{Value, json};
 
@@ -10,20 +9,20 @@ use super::note;
 use super::session::Freeze;
 use crate::commands::Failure;
 use crate::commands::serving::micros;
+use crate::event::Event;
 use crate::output;
 
 /// Tells of the freeze point, at once.
 pub(super) fn frozen(freeze: Freeze, json: bool) -> Result<(), Failure> {
     if json {
-        let event = json!({
-            "event": "frozen",
+        let event = Event::new("frozen").with(json!({
+            "frozen_at": when(freeze.at),
             "frozen_at_us": micros(freeze.at),
             "blackout_us": micros(freeze.blackout),
-        });
-        return Ok(output::print(&format!("{event}\n"))?);
+        }));
+        return Ok(event.print()?);
     }
-    let at = freeze.at.as_secs_f64();
-    note(&format!("frozen at {at:.6} (seconds since 1970), running again after {} us", micros(freeze.blackout)));
+    note(&format!("frozen at {}, running again after {} us", when(freeze.at), micros(freeze.blackout)));
     Ok(())
 }
 
@@ -48,7 +47,7 @@ pub(super) struct Captured {
 impl Captured {
     pub(super) fn print(&self, json: bool) -> Result<(), Failure> {
         if json {
-            return Ok(output::print(&format!("{}\n", self.figures()))?);
+            return Ok(Event::new("complete").path("output", &self.output).with(self.figures()).print()?);
         }
         let (file, ram) = (self.output.display(), output::size(self.ram.0));
         Ok(output::print(&format!(
@@ -63,8 +62,6 @@ impl Captured {
 
     fn figures(&self) -> Value {
         json!({
-            "event": "captured",
-            "output": self.output,
             "machine": self.machine,
             "ram_bytes": self.ram.0,
             "stored_pages": self.stored,
@@ -79,10 +76,8 @@ impl Captured {
     }
 }
 
-/// How far it is, for people.
-pub(super) fn progress_bar(total: ByteLen, json: bool) -> ProgressBar {
-    let bar = if json { ProgressBar::hidden() } else { ProgressBar::new(total.0) };
-    let template = "{bar:40} {bytes} of {total_bytes}, {bytes_per_sec}";
-    bar.set_style(ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()));
-    bar
+/// A time since 1970 as people read it (RFC 3339, UTC).
+fn when(at: Duration) -> String {
+    let time = std::time::UNIX_EPOCH.checked_add(at).unwrap_or(std::time::UNIX_EPOCH);
+    humantime::format_rfc3339_micros(time).to_string()
 }

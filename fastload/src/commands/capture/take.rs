@@ -19,6 +19,7 @@ use super::output::{self, Captured};
 use super::session::{Freeze, Session, Stage};
 use super::sink::Held;
 use crate::commands::Failure;
+use crate::screen;
 
 /// What the other side is called.
 const PEER: &str = "the snapshot that QEMU sends";
@@ -130,7 +131,7 @@ impl Watch<'_, '_> {
 
     /// Waits for the end of the stream.
     fn pages(&mut self, source: &QemuStream, sink: &Held, feed: &dyn Feed) -> Result<(), Failure> {
-        let bar = output::progress_bar(source.layout().total(), self.json);
+        let bar = screen::Progress::new(source.layout().total().0, self.json);
         let ended = loop {
             // In this order: a thread that is gone has told its end.
             let alive = feed.alive();
@@ -141,12 +142,12 @@ impl Watch<'_, '_> {
                 None => {}
             }
             let (stored, zero) = sink.pages();
-            bar.set_position(stored.to_bytes().0.saturating_add(zero.to_bytes().0));
+            bar.set(stored.to_bytes().0.saturating_add(zero.to_bytes().0));
             if let Err(failure) = self.look() {
                 break Err(failure);
             }
         };
-        bar.finish_and_clear();
+        drop(bar);
         // If it is we who can't go on, QEMU only knows that we hung up.
         ended.map_err(|failure| sink.refused().map_or(failure, Failure::from))
     }
