@@ -63,6 +63,12 @@ impl Event {
         self
     }
 
+    /// With a value that may be large.
+    pub(crate) fn value(mut self, key: &str, value: Value) -> Event {
+        self.0.insert(key.into(), value);
+        self
+    }
+
     /// With a path. One that is not UTF-8 has its bytes as well.
     pub(crate) fn path(mut self, key: &str, path: impl AsRef<OsStr>) -> Event {
         put_path(&mut self.0, key, path.as_ref());
@@ -70,7 +76,7 @@ impl Event {
     }
 
     pub(crate) fn print(&self) -> io::Result<()> {
-        output::print(&format!("{}\n", Value::Object(self.0.clone())))
+        output::print(&(serde_json::to_string(&self.0)? + "\n"))
     }
 }
 

@@ -31,6 +31,8 @@ use serde_json::json;
       Out of a QEMU whose guest goes on running
   fastload convert old.snap new.snap
       The same snapshot, without stale bytes
+  fastload view vm.snap
+      A map of its memory
   fastload repair broken.snap good.snap
       Bitmaps for a file that QEMU saved without
 
@@ -53,6 +55,10 @@ enum Command {
     Load(Box<commands::load::Load>),
     Serve(Box<commands::serve::Serve>),
     Capture(commands::capture::Capture),
+    View(commands::view::View),
+    Completions(commands::completions::Completions),
+    #[command(hide = true)]
+    Manual(commands::manual::Manual),
     #[command(hide = true)]
     StandBy(commands::load::StandBy),
 }
@@ -68,6 +74,9 @@ impl Command {
             Command::Load(load) => ("load", load.json),
             Command::Serve(serve) => ("serve", serve.json),
             Command::Capture(capture) => ("capture", capture.json),
+            Command::View(view) => ("view", view.json),
+            Command::Completions(_) => ("completions", false),
+            Command::Manual(_) => ("manual", false),
             Command::StandBy(_) => ("stand-by", false),
         }
     }
@@ -81,6 +90,9 @@ impl Command {
             Command::Load(load) => load.run(),
             Command::Serve(serve) => serve.run(),
             Command::Capture(capture) => capture.run(),
+            Command::View(view) => view.run(),
+            Command::Completions(completions) => completions.run(),
+            Command::Manual(manual) => manual.run(),
             Command::StandBy(stand_by) => stand_by.run(),
         }
     }

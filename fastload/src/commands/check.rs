@@ -1,6 +1,7 @@
 //! `fastload check`: everything that can be verified of a snapshot file.
 
 mod devices;
+mod host;
 mod pages;
 
 use std::fmt::Write as _;
@@ -29,6 +30,8 @@ Examples:
   fastload check *.snap
   fastload check vm.snap --quick
       Without reading the pages
+  fastload check --host vm.snap --qemu /usr/bin/qemu-system-x86_64
+      Whether it can run here
   fastload check vm.snap --json | jq .problems")]
 pub(crate) struct Check {
     /// Files that QEMU saved with the capability mapped-ram.
@@ -40,6 +43,12 @@ pub(crate) struct Check {
     /// Print JSON, one event per line.
     #[arg(long)]
     pub(crate) json: bool,
+    /// Tell whether it can run here: what the guest needs of processor, KVM and QEMU. The pages are not read.
+    #[arg(long, conflicts_with = "quick")]
+    host: bool,
+    /// The QEMU that is to load it, for --host: whether it knows the machine type and the devices.
+    #[arg(long, value_name = "PATH", requires = "host")]
+    qemu: Option<PathBuf>,
     #[command(flatten)]
     offset: Offset,
 }
@@ -64,6 +73,11 @@ impl Check {
     pub(crate) fn run(&self) -> Result<(), Failure> {
         let mut failed = Vec::new();
         for file in &self.files {
+            if self.host {
+                let snapshot = self.offset.open(file)?;
+                failed.extend(host::check(&snapshot, self.qemu.as_deref(), self.json)?);
+                continue;
+            }
             let findings = self.check(file)?;
             if self.json {
                 Event::new("checked").path("file", file).with(&findings).print()?;

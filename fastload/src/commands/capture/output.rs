@@ -68,6 +68,7 @@ impl Captured {
             "zero_pages": self.zero,
             "device_state_bytes": self.device_state,
             "allocated_bytes": self.allocated,
+            "frozen_at": self.freeze.map(|freeze| when(freeze.at)),
             "frozen_at_us": self.freeze.map(|freeze| micros(freeze.at)),
             "blackout_us": self.freeze.map(|freeze| micros(freeze.blackout)),
             "sent_us": micros(self.sent),

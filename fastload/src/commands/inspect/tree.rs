@@ -87,7 +87,7 @@ fn write_members(out: &mut String, value: &Value<'_>, depth: usize) -> std::fmt:
     Ok(())
 }
 
-fn plain(value: &Value<'_>) -> String {
+pub(super) fn plain(value: &Value<'_>) -> String {
     if let Some((numbers, signed)) = numbers(value) {
         let many = if numbers.len() > SHOWN { ", ..." } else { "" };
         let shown = numbers.iter().zip(&signed).take(SHOWN).map(|(number, signed)| match signed {
