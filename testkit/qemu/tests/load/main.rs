@@ -5,6 +5,7 @@ mod interrupts;
 mod kill;
 mod matrix;
 mod native;
+mod older;
 mod record;
 mod refuse;
 mod serve;
