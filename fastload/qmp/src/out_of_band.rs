@@ -10,6 +10,9 @@ use crate::QmpError;
 
 const COMMAND: &str = "migrate-recover";
 
+/// The longest message that is put together, in bytes.
+const LONGEST: usize = 1 << 20;
+
 /// How long to wait before the command is repeated that QEMU has refused.
 const AGAIN: Duration = Duration::from_millis(20);
 
@@ -26,7 +29,7 @@ pub fn recover(socket: UnixStream, uri: &str, limit: Duration) -> Result<(), Qmp
     let until = Instant::now() + limit;
     socket.set_read_timeout(Some(AGAIN)).and_then(|()| socket.set_write_timeout(Some(limit))).map_err(closed)?;
     let (mut to, mut from) = (&socket, BufReader::new(&socket));
-    let (mut line, mut refused) = (Vec::new(), None);
+    let (mut line, mut messages, mut refused) = (Vec::new(), Messages::default(), None);
     for serial in 0.. {
         let id = json!(format!("recover {serial}"));
         let command = json!({"exec-oob": COMMAND, "arguments": {"uri": uri}, "id": id});
@@ -42,12 +45,11 @@ pub fn recover(socket: UnixStream, uri: &str, limit: Duration) -> Result<(), Qmp
                 Err(error) if error.kind() == ErrorKind::Interrupted => continue,
                 Err(error) => return Err(closed(error)),
             }
-            // The first may be the end of a line of which the other process has read the beginning.
-            let message: Value = serde_json::from_slice(&line).unwrap_or_default();
+            let message = messages.next(&line);
             line.clear();
-            if message["id"] != id {
+            let Some(message) = message.filter(|message| message["id"] == id) else {
                 continue;
-            }
+            };
             if message["error"].is_null() {
                 return Ok(());
             }
@@ -62,6 +64,32 @@ pub fn recover(socket: UnixStream, uri: &str, limit: Duration) -> Result<(), Qmp
         }
     }
     Err(QmpError::Closed)
+}
+
+/// Puts messages together from lines, of which the first may be the end of one whose beginning the other process has read.
+/// A message begins with a line that begins with a brace, however QEMU prints it (`pretty=on`).
+#[derive(Debug, Default)]
+struct Messages {
+    begun: Vec<u8>,
+}
+
+impl Messages {
+    /// The message that ends with this line.
+    fn next(&mut self, line: &[u8]) -> Option<Value> {
+        if line.starts_with(b"{") {
+            self.begun.clear();
+        } else if self.begun.is_empty() {
+            return None;
+        }
+        self.begun.extend_from_slice(line);
+        match serde_json::from_slice(&self.begun) {
+            Err(error) if error.is_eof() && self.begun.len() < LONGEST => None,
+            parsed => {
+                self.begun.clear();
+                parsed.ok()
+            }
+        }
+    }
 }
 
 fn closed(_: std::io::Error) -> QmpError {
@@ -81,12 +109,13 @@ mod tests {
         let mut to = socket.try_clone()?;
         // What the one before has left of a line, what was not for us, and what is no answer.
         write!(to, "0, \"event\": \"X\"}}\r\n{{\"return\": {{}}, \"id\": 7}}\r\n{{\"event\": \"STOP\"}}\r\n")?;
+        write!(to, "{{\r\n    \"event\": {{\r\n    }}\r\n}}\r\n")?;
         let mut refused = 0;
         for line in BufReader::new(socket).lines() {
             let command: Value = serde_json::from_str(&line?)?;
             assert_eq!((&command["exec-oob"], &command["arguments"]["uri"]), (&json!(COMMAND), &json!("unix:x")));
             if refused == refusals {
-                writeln!(to, "{}", json!({"return": {}, "id": command["id"]}))?;
+                writeln!(to, "{:#}", json!({"return": {}, "id": command["id"]}))?;
                 break;
             }
             refused += 1;
