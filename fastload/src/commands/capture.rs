@@ -10,11 +10,12 @@ mod take;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use fastload_qmp::Qmp;
+use fastload_qmp::{Qmp, QmpAddress};
 
 use self::interrupt::Interrupts;
 use self::session::Session;
 use crate::commands::{Failure, serving};
+use crate::parse;
 
 /// How long QEMU may take for one QMP command.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -40,9 +41,9 @@ With --json there are two lines: {\"event\": \"frozen\", ...} right after the fr
 blackout in microseconds (not if the guest was paused), and {\"event\": \"captured\", ...} when the
 file is there.")]
 pub(crate) struct Capture {
-    /// QEMU's QMP socket, which no other program may hold meanwhile.
-    #[arg(long, value_name = "PATH")]
-    qmp: PathBuf,
+    /// QEMU's QMP socket: a path, or unix:PATH. No other program may hold it meanwhile.
+    #[arg(long, value_name = "ADDRESS", value_parser = parse::qmp())]
+    qmp: QmpAddress,
     /// The file to write.
     #[arg(value_name = "OUT")]
     output: PathBuf,
@@ -61,6 +62,13 @@ impl Capture {
         let begun = Instant::now();
         check::writable(&self.output)?;
         let mut qmp = Qmp::connect(&self.qmp, PATIENCE)?;
+        if !qmp.passes_fds() {
+            return Err(format!(
+                "{}: QEMU is given a socket for the snapshot, which takes a QMP unix socket: -qmp unix:PATH,server=on,wait=off",
+                self.qmp
+            )
+            .into());
+        }
         let guest = check::ready(&mut qmp)?;
         if !self.any_space {
             check::space(&self.output, guest.ram)?;

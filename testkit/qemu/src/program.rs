@@ -61,6 +61,24 @@ impl Ended {
         serde_json::from_str(&self.stdout).unwrap_or_else(|error| panic!("{error}: {self:?}"))
     }
 
+    /// Types the command that its last line tells the user to type: `fastload SUBCOMMAND ...`, with more arguments.
+    ///
+    /// # Panics
+    /// If there is none, or it can't be started.
+    #[must_use]
+    pub fn typed(&self, subcommand: &str, more: &[&str]) -> Ended {
+        let said = self.stderr.lines().last().unwrap_or_default();
+        let begin =
+            said.find(&format!("fastload {subcommand}")).unwrap_or_else(|| panic!("no {subcommand} in: {said}"));
+        let rest = &said[begin..];
+        let end = [". ", "; ", " (", ", "].iter().filter_map(|stop| rest.find(stop)).min().unwrap_or(rest.len());
+        let command = rest[..end].replacen("fastload", &format!("'{}'", fastload().display()), 1);
+        let typed = Command::new("bash").arg("-c").arg(format!("{command} \"$@\"")).arg("bash").args(more).output();
+        let typed = typed.expect("bash runs");
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        Ended { status: typed.status, stdout: text(&typed.stdout), stderr: text(&typed.stderr) }
+    }
+
     /// Its only line of error.
     ///
     /// # Panics

@@ -87,6 +87,8 @@ pub struct Setup {
     pub version: Option<&'static str>,
     /// Run by an [older QEMU](testkit::require::older_qemu).
     pub older: bool,
+    /// A command that starts it, and stands before it: `unshare`, or a shell.
+    pub within: Vec<String>,
     /// More arguments.
     pub extra: Vec<String>,
 }
@@ -107,6 +109,7 @@ impl Setup {
             user: None,
             version: None,
             older: false,
+            within: Vec::new(),
             extra: Vec::new(),
         }
     }
@@ -136,14 +139,21 @@ impl Setup {
 
     /// The program; one that was unpacked somewhere is told where its firmware and modules lie.
     pub(crate) fn program(&self) -> Command {
-        let Some(program) = testkit::require::older_qemu().filter(|_| self.older) else {
-            return Command::new("qemu-system-x86_64");
+        let older = testkit::require::older_qemu().filter(|_| self.older);
+        let program = older.clone().unwrap_or_else(|| "qemu-system-x86_64".into());
+        let mut command = match self.within.split_first() {
+            Some((first, rest)) => {
+                let mut command = Command::new(first);
+                command.args(rest).arg(program);
+                command
+            }
+            None => Command::new(program),
         };
-        let usr = program.ancestors().nth(2).unwrap_or(Path::new("/")).to_owned();
-        let mut command = Command::new(program);
-        command.env("QEMU_MODULE_DIR", usr.join("lib/x86_64-linux-gnu/qemu"));
-        for name in ["qemu", "seabios"] {
-            command.arg("-L").arg(usr.join("share").join(name));
+        if let Some(usr) = older.as_ref().and_then(|program| program.ancestors().nth(2)) {
+            command.env("QEMU_MODULE_DIR", usr.join("lib/x86_64-linux-gnu/qemu"));
+            for name in ["qemu", "seabios"] {
+                command.arg("-L").arg(usr.join("share").join(name));
+            }
         }
         command
     }
