@@ -6,6 +6,7 @@ pub(crate) mod convert;
 pub(crate) mod disks;
 pub(crate) mod inspect;
 pub(crate) mod load;
+pub(crate) mod monitor;
 pub(crate) mod repair;
 pub(crate) mod resume;
 pub(crate) mod serve;

@@ -8,17 +8,14 @@ mod sink;
 mod take;
 
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use fastload_qmp::{Qmp, QmpAddress};
+use fastload_qmp::QmpAddress;
 
 use self::interrupt::Interrupts;
 use self::session::Session;
-use crate::commands::{Failure, serving};
+use crate::commands::{Failure, monitor, serving};
 use crate::parse;
-
-/// How long QEMU may take for one QMP command.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Save a running QEMU while its guest goes on: it stands still for some milliseconds only.
 ///
@@ -61,7 +58,7 @@ impl Capture {
         let interrupts = Interrupts::catch()?;
         let begun = Instant::now();
         check::writable(&self.output)?;
-        let mut qmp = Qmp::connect(&self.qmp, PATIENCE)?;
+        let mut qmp = monitor::connect(&self.qmp)?;
         if !qmp.passes_fds() {
             return Err(format!(
                 "{}: QEMU is given a socket for the snapshot, which takes a QMP unix socket: -qmp unix:PATH,server=on,wait=off",

@@ -23,14 +23,12 @@ use self::keeper::Coming;
 pub(crate) use self::keeper::StandBy;
 pub(crate) use self::qemu::Waiting;
 use self::state::{Paused, Start};
+use super::monitor::PATIENCE;
 use super::serving::{self, Fate, Image};
-use super::{disks, resume};
+use super::{disks, monitor, resume};
 use crate::commands::Failure;
 use crate::offset::Offset;
 use crate::{output, parse};
-
-/// How long QEMU may take for one QMP command.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The same if it need not be asked: one that is held up does not answer before it was served.
 const ANSWER: Duration = Duration::from_secs(3);
@@ -117,7 +115,7 @@ impl Load {
     /// Connects to a QEMU that is to wait for a snapshot. One that does not answer may have got one already.
     fn connect(&self) -> Result<Qmp, Failure> {
         let note = Beside::of(&self.qmp).ok().and_then(|beside| beside.read());
-        let Some(note) = note else { return Ok(Qmp::connect(&self.qmp, PATIENCE)?) };
+        let Some(note) = note else { return Ok(monitor::connect(&self.qmp)?) };
         match Qmp::connect(&self.qmp, ANSWER) {
             Err(error @ QmpError::Mute { .. }) => Err(format!(
                 "{error}. Its guest is one that was being loaded, and it waits for the rest of its memory: {}",
@@ -125,8 +123,12 @@ impl Load {
             )
             .into()),
             // Somebody has it, for a moment perhaps.
-            Err(QmpError::NoGreeting { .. }) => Ok(Qmp::connect(&self.qmp, PATIENCE)?),
-            connected => Ok(connected?),
+            Err(QmpError::NoGreeting { .. }) => Ok(monitor::connect(&self.qmp)?),
+            connected => {
+                let mut qmp = connected?;
+                qmp.set_limit(PATIENCE);
+                Ok(qmp)
+            }
         }
     }
 

@@ -6,11 +6,8 @@ use fastload_qmp::{Qmp, QmpAddress, QmpError};
 use serde_json::json;
 
 use super::load::state;
-use super::{Failure, serving};
+use super::{Failure, monitor, serving};
 use crate::{output, parse};
-
-/// How long QEMU may take for one QMP command.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// How long QEMU may take to start a guest after it has said that it will.
 const START: Duration = Duration::from_secs(5);
@@ -33,7 +30,7 @@ pub(crate) struct Resume {
 
 impl Resume {
     pub(crate) fn run(&self) -> Result<(), Failure> {
-        let mut qmp = Qmp::connect(&self.qmp, PATIENCE)?;
+        let mut qmp = monitor::connect(&self.qmp)?;
         resume(&mut qmp, &serving::address(&self.qmp))?;
         let text = if self.json { format!("{}\n", json!({"state": "running"})) } else { "running\n".to_owned() };
         Ok(output::print(&text)?)

@@ -71,7 +71,7 @@ impl Ended {
         let begin =
             said.find(&format!("fastload {subcommand}")).unwrap_or_else(|| panic!("no {subcommand} in: {said}"));
         let rest = &said[begin..];
-        let end = [". ", "; ", " (", ", "].iter().filter_map(|stop| rest.find(stop)).min().unwrap_or(rest.len());
+        let end = end_of_command(rest);
         let command = rest[..end].replacen("fastload", &format!("'{}'", fastload().display()), 1);
         let typed = Command::new("bash").arg("-c").arg(format!("{command} \"$@\"")).arg("bash").args(more).output();
         let typed = typed.expect("bash runs");
@@ -88,6 +88,21 @@ impl Ended {
         assert!(!self.status.success(), "{self:?}");
         self.stderr.lines().last().unwrap_or_default()
     }
+}
+
+/// Where a command ends in a sentence: at what follows it, outside of a shell's quotes.
+fn end_of_command(text: &str) -> usize {
+    let (mut quoted, mut escaped) = (false, false);
+    for (at, c) in text.char_indices() {
+        match c {
+            _ if escaped => escaped = false,
+            '\\' => escaped = true,
+            '\'' => quoted = !quoted,
+            _ if !quoted && [". ", "; ", " (", ", "].iter().any(|stop| text[at..].starts_with(stop)) => return at,
+            _ => {}
+        }
+    }
+    text.len()
 }
 
 impl Fastload {

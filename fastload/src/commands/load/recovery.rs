@@ -12,6 +12,7 @@ use super::keeper::{Coming, Keeper};
 use super::qemu::{self, Waiting};
 use super::{ANSWER, Load, PATIENCE, Times, check, recover};
 use crate::commands::Failure;
+use crate::commands::monitor;
 use crate::commands::serving::{self, Fate, Image};
 
 /// How long a QEMU that listens may take to say which pages it has.
@@ -25,7 +26,7 @@ impl Load {
     pub(super) fn recover(&self, begun: Instant, image: &Image) -> Result<(), Failure> {
         let known = Beside::of(&self.qmp).ok().and_then(|beside| Some((beside.read()?, beside)));
         let Some((note, beside)) = known else {
-            let mut qmp = Qmp::connect(&self.qmp, PATIENCE).map_err(gone)?;
+            let mut qmp = monitor::connect(&self.qmp).map_err(gone)?;
             let beside = Beside::of(&self.qmp)?.reached_by(&mut qmp)?;
             let done = self
                 .listening(&mut qmp, image, &beside, None)
@@ -37,7 +38,7 @@ impl Load {
         };
         let connected = match Qmp::connect(&self.qmp, ANSWER) {
             // Whoever was left behind has it, for a moment.
-            Err(QmpError::NoGreeting { .. }) => Qmp::connect(&self.qmp, PATIENCE),
+            Err(QmpError::NoGreeting { .. }) => monitor::connect(&self.qmp),
             other => other,
         };
         let mut qmp = match connected {
@@ -134,7 +135,7 @@ impl Load {
             }
         };
         keeper.into_iter().for_each(Keeper::dismiss);
-        let mut qmp = answering.map_or_else(|| Qmp::connect(&self.qmp, PATIENCE), Ok)?;
+        let mut qmp = answering.map_or_else(|| monitor::connect(&self.qmp), Ok)?;
         qmp.set_limit(PATIENCE);
         let mut waiting = Waiting::recovered(&mut qmp, beside, note.preempt, Some(note))?;
         waiting.finish(true)?;

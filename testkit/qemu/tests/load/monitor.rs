@@ -5,7 +5,7 @@ use std::net::TcpListener;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
@@ -121,21 +121,13 @@ fn a_socket_that_is_held_is_named_with_its_holder() {
     let qemu = saved.waiting(&setup);
     let path = qemu.qmp_path();
     // Somebody else is there already, and says nothing.
-    let script = format!("exec 3<>/dev/null; exec nc -U {}", path.display());
-    let mut holder = match Command::new("python3")
-        .arg("-c")
-        .arg("import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); print(1, flush=True); sys.stdin.read()")
-        .arg(&path)
-        .stdin(std::process::Stdio::piped())
-        .stdout(std::process::Stdio::piped())
-        .spawn()
-    {
-        Ok(holder) => holder,
-        Err(error) => panic!("{error}: {script}"),
-    };
+    let script = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); print(1, flush=True); sys.stdin.read()";
+    let mut command = Command::new("python3");
+    command.args(["-c", script]).arg(&path).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut holder = command.spawn().unwrap();
     std::io::Read::read_exact(holder.stdout.as_mut().unwrap(), &mut [0; 2]).unwrap();
     let begun = Instant::now();
-    let ended = load(&saved, &path, &["--timeout", "1"]);
+    let ended = load(&saved, &path, &[]);
     assert!(begun.elapsed() < Duration::from_secs(30));
     let name = format!("process {} (python3)", holder.id());
     assert!(ended.error().contains(&name) && ended.error().contains("second"), "{ended:?}");
@@ -144,7 +136,7 @@ fn a_socket_that_is_held_is_named_with_its_holder() {
 
     // QEMU itself is stopped.
     qemu.signal(Signal::SIGSTOP).unwrap();
-    let ended = load(&saved, &path, &["--timeout", "1"]);
+    let ended = load(&saved, &path, &[]);
     let advice = format!("kill -CONT {}", qemu.id());
     assert!(ended.error().ends_with(&advice), "{ended:?}");
     assert!(Command::new("sh").arg("-c").arg(&advice).status().unwrap().success());

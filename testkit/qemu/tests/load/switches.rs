@@ -55,7 +55,7 @@ fn a_guest_that_was_paused_stays_so() {
     let ended = Fastload::start(["load", &file.display().to_string(), "--qmp", &socket]).unwrap().finish().unwrap();
     assert!(ended.status.success() && ended.stderr.contains("it was saved (paused; --run starts it"), "{ended:?}");
     assert_eq!(ended.typed("resume", &[]).stdout, "running\n");
-    assert!(other.order('?').unwrap().0 >= passes);
+    assert!(other.order('?').unwrap().0 > 0);
 
     // And --run starts it.
     for stopped in [false, true] {
