@@ -25,7 +25,7 @@ pub use address::QmpAddress;
 pub use client::{Event, Qmp};
 pub use error::QmpError;
 pub use facts::{Capabilities, GuestBlock, ImageFile, MemoryBackend, parse_ram_blocks};
-pub use out_of_band::recover;
+pub use out_of_band::{recover, resume};
 pub use processes::{AtSocket, Process};
 
 /// The examples of the README.

@@ -26,13 +26,26 @@ const AGAIN: Duration = Duration::from_millis(20);
 /// # Errors
 /// If QEMU is gone, or goes on refusing (it has not noticed that its connection broke, or needs nothing any more).
 pub fn recover(socket: UnixStream, uri: &str, limit: Duration) -> Result<(), QmpError> {
+    insist(&socket, "exec-oob", COMMAND, &json!({"uri": uri}), limit)
+}
+
+/// Starts a guest that was stopped, over a connection that another process, which is gone, had.
+///
+/// # Errors
+/// If QEMU is gone, or goes on refusing.
+pub fn resume(socket: UnixStream, limit: Duration) -> Result<(), QmpError> {
+    insist(&socket, "execute", "cont", &json!({}), limit)
+}
+
+/// Gives a command until it is not refused.
+fn insist(mut to: &UnixStream, how: &str, name: &str, arguments: &Value, limit: Duration) -> Result<(), QmpError> {
     let until = Instant::now() + limit;
-    socket.set_read_timeout(Some(AGAIN)).and_then(|()| socket.set_write_timeout(Some(limit))).map_err(closed)?;
-    let (mut to, mut from) = (&socket, BufReader::new(&socket));
+    to.set_read_timeout(Some(AGAIN)).and_then(|()| to.set_write_timeout(Some(limit))).map_err(closed)?;
+    let mut from = BufReader::new(to);
     let (mut line, mut messages, mut refused) = (Vec::new(), Messages::default(), None);
     for serial in 0.. {
         let id = json!(format!("recover {serial}"));
-        let command = json!({"exec-oob": COMMAND, "arguments": {"uri": uri}, "id": id});
+        let command = json!({how: name, "arguments": arguments, "id": id});
         to.write_all(format!("{command}\n").as_bytes()).map_err(closed)?;
         let begun = Instant::now();
         let mut answered = false;
@@ -55,12 +68,12 @@ pub fn recover(socket: UnixStream, uri: &str, limit: Duration) -> Result<(), Qmp
             }
             let text = |name: &str| message["error"][name].as_str().unwrap_or_default().to_owned();
             let (class, description) = (text("class"), text("desc"));
-            refused = Some(QmpError::Refused { command: COMMAND.to_owned(), class, description });
+            refused = Some(QmpError::Refused { command: name.to_owned(), class, description });
             answered = true;
         }
         // What the last attempt has no answer to, an earlier one may have.
         if Instant::now() >= until {
-            return Err(refused.unwrap_or(QmpError::Timeout { command: COMMAND.to_owned(), limit }));
+            return Err(refused.unwrap_or(QmpError::Timeout { command: name.to_owned(), limit }));
         }
     }
     Err(QmpError::Closed)

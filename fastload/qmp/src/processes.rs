@@ -61,7 +61,8 @@ impl AtSocket {
         let (Ok(meta), Ok(table)) = (fs::metadata(path), table()) else { return AtSocket::default() };
         // The kernel's own encoding of a device: 20 bits of minor number; inode numbers are cut.
         let (major, minor) = (nix::sys::stat::major(meta.dev()), nix::sys::stat::minor(meta.dev()));
-        let name = ((meta.ino() & 0xffff_ffff) as u32, ((major << 20) | minor) as u32);
+        let low = |number: u64| u32::try_from(number & u64::from(u32::MAX)).unwrap_or_default();
+        let name = (low(meta.ino()), low((major << 20) | minor));
         let here: Vec<&Entry> = table.iter().filter(|entry| entry.name == Some(name)).collect();
         let listening = here.iter().filter(|entry| entry.state == LISTEN).map(|entry| entry.inode);
         let clients = here.iter().filter(|entry| entry.state == ESTABLISHED).filter_map(|entry| entry.peer);
@@ -100,6 +101,7 @@ const ESTABLISHED: u8 = 1;
 const LISTEN: u8 = 10;
 
 /// Asks the kernel for all unix sockets.
+#[expect(clippy::host_endian_bytes, reason = "netlink(7) has the byte order of the host")]
 fn table() -> io::Result<Vec<Entry>> {
     const BY_FAMILY: u16 = 20;
     const REQUEST_DUMP: u16 = 0x301;
@@ -162,10 +164,12 @@ fn entry(message: &[u8]) -> Option<Entry> {
     Some(entry)
 }
 
+#[expect(clippy::host_endian_bytes, reason = "netlink(7) has the byte order of the host")]
 fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
 }
 
+#[expect(clippy::host_endian_bytes, reason = "netlink(7) has the byte order of the host")]
 fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
     Some(u16::from_ne_bytes(bytes.get(at..at + 2)?.try_into().ok()?))
 }

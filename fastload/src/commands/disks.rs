@@ -68,6 +68,7 @@ fn holder(image: &ImageFile, qemu: Option<u32>) -> Option<Held> {
 }
 
 /// Whether anybody has the lock.
+#[expect(clippy::cast_possible_truncation, reason = "small constants, which the structure has as shorts")]
 fn is_locked(file: &File) -> bool {
     let mut lock = libc::flock {
         l_type: libc::F_WRLCK as libc::c_short,

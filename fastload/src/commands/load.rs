@@ -19,13 +19,12 @@ use serde_json::json;
 
 pub(crate) use self::beside::{Beside, Note};
 use self::check::Compared;
-use self::keeper::Coming;
-pub(crate) use self::keeper::StandBy;
+pub(crate) use self::keeper::{Coming, Keeper, StandBy};
 pub(crate) use self::qemu::Waiting;
 use self::state::{Paused, Start};
 use super::monitor::PATIENCE;
 use super::serving::{self, Fate, Image};
-use super::{disks, monitor, resume};
+use super::{disks, monitor};
 use crate::commands::Failure;
 use crate::offset::Offset;
 use crate::{output, parse};
@@ -245,7 +244,7 @@ impl Load {
     fn tell(&self, times: Times, report: &Report, waiting: &mut Waiting<'_>) -> Result<(), Failure> {
         let Times { begun, connecting, running } = times;
         let address = serving::address(&self.qmp);
-        let (state, why) = self.settled(waiting, &address)?;
+        let state::Settled { state, why } = state::settled(waiting, self.run, self.recover, &address)?;
         let paused = state != "running";
         if self.json {
             let mut figures = serving::figures(report);
@@ -264,33 +263,6 @@ impl Load {
             serving::note(&format!("the guest is paused: {text}. To start it: fastload resume --qmp {address}"));
         }
         Ok(output::print(&serving::summary(report))?)
-    }
-
-    /// The state that the guest is in now that it has everything, and if it is paused as it should be, why: for programs
-    /// and for people.
-    fn settled(
-        &self,
-        waiting: &mut Waiting<'_>,
-        address: &str,
-    ) -> Result<(String, Option<(&'static str, String)>), Failure> {
-        let mut state = waiting.qmp.run_state()?;
-        if self.run && matches!(state.as_str(), "paused" | "prelaunch") {
-            resume::resume(waiting.qmp, address)?;
-            state = waiting.qmp.run_state()?;
-        }
-        match (state.as_str(), &waiting.paused) {
-            // One that sleeps will wake.
-            ("running" | "suspended", _) => Ok((state, None)),
-            ("paused" | "prelaunch", Some(why)) => Ok(("paused".to_owned(), Some((why.name(), why.to_string())))),
-            ("paused" | "prelaunch", None) => match disks::held(waiting.qmp)? {
-                Some(_) => Err(state::not_running(waiting.qmp, &state, address)),
-                None if self.recover => {
-                    Ok(("paused".to_owned(), Some(("before", "it was so before the recovery".to_owned()))))
-                }
-                None => Ok(("paused".to_owned(), Some(("started-with-S", state::STARTED_WITH_S.to_owned())))),
-            },
-            _ => Err(state::not_running(waiting.qmp, &state, address)),
-        }
     }
 }
 

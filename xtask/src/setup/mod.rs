@@ -52,7 +52,7 @@ impl Need {
             Need::Qemu => "QEMU 10 or later (qemu-system-x86_64)",
             Need::Compressors => "zstd and lz4 (for the tests)",
             Need::QemuTools => "the tools of QEMU 10 or later (qemu-img, qemu-io, qemu-storage-daemon)",
-            Need::OlderQemu => "QEMU 7 beside it (unpacked into the target directory; or FASTLOAD_OLDER_QEMU)",
+            Need::OlderQemu => "QEMU 7 as well (unpacked into the target directory; or FASTLOAD_OLDER_QEMU)",
         }
     }
 }

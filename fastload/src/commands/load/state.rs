@@ -7,9 +7,10 @@ use fastload_qmp::{Qmp, QmpError};
 use qemu_pages::serve::{Control, Phase};
 use serde_json::json;
 
+use super::Waiting;
 use crate::commands::Failure;
-use crate::commands::disks;
 use crate::commands::serving::MOMENT;
+use crate::commands::{disks, resume};
 
 /// How long QEMU may take to start the guest, once its devices are loaded and it answers.
 const GRACE: Duration = Duration::from_secs(2);
@@ -114,6 +115,40 @@ impl Start {
             Ok(_) | Err(_) => {}
         }
         Ok(false)
+    }
+}
+
+/// The state that a guest is in that has everything.
+#[derive(Debug)]
+pub(super) struct Settled {
+    pub(super) state: String,
+    /// If it is paused as it should be, why: for programs and for people.
+    pub(super) why: Option<(&'static str, String)>,
+}
+
+/// Looks how a guest is that has everything; `run` starts it. One that does not run as it should is an error.
+pub(super) fn settled(
+    waiting: &mut Waiting<'_>,
+    run: bool,
+    recovered: bool,
+    address: &str,
+) -> Result<Settled, Failure> {
+    let mut state = waiting.qmp.run_state()?;
+    if run && matches!(state.as_str(), "paused" | "prelaunch") {
+        resume::resume(waiting.qmp, address)?;
+        state = waiting.qmp.run_state()?;
+    }
+    let paused = |name, text: String| Settled { state: "paused".to_owned(), why: Some((name, text)) };
+    match (state.as_str(), &waiting.paused) {
+        // One that sleeps will wake.
+        ("running" | "suspended", _) => Ok(Settled { state, why: None }),
+        ("paused" | "prelaunch", Some(why)) => Ok(paused(why.name(), why.to_string())),
+        ("paused" | "prelaunch", None) => match disks::held(waiting.qmp)? {
+            Some(_) => Err(not_running(waiting.qmp, &state, address)),
+            None if recovered => Ok(paused("before", "it was so before the recovery".to_owned())),
+            None => Ok(paused("started-with-S", STARTED_WITH_S.to_owned())),
+        },
+        _ => Err(not_running(waiting.qmp, &state, address)),
     }
 }
 
