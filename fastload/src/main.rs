@@ -27,6 +27,8 @@ use serde_json::json;
       Whether it is whole
   fastload load vm.snap --qmp /run/vm.qmp
       Into a QEMU started with -incoming defer: its guest runs at once
+  fastload resume --qmp /run/vm.qmp
+      Start a guest that was loaded paused
   fastload capture --qmp /run/vm.qmp vm.snap
       Out of a QEMU whose guest goes on running
   fastload convert old.snap new.snap
@@ -54,6 +56,7 @@ enum Command {
     Repair(commands::repair::Repair),
     Load(Box<commands::load::Load>),
     Serve(Box<commands::serve::Serve>),
+    Resume(commands::resume::Resume),
     Capture(commands::capture::Capture),
     View(commands::view::View),
     Completions(commands::completions::Completions),
@@ -73,6 +76,7 @@ impl Command {
             Command::Repair(repair) => ("repair", repair.json),
             Command::Load(load) => ("load", load.json),
             Command::Serve(serve) => ("serve", serve.json),
+            Command::Resume(resume) => ("resume", resume.json),
             Command::Capture(capture) => ("capture", capture.json),
             Command::View(view) => ("view", view.json),
             Command::Completions(_) => ("completions", false),
@@ -89,6 +93,7 @@ impl Command {
             Command::Repair(repair) => repair.run(),
             Command::Load(load) => load.run(),
             Command::Serve(serve) => serve.run(),
+            Command::Resume(resume) => resume.run(),
             Command::Capture(capture) => capture.run(),
             Command::View(view) => view.run(),
             Command::Completions(completions) => completions.run(),

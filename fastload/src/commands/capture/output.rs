@@ -14,6 +14,19 @@ use crate::output;
 
 /// Tells of the freeze point, at once.
 pub(super) fn frozen(freeze: Freeze, json: bool) -> Result<(), Failure> {
+    if freeze.held {
+        let blackout = micros(freeze.blackout);
+        if json {
+            let event = Event::new("resumed").with(json!({
+                "frozen_at": when(freeze.at),
+                "frozen_at_us": micros(freeze.at),
+                "blackout_us": blackout,
+            }));
+            return Ok(event.print()?);
+        }
+        note(&format!("running again after {blackout} us, the command included"));
+        return Ok(());
+    }
     if json {
         let event = Event::new("frozen").with(json!({
             "frozen_at": when(freeze.at),
@@ -23,6 +36,16 @@ pub(super) fn frozen(freeze: Freeze, json: bool) -> Result<(), Failure> {
         return Ok(event.print()?);
     }
     note(&format!("frozen at {}, running again after {} us", when(freeze.at), micros(freeze.blackout)));
+    Ok(())
+}
+
+/// Tells that the guest stands still, and that the command is run now.
+pub(super) fn held(at: Duration, json: bool) -> Result<(), Failure> {
+    if json {
+        let event = Event::new("frozen").with(json!({ "frozen_at": when(at), "frozen_at_us": micros(at) }));
+        return Ok(event.print()?);
+    }
+    note(&format!("frozen at {}, and the command runs", when(at)));
     Ok(())
 }
 
@@ -42,6 +65,9 @@ pub(super) struct Captured {
     pub(super) sent: Duration,
     /// Until the file was there.
     pub(super) complete: Duration,
+    /// The images that the guest writes to, which are no part of the file.
+    pub(super) disks: Vec<String>,
+    pub(super) warnings: Vec<String>,
 }
 
 impl Captured {
@@ -57,7 +83,10 @@ impl Captured {
             self.zero,
             indicatif::HumanBytes(self.allocated),
             self.complete.as_secs_f64(),
-        ))?)
+        ))
+        .and_then(|()| {
+            self.disks.iter().try_for_each(|disk| output::print(&format!("disk, not part of it: {disk}\n")))
+        })?)
     }
 
     fn figures(&self) -> Value {
@@ -73,6 +102,8 @@ impl Captured {
             "blackout_us": self.freeze.map(|freeze| micros(freeze.blackout)),
             "sent_us": micros(self.sent),
             "complete_us": micros(self.complete),
+            "disks": self.disks,
+            "warnings": self.warnings,
         })
     }
 }
