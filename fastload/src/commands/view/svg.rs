@@ -72,8 +72,10 @@ fn color(cell: &Cell) -> String {
     if cell.stale > 0 {
         return "#c8321e".into();
     }
-    let mix =
-        |empty: u64, full: u64| if all == 0 { empty } else { (empty * (all - cell.stored) + full * cell.stored) / all };
+    let mix = |empty: u64, full: u64| {
+        let sum = empty * (all - cell.stored) + full * cell.stored;
+        sum.checked_div(all).unwrap_or(empty)
+    };
     format!("#{:02x}{:02x}{:02x}", mix(0xe6, 0x0b), mix(0xe6, 0x4f), mix(0xe6, 0x8a))
 }
 
