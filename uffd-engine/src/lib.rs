@@ -44,7 +44,7 @@ pub use builder::Builder;
 pub use descriptor::Descriptor;
 pub use engine::{Completion, DiscardError, Engine};
 pub use error::{EngineError, OpenError, StartError};
-pub use freeze::{FreezeError, FreezeOptions, FreezeStats, Freezer, Frozen, FrozenError, HugeFile, PageTable};
+pub use freeze::{FreezeError, FreezeOptions, FreezeStats, Freezer, Frozen, FrozenError, populated};
 pub use measure::Measured;
 pub use options::{Background, Discards, Event, FailurePolicy, Handlers, Wait};
 pub use pause::PausePoint;

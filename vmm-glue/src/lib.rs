@@ -18,7 +18,6 @@ mod blueprint;
 mod live;
 mod machine;
 mod memory;
-mod populated;
 mod ram_sink;
 mod ram_source;
 mod report;

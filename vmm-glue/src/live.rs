@@ -15,8 +15,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mapped_ram::Writer;
-use page_source::{ByteLen, PageCount, PageRun, PageSink, PageSource};
-use uffd_engine::{Engine, FreezeError, Freezer, Frozen};
+use page_source::{ByteLen, PageCount, PageSink, PageSource};
+use uffd_engine::{Engine, Freezer, Frozen};
 use vmstate::{Configuration, DeviceWriter};
 
 pub use self::error::LiveError;
@@ -24,7 +24,6 @@ pub use self::handle::{LiveProgress, LiveReport, LiveSnapshot};
 pub use self::options::{LiveEvent, LiveOptions};
 use self::sink::LiveSink;
 use crate::memory::FreezeClaim;
-use crate::populated::Existing;
 use crate::save::FIRST_DEVICE;
 use crate::state::{Host, MachineState};
 use crate::vcpu::Hold;
@@ -40,10 +39,7 @@ pub struct Blackout {
     pub drain: Duration,
     /// Reading the device state from KVM, after that: the interrupts of I/O that was drained are in it.
     pub state: Duration,
-    /// Looking up where shared memory has pages; which ones exactly is looked up when the guest runs again. Private memory
-    /// needs no look-up.
-    pub look_up: Duration,
-    /// Write-protecting them.
+    /// Write-protecting memory. Which pages of shared memory exist exactly is looked up when the guest runs again.
     pub arm: Duration,
     /// All of it: from the request to stop until the vCPUs were let go. No vCPU stood still longer.
     pub total: Duration,
@@ -111,8 +107,6 @@ pub(crate) fn take(
     if options.check_mappings {
         check::mappings(ram)?;
     }
-    let existing = Existing::new(ram).map_err(LiveError::Populated)?;
-    existing.prepare().map_err(LiveError::Populated)?;
     let claim = FreezeClaim::new(ram).ok_or(LiveError::Busy)?;
     let freezer = freezer(ram, options, engine)?;
     let mut devices = DeviceWriter::new(FIRST_DEVICE);
@@ -120,22 +114,12 @@ pub(crate) fn take(
     let configuration = Configuration::new(options.machine.clone());
     let writer = Writer::create(path, &configuration, ram.layout().clone())?;
     if options.check_space {
-        check::space(ram, &existing, &writer, engine.map_or(PageCount(0), Engine::missing))?;
+        check::space(ram, &writer, engine.map_or(PageCount(0), Engine::missing))?;
     }
     let sink = Arc::new(LiveSink::new(writer, claim));
 
-    let Taken { state, frozen, mut populated, blackout } = match freeze(vcpus, host, freezer, &existing, options) {
-        // The last page came just before the freeze point: the memory is complete, and frozen without the engine.
-        Err(LiveError::Freeze(FreezeError::EngineEnded)) => {
-            freeze(vcpus, host, self::freezer(ram, options, engine)?, &existing, options)
-        }
-        done => done,
-    }?;
+    let Taken { state, frozen, blackout } = freeze(vcpus, host, freezer, options)?;
     options.tell(&LiveEvent::FreezePoint { blackout: blackout.total });
-    if !frozen.is_loading() {
-        existing.refine(&mut populated).map_err(LiveError::Populated)?;
-        frozen.set_populated(&populated.concat());
-    }
 
     let frozen = Arc::new(frozen);
     for section in state.sections()? {
@@ -150,24 +134,17 @@ pub(crate) fn take(
 
 /// Everything a freeze needs: with the engine, as long as that is loading.
 fn freezer(ram: &GuestRam, options: &LiveOptions, engine: Option<&Engine>) -> Result<Freezer, LiveError> {
-    let regions = ram.regions(ram.layout())?;
-    match engine.map(|engine| (engine, engine.freezer(regions.clone(), ram.layout().clone(), &options.freeze))) {
-        Some((engine, Err(FreezeError::EngineEnded))) => match engine.wait() {
-            Ok(_) => {}
-            Err(error) => return Err(LiveError::Load(error)),
-        },
-        Some((_, done)) => return Ok(done?),
-        None => {}
-    }
-    Ok(Freezer::prepare(regions, ram.layout().clone(), &options.freeze)?)
+    let (regions, layout) = (ram.regions(ram.layout())?, ram.layout().clone());
+    Ok(match engine {
+        Some(engine) => engine.freezer(regions, layout, &options.freeze)?,
+        None => Freezer::prepare(regions, layout, &options.freeze)?,
+    })
 }
 
 /// What was taken while the guest stood still.
 struct Taken {
     state: MachineState,
     frozen: Frozen,
-    /// Where shared memory has pages, by piece.
-    populated: Vec<Vec<PageRun>>,
     blackout: Blackout,
 }
 
@@ -176,7 +153,6 @@ fn freeze(
     vcpus: &Vcpus,
     host: &Host,
     freezer: Freezer,
-    existing: &Existing<'_>,
     options: &LiveOptions,
 ) -> Result<Taken, LiveError> {
     let begun = Instant::now();
@@ -192,13 +168,9 @@ fn freeze(
     let drain = lap();
     let state = vcpus.save_state(host)?;
     let saved = lap();
-    // An engine knows itself which pages there are, and has to know of no others.
-    let populated = if freezer.is_loading() { existing.shared_pages() } else { existing.shared_page_tables() };
-    let populated = populated.map_err(LiveError::Populated)?;
-    let look_up = lap();
-    let frozen = freezer.arm(&populated.concat())?;
+    let frozen = freezer.arm()?;
     let arm = lap();
     drop(held);
-    let blackout = Blackout { stop, state: saved, drain, look_up, arm, total: begun.elapsed() };
-    Ok(Taken { state, frozen, populated, blackout })
+    let blackout = Blackout { stop, state: saved, drain, arm, total: begun.elapsed() };
+    Ok(Taken { state, frozen, blackout })
 }

@@ -10,7 +10,6 @@ use page_source::{
 };
 
 use crate::memory::GuestRam;
-use crate::populated::Existing;
 use crate::sys;
 
 /// So much is copied at a time.
@@ -43,9 +42,9 @@ impl RamSource {
     /// If the system does not say.
     pub fn new(ram: Arc<GuestRam>) -> std::io::Result<RamSource> {
         let mut populated = vec![Vec::new(); ram.layout().blocks().len()];
-        for (piece, runs) in ram.pieces().iter().zip(Existing::new(&ram)?.pages()?) {
-            if let Some(block) = usize::try_from(piece.run.block.0).ok().and_then(|block| populated.get_mut(block)) {
-                block.extend(runs);
+        for run in ram.populated()? {
+            if let Some(block) = usize::try_from(run.block.0).ok().and_then(|block| populated.get_mut(block)) {
+                block.push(run);
             }
         }
         populated.iter_mut().for_each(|runs: &mut Vec<PageRun>| runs.sort_unstable_by_key(|run| run.first));

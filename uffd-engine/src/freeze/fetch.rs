@@ -9,7 +9,7 @@ use page_source::{
 };
 use parking_lot::{Condvar, Mutex};
 
-use super::frozen::FrozenError;
+use super::error::FrozenError;
 use crate::sys::memory::Scratch;
 
 /// So often whoever waits for a source looks whether there still is a point in it.

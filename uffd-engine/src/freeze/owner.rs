@@ -1,67 +1,113 @@
 //! Who reads the page faults of frozen memory: the freeze itself, or the engine that is still loading it.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Weak};
 
 use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use page_source::{ByteLen, HostAddr, PageSource};
 
-use super::shared::Shared;
+use super::freeze::Freeze;
+use crate::OpenError;
 use crate::core::Core;
 use crate::descriptor::Descriptor;
 use crate::fault::Origin;
 use crate::status::Task;
+use crate::sys::abi::Features;
 use crate::sys::ops;
 
-/// Who reads the page faults.
-pub(crate) enum Owner {
-    /// Threads of the freeze.
-    Freeze {
-        descriptor: Descriptor,
-        /// Ends them.
-        event: EventFd,
-        /// Of each: odd from before it reads messages until it has looked at the discards among them.
-        turns: Box<[AtomicU64]>,
-    },
-    /// An engine whose regions are the zones, in the same order.
-    Engine {
-        core: Arc<Core>,
-        source: Arc<dyn PageSource>,
-        /// The engine's own flow: it ends with the engine.
-        origin: Weak<Origin>,
-    },
+/// The descriptor and the threads of a freeze of its own.
+#[derive(Debug)]
+pub(crate) struct Own {
+    pub(crate) descriptor: Descriptor,
+    /// Ends the threads.
+    pub(crate) event: EventFd,
+    /// Of each: odd from before it reads messages until it has looked at the discards among them.
+    turns: Box<[AtomicU64]>,
+    needed: AtomicBool,
 }
 
-impl fmt::Debug for Owner {
+/// An engine that loads the memory, whose regions are the zones, in the same order.
+pub(crate) struct Load {
+    pub(crate) core: Arc<Core>,
+    pub(crate) source: Arc<dyn PageSource>,
+    /// The engine's own flow: it ends with the engine.
+    pub(crate) origin: Weak<Origin>,
+}
+
+impl fmt::Debug for Load {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // No more: an engine's core knows who freezes it.
-        f.write_str(match self {
-            Owner::Freeze { .. } => "Freeze",
-            Owner::Engine { .. } => "Engine",
-        })
+        f.write_str("Load")
+    }
+}
+
+/// Who reads the page faults.
+#[derive(Debug)]
+pub(crate) enum Owner {
+    /// Threads of the freeze.
+    Freeze(Own),
+    /// An engine, unless it becomes complete before the freeze point and hands the memory over.
+    Engine { load: Load, heir: Result<Own, OpenError>, handed_over: AtomicBool },
+}
+
+/// Who reads the page faults at present.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum By<'a> {
+    Freeze(&'a Own),
+    Engine(&'a Load),
+}
+
+impl Own {
+    pub(crate) fn new(features: Features, handlers: usize) -> Result<Own, OpenError> {
+        let descriptor = Descriptor::create(features, Features::empty(), true)?;
+        let turns = std::iter::repeat_with(AtomicU64::default).take(handlers).collect();
+        let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK);
+        let event = event.map_err(|errno| OpenError::Handshake(errno.into()))?;
+        Ok(Own { descriptor, event, turns, needed: AtomicBool::new(true) })
+    }
+
+    /// A handler begins, or ends, to read messages and to look at the discards among them.
+    pub(crate) fn turn(&self, handler: usize) {
+        self.turns[handler].fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// Whether the threads have something to do, or may have yet.
+    pub(crate) fn needed(&self) -> bool {
+        self.needed.load(Ordering::Acquire)
+    }
+
+    /// Ends the threads.
+    pub(crate) fn dismiss(&self) {
+        self.needed.store(false, Ordering::Release);
+        if let Err(errno) = self.event.write(1) {
+            log::error!("waking the fault handlers failed: {errno}");
+        }
     }
 }
 
 impl Owner {
-    pub(crate) fn freeze(descriptor: Descriptor, handlers: usize) -> nix::Result<Owner> {
-        let turns = std::iter::repeat_with(AtomicU64::default).take(handlers).collect();
-        let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
-        Ok(Owner::Freeze { descriptor, event, turns })
-    }
-
-    pub(crate) fn descriptor(&self) -> &Descriptor {
+    pub(crate) fn by(&self) -> By<'_> {
         match self {
-            Owner::Freeze { descriptor, .. } => descriptor,
-            Owner::Engine { core, .. } => &core.descriptor,
+            Owner::Freeze(own) => By::Freeze(own),
+            Owner::Engine { heir: Ok(own), handed_over, .. } if handed_over.load(Ordering::Acquire) => By::Freeze(own),
+            Owner::Engine { load, .. } => By::Engine(load),
         }
     }
 
-    /// A handler of the freeze begins, or ends, to read messages and to look at the discards among them.
-    pub(crate) fn turn(&self, handler: usize) {
-        if let Owner::Freeze { turns, .. } = self {
-            turns[handler].fetch_add(1, Ordering::SeqCst);
+    /// The freeze's own threads, if there are any.
+    pub(crate) fn own(&self) -> Option<&Own> {
+        match self {
+            Owner::Freeze(own) | Owner::Engine { heir: Ok(own), .. } => Some(own),
+            Owner::Engine { heir: Err(_), .. } => None,
+        }
+    }
+
+    pub(crate) fn descriptor(&self) -> &Descriptor {
+        match self.by() {
+            By::Freeze(own) => &own.descriptor,
+            By::Engine(load) => &load.core.descriptor,
         }
     }
 
@@ -73,35 +119,33 @@ impl Owner {
     /// Whoever holds the engine's gate needs it not: no discard is read meanwhile.
     pub(crate) fn settle(&self, stopping: impl Fn() -> bool) {
         fence(Ordering::SeqCst);
-        match self {
-            Owner::Freeze { turns, .. } => {
-                for turn in turns {
+        match self.by() {
+            By::Freeze(own) => {
+                for turn in &own.turns {
                     let now = turn.load(Ordering::SeqCst);
                     while now % 2 == 1 && turn.load(Ordering::SeqCst) == now && !stopping() {
                         std::thread::yield_now();
                     }
                 }
             }
-            Owner::Engine { core, .. } => drop(core.installing()),
+            By::Engine(load) => drop(load.core.installing()),
         }
     }
 
     /// Ends the threads of the freeze.
     pub(crate) fn stop(&self) {
-        if let Owner::Freeze { event, .. } = self
-            && let Err(errno) = event.write(1)
-        {
-            log::error!("waking the fault handlers failed: {errno}");
+        if let Some(own) = self.own() {
+            own.dismiss();
         }
     }
 
     /// Takes the protection off everything that is not released, wakes whoever waits, and lets an engine go on to its
     /// completion.
-    pub(crate) fn let_go(&self, shared: &Shared, all_released: bool) {
-        match self {
+    pub(crate) fn let_go(&self, freeze: &Freeze, all_released: bool) {
+        match self.by() {
             // After it too: see `Core::unregister`.
-            Owner::Freeze { descriptor, .. } => {
-                for zone in shared.zones.iter().filter(|zone| zone.registered.load(Ordering::Acquire)) {
+            By::Freeze(Own { descriptor, .. }) => {
+                for zone in freeze.zones.iter().filter(|zone| zone.registered.load(Ordering::Acquire)) {
                     let (start, len) = (zone.region.start, zone.region.len());
                     if let Err(error) = descriptor.unregister(start, len) {
                         log::debug!("unregistering {start} failed: {error}");
@@ -112,19 +156,19 @@ impl Owner {
                 }
             }
             // Where events are read nothing may wait for one: the supervisor does it.
-            Owner::Engine { core, .. } if all_released => core.status.tell(Task::Check),
-            Owner::Engine { core, .. } if core.on_reader_thread() => core.status.tell(Task::Thaw),
-            Owner::Engine { core, .. } => {
-                core.thaw(shared);
+            By::Engine(Load { core, .. }) if all_released => core.status.tell(Task::Check),
+            By::Engine(Load { core, .. }) if core.on_reader_thread() => core.status.tell(Task::Thaw),
+            By::Engine(Load { core, .. }) => {
+                core.thaw(freeze);
                 core.status.tell(Task::Check);
             }
         }
     }
 
     /// Forgets the frozen memory, so that neither keeps the other alive.
-    pub(crate) fn forget(&self, shared: &Arc<Shared>) {
-        if let Owner::Engine { core, .. } = self {
-            core.forget_freeze(shared);
+    pub(crate) fn forget(&self, freeze: &Arc<Freeze>) {
+        if let By::Engine(Load { core, .. }) = self.by() {
+            core.forget_freeze(freeze);
         }
     }
 }
@@ -135,14 +179,14 @@ const STRIDE: ByteLen = ByteLen(1 << 30);
 impl Core {
     /// Takes the protection off, after a freeze has ended. What is protected all the same (an install that was under
     /// way) is released when it is written to.
-    pub(crate) fn thaw(&self, shared: &Shared) {
+    pub(crate) fn thaw(&self, freeze: &Freeze) {
         // Whoever serves a write for the freeze has seen by then that it has ended, or parked its writer, who is woken.
         drop(self.gate_alone());
-        for zone in &shared.zones {
+        for zone in &freeze.zones {
             let (mut at, end) = (zone.region.start.0, zone.region.range().end.0);
             while at < end {
                 let next = (at + 1).next_multiple_of(STRIDE.0).min(end);
-                if !self.release(shared, HostAddr(at), ByteLen(next - at)) {
+                if !self.release(freeze, HostAddr(at), ByteLen(next - at)) {
                     return;
                 }
                 at = next;
@@ -151,10 +195,10 @@ impl Core {
     }
 
     /// `false` if the memory is not to be released any more: it is frozen again, or no longer this engine's.
-    fn release(&self, shared: &Shared, start: HostAddr, len: ByteLen) -> bool {
+    fn release(&self, freeze: &Freeze, start: HostAddr, len: ByteLen) -> bool {
         loop {
             let gate = self.installing();
-            if gate.as_deref().is_some_and(|now| !std::ptr::eq(now, shared)) {
+            if gate.as_deref().is_some_and(|now| !std::ptr::eq(now, freeze)) {
                 return false;
             }
             match ops::write_protect(self.descriptor.fd(), start.0, len.0, false) {
