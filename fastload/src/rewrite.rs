@@ -8,9 +8,8 @@ use std::thread;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use mapped_ram::{Snapshot, Writer};
-use page_source::{
-    FlatBlock, FlatSink, MappedRamSink, PageSink, PageSource, Progress, PumpError, PumpOptions, Pumped, pump,
-};
+use page_files::{FlatBlock, FlatSink, MappedRamSink};
+use page_source::{PageSink, PageSource, Progress, PumpError, PumpOptions, Pumped, pump};
 use page_units::{FileOffset, Layout};
 use serde::Serialize;
 use vmstate::SectionKind;
@@ -163,7 +162,8 @@ mod tests {
     use std::fs::{self, OpenOptions};
     use std::os::unix::fs::FileExt;
 
-    use page_source::{Feed, FlatFile, SourceError, Span};
+    use page_files::FlatFile;
+    use page_source::{Feed, SourceError, Span};
     use page_units::{BlockId, PageIndex};
     use testkit::samples;
 

@@ -5,7 +5,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use page_units::{ByteLen, FileOffset, LayoutError, PageRun};
-use whole_file::WholeFileError;
 
 /// Why a source can't deliver. Cheap to clone, since one error may end many pages.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -105,7 +104,7 @@ pub enum SinkError {
     },
     /// The file can't be made, or not be given its name. The message names it.
     #[error("{0}")]
-    File(#[source] Arc<WholeFileError>),
+    File(#[source] Arc<dyn std::error::Error + Send + Sync>),
     /// The pages could not be read from the source's memory while they were being taken.
     #[error("taking pages failed: {error}")]
     Source {

@@ -6,54 +6,24 @@
 //! thread, out of order, with pages nobody asked for) and the frozen memory of a running guest are the same thing to
 //! whoever takes the pages.
 //!
-//! - Sources: [`MappedRam`], [`FlatFile`], and [`Threaded`] around any other.
-//! - Sinks: [`MappedRamSink`], [`FlatSink`].
 //! - [`pump`] drives a source into a sink, when all pages are wanted and none is urgent.
-//!
-//! ```
-//! use std::sync::Arc;
-//! use page_source::{ByteLen, FlatBlock, FlatFile, FlatSink, PageSink, PageSize, PumpOptions, RamBlock, pump};
-//!
-//! let dir = tempfile::tempdir()?;
-//! let (from, to) = (dir.path().join("memory"), dir.path().join("copy"));
-//! std::fs::write(&from, vec![7; 8 << 20])?;
-//! let blocks = FlatBlock::concatenated(vec![RamBlock::new("ram", ByteLen(8 << 20), PageSize::SMALL)?])?;
-//!
-//! let source = FlatFile::open(&from, blocks.clone())?;
-//! let sink = Arc::new(FlatSink::create(&to, &blocks)?);
-//! let pumped = pump(&source, Arc::clone(&sink) as Arc<dyn PageSink>, &PumpOptions::default())?;
-//! sink.outcome()?;
-//! assert_eq!(pumped.stored.0, 2048);
-//! assert_eq!(std::fs::read(&from)?, std::fs::read(&to)?);
-//! # Ok::<(), Box<dyn std::error::Error>>(())
-//! ```
+//! - [`Threaded`] lets any source answer from threads of its own.
+//! - Sources and sinks that are files are in the crate `page-files`, those that speak with QEMU in `qemu-pages`, and the
+//!   sink that is guest memory in `uffd-engine`.
 
 mod bytes;
 mod error;
-mod file;
 mod flow;
 mod pages;
-#[cfg(feature = "postcopy")]
-pub mod postcopy;
 mod pump;
-mod sink;
-#[cfg(feature = "stream")]
-pub mod stream;
 mod sys;
 mod threaded;
 mod zeros;
 
 pub use bytes::PageBytes;
 pub use error::{SinkError, SourceError};
-#[cfg(feature = "mapped-ram")]
-pub use file::MappedRam;
-pub use file::{FlatBlock, FlatFile};
 pub use flow::{Content, End, Feed, Flow, PageSink, PageSource, Span, Urgency};
-pub use page_units as units;
-pub use page_units::*;
+pub use pages::PageSet;
 pub use pump::{Progress, PumpError, PumpOptions, Pumped, pump};
-pub use sink::FlatSink;
-#[cfg(feature = "mapped-ram")]
-pub use sink::MappedRamSink;
 pub use threaded::Threaded;
-pub use zeros::is_zero;
+pub use zeros::{deliver_without_zeros, is_zero};

@@ -4,19 +4,19 @@ use page_units::{Layout, PageCount, PageIndex, PageRun};
 
 /// One bit for each page of a layout.
 #[derive(Clone, Debug)]
-pub(crate) struct PageSet {
+pub struct PageSet {
     blocks: Vec<Vec<u64>>,
 }
 
 impl PageSet {
     /// An empty set of the pages of `layout`.
-    pub(crate) fn new(layout: &Layout) -> PageSet {
+    pub fn new(layout: &Layout) -> PageSet {
         let words = |pages: PageCount| usize::try_from(pages.0.div_ceil(64)).unwrap_or(usize::MAX);
         PageSet { blocks: layout.blocks().iter().map(|block| vec![0; words(block.pages())]).collect() }
     }
 
     /// Adds the pages of `run`, which must be in the layout, and tells how many were not there.
-    pub(crate) fn insert(&mut self, run: PageRun) -> PageCount {
+    pub fn insert(&mut self, run: PageRun) -> PageCount {
         let mut fresh = 0;
         let block = &mut self.blocks[run.block.0 as usize];
         for (word, mask) in words(run) {
@@ -27,13 +27,13 @@ impl PageSet {
     }
 
     /// How many pages of `run` are not there.
-    pub(crate) fn lacking(&self, run: PageRun) -> PageCount {
+    pub fn lacking(&self, run: PageRun) -> PageCount {
         let block = &self.blocks[run.block.0 as usize];
         PageCount(words(run).map(|(word, mask)| u64::from((mask & !block[word]).count_ones())).sum())
     }
 
     /// The first pages of `run` that are not there, as a run; empty if all are.
-    pub(crate) fn first_gap(&self, run: PageRun) -> PageRun {
+    pub fn first_gap(&self, run: PageRun) -> PageRun {
         let from = self.find(run, false);
         let (_, rest) = run.split_at(from);
         let (gap, _) = rest.split_at(self.find(rest, true));

@@ -24,7 +24,7 @@ pub fn is_zero(bytes: &[u8]) -> bool {
 /// Gives the pages of `run`, whose content is `bytes`, to `sink`: zero pages as zero, and the others as what was looked
 /// at, so that they are not read twice. `unreadable` is told of pages that could not be read, and its answer is passed
 /// on.
-pub(crate) fn deliver_without_zeros(
+pub fn deliver_without_zeros(
     sink: &dyn PageSink,
     run: PageRun,
     bytes: PageBytes<'_>,

@@ -5,10 +5,8 @@ use std::ops::ControlFlow;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use page_source::{
-    BlockId, End, FileOffset, Flow, Layout, PageBytes, PageCount, PageIndex, PageRun, PageSink, PumpOptions, SinkError,
-    SourceError, pump,
-};
+use page_source::{End, Flow, PageBytes, PageSink, PumpOptions, SinkError, SourceError, pump};
+use page_units::{BlockId, FileOffset, Layout, PageCount, PageIndex, PageRun};
 use parking_lot::Mutex;
 use testkit::late::LateSource;
 use testkit::oracle::Oracle;

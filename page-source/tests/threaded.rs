@@ -1,13 +1,12 @@
 //! Answers from threads of one's own: demand first, and silence after the drop.
 
-mod common;
-
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use common::Collector;
-use page_source::{BlockId, End, PageCount, PageIndex, PageRun, PageSource, Threaded, Urgency};
+use page_source::{End, PageSource, Threaded, Urgency};
+use page_units::{BlockId, PageCount, PageIndex, PageRun};
+use testkit::collector::Collector;
 use testkit::faults::{Fault, FaultySource};
 use testkit::gate::Gate;
 use testkit::late::LateSource;

@@ -6,10 +6,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use page_source::{
-    BlockId, ByteLen, End, Feed, FileOffset, Flow, Layout, PageBytes, PageCount, PageIndex, PageRun, PageSink,
-    PageSource, SinkError, SourceError, Span, Urgency,
-};
+use page_source::{End, Feed, Flow, PageBytes, PageSink, PageSource, SinkError, SourceError, Span, Urgency};
+use page_units::{BlockId, ByteLen, FileOffset, Layout, PageCount, PageIndex, PageRun};
 use parking_lot::RwLock;
 
 use crate::gate::Gate;

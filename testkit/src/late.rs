@@ -5,9 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
 
-use page_source::{
-    BlockId, End, Feed, Flow, Layout, PageCount, PageIndex, PageRun, PageSink, PageSource, SourceError, Span, Urgency,
-};
+use page_source::{End, Feed, Flow, PageSink, PageSource, SourceError, Span, Urgency};
+use page_units::{BlockId, Layout, PageCount, PageIndex, PageRun};
 use parking_lot::{Condvar, Mutex};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};

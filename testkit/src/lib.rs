@@ -1,6 +1,7 @@
 //! The parts that the tests of this workspace share. Not published.
 
 pub mod at_call;
+pub mod collector;
 pub mod faults;
 mod few_threads;
 pub mod gate;

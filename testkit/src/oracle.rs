@@ -6,9 +6,9 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use page_source::{
-    BlockId, ByteLen, FlatBlock, Layout, LayoutError, PageCount, PageIndex, PageRun, PageSize, RamBlock, is_zero,
-};
+use page_files::FlatBlock;
+use page_source::is_zero;
+use page_units::{BlockId, ByteLen, Layout, LayoutError, PageCount, PageIndex, PageRun, PageSize, RamBlock};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 

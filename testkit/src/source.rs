@@ -3,10 +3,8 @@
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use page_source::{
-    BlockId, Content, Feed, Flow, Layout, PageBytes, PageCount, PageIndex, PageRun, PageSink, PageSource, RamBlock,
-    SourceError, Span, Urgency,
-};
+use page_source::{Content, Feed, Flow, PageBytes, PageSink, PageSource, SourceError, Span, Urgency};
+use page_units::{BlockId, Layout, PageCount, PageIndex, PageRun, RamBlock};
 
 use crate::oracle::Oracle;
 

@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use std::sync::LazyLock;
 
 use mapped_ram::Snapshot;
-use page_source::ByteLen;
+use page_units::ByteLen;
 use testkit::samples::{self, Sample};
 use vmstate::ram::RecordWriter;
 use vmstate::{Configuration, DeviceWriter, Event, Section, SectionHeader, StreamWriter};

@@ -12,9 +12,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use page_source::{
-    BlockId, ByteLen, FileOffset, FlatBlock, FlatFile, HostAddr, Layout, PAGE_SIZE, PageCount, PageSize, RamBlock,
-};
+use page_files::{FlatBlock, FlatFile};
+use page_units::{BlockId, ByteLen, FileOffset, HostAddr, Layout, PAGE_SIZE, PageCount, PageSize, RamBlock};
 use uffd_engine::{Background, Backing, Engine, Event, Handlers, Region};
 use vm_memory::{Bytes, MmapRegion, VolatileMemory};
 

@@ -6,21 +6,24 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::thread::{Builder as Thread, JoinHandle};
 
-use page_source::{PageCount, PageSink, PageSource};
+use page_source::{PageSink, PageSource};
+use page_units::PageCount;
 
-use crate::core::Core;
-use crate::descriptor::Descriptor;
-use crate::doorbell::Doorbell;
-use crate::fault::Origin;
-use crate::handler::{self, Waiter};
-use crate::loader::{self, Plan};
+use crate::load::background::{self, Plan};
+use crate::load::fault::Origin;
+use crate::load::huge::Staging;
+use crate::load::supervisor::{Observer, Supervisor};
+use crate::memory::Memory;
+use crate::memory::descriptor::Descriptor;
+use crate::memory::poison::{PoisonOnAbort, stay_open};
+use crate::memory::region::{self, Region};
 use crate::options::{Background, Discards, Event, FailurePolicy, Handlers, Wait};
 use crate::pause::Pauses;
-use crate::region::{self, Region};
-use crate::staging::Staging;
-use crate::supervisor::{Observer, Supervisor, stay_open};
+use crate::serve::doorbell::Doorbell;
+use crate::serve::handler;
+use crate::serve::placement;
+use crate::serve::wait::Waiter;
 use crate::sys::abi::Features;
-use crate::turned_away::Hold;
 use crate::{Engine, StartError};
 
 /// The options of an engine. See [`Engine::builder`].
@@ -180,7 +183,7 @@ impl Builder {
     /// If it can't: nothing is registered then, and the memory is as it was. With a descriptor from elsewhere, which is
     /// closed then, what is missing of the regions is poisoned before.
     pub fn start(self) -> Result<Engine, StartError> {
-        let hold = Hold::on(self.descriptor.as_ref(), &self.regions);
+        let hold = PoisonOnAbort::on(self.descriptor.as_ref(), &self.regions);
         let started = self.start_now();
         if let (Ok(_), Some(hold)) = (&started, hold) {
             hold.let_go();
@@ -197,7 +200,7 @@ impl Builder {
         if self.descriptor.is_none() {
             region::check_unseen(&self.regions)?;
         }
-        handler::check_cores(self.handlers.cores.iter().flatten().chain(&self.background.cores))?;
+        placement::check_cores(self.handlers.cores.iter().flatten().chain(&self.background.cores))?;
         let (descriptor, made_here) = match self.descriptor {
             Some(descriptor) => (descriptor, false),
             None => (open(&self.regions, self.discards, self.handlers.wait)?, true),
@@ -205,14 +208,14 @@ impl Builder {
         let staging = Staging::new(self.staging.max(asked_for(&self.background)));
         let staging = staging.map_err(system("memory for huge pages"))?;
         let (layout, window) = (source.layout(), self.background.window);
-        let core = Core::new(descriptor, self.regions, layout, staging, self.policy, window, self.pauses);
+        let core = Memory::new(descriptor, self.regions, layout, staging, self.policy, window, self.pauses);
         let core = Arc::new(core.map_err(system("memory for the page states"))?);
         let waiter = waiter(&core, &self.handlers)?;
         // First of all: a source may begin to push at once.
         if made_here {
             register(&core)?;
         }
-        let sink: Arc<dyn PageSink> = Arc::<Core>::clone(&core);
+        let sink: Arc<dyn PageSink> = Arc::<Memory>::clone(&core);
         let feed = match source.start(sink) {
             Ok(feed) => feed,
             Err(error) => {
@@ -246,8 +249,8 @@ impl Builder {
 /// loader may overdraw one piece, and for faults.
 fn asked_for(background: &Background) -> usize {
     const FAULTS: usize = 16;
-    let huge = page_source::PageSize::HUGE.pages().0;
-    page_source::ByteLen(background.window.0.div_ceil(huge)).get() + background.threads + FAULTS
+    let huge = page_units::PageSize::HUGE.pages().0;
+    page_units::ByteLen(background.window.0.div_ceil(huge)).get() + background.threads + FAULTS
 }
 
 fn system(what: &'static str) -> impl Fn(io::Error) -> StartError {
@@ -269,7 +272,7 @@ fn open(regions: &[Region], discards: Discards, wait: Wait) -> Result<Descriptor
     Ok(Descriptor::create(features, welcome, nonblocking)?)
 }
 
-fn waiter(core: &Core, handlers: &Handlers) -> Result<Waiter, StartError> {
+fn waiter(core: &Memory, handlers: &Handlers) -> Result<Waiter, StartError> {
     match handlers.wait {
         Wait::Spin => Ok(Waiter::Spin(AtomicBool::new(false))),
         Wait::Block if core.descriptor.foreign() => {
@@ -283,7 +286,7 @@ fn waiter(core: &Core, handlers: &Handlers) -> Result<Waiter, StartError> {
 }
 
 /// Registers every region, or none.
-fn register(core: &Core) -> Result<(), StartError> {
+fn register(core: &Memory) -> Result<(), StartError> {
     for (done, area) in core.areas.iter().enumerate() {
         let (start, length) = (area.region.start, area.region.len());
         if let Err(error) = core.descriptor.register(start, length, area.region.mode()) {
@@ -326,7 +329,7 @@ impl Engine {
         for number in 0..background.threads {
             let cpu = background.cores.get(number % background.cores.len().max(1)).copied();
             let (core, plan, origin) = (Arc::clone(&self.core), Arc::clone(&self.plan), Arc::clone(origin));
-            let thread = spawn(format!("uffd-load-{number}"), move || loader::run(&core, &plan, &origin, cpu))?;
+            let thread = spawn(format!("uffd-load-{number}"), move || background::run(&core, &plan, &origin, cpu))?;
             self.threads.push(thread);
         }
         let supervisor = Supervisor {

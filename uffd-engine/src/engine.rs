@@ -5,17 +5,17 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use page_source::{PageCount, PageRun};
+use page_units::{PageCount, PageRun};
 
-use crate::core::{Area, Core};
-use crate::fault::Origin;
-use crate::handler::Waiter;
-use crate::loader::Plan;
+use crate::load::background::Plan;
+use crate::load::fault::Origin;
+use crate::load::status::Outcome;
+use crate::memory::poison::stay_open;
+use crate::memory::states::State;
+use crate::memory::{Area, Memory};
 use crate::pause::PausePoint;
-use crate::state::State;
+use crate::serve::wait::Waiter;
 use crate::stats::Stats;
-use crate::status::Outcome;
-use crate::supervisor::stay_open;
 use crate::sys::memory;
 use crate::{Builder, EngineError};
 
@@ -26,7 +26,7 @@ use crate::{Builder, EngineError};
 /// zeros without a word; then it ends its threads. An engine that is complete has nothing left to do: its memory is
 /// ordinary memory, and dropping it changes nothing.
 pub struct Engine {
-    pub(crate) core: Arc<Core>,
+    pub(crate) core: Arc<Memory>,
     pub(crate) plan: Arc<Plan>,
     pub(crate) waiter: Arc<Waiter>,
     pub(crate) threads: Vec<JoinHandle<()>>,
@@ -139,7 +139,7 @@ impl Engine {
     /// Goes on loading in the background.
     pub fn resume_background(&self) {
         self.plan.pause(false);
-        self.core.outstanding.wake();
+        self.core.window.wake();
     }
 
     /// Fails the engine: poisons what is missing, tells the observer, and returns when that is done; when it is called by
@@ -189,7 +189,7 @@ impl Engine {
         for (number, part) in parts {
             let area = &self.core.areas[number];
             let first = area.granule_of(part.first);
-            let granules = page_source::ByteLen(part.pages.0 / area.granule.0).get();
+            let granules = page_units::ByteLen(part.pages.0 / area.granule.0).get();
             for granule in first..first + granules {
                 self.core.pauses.at(PausePoint::Discarding);
                 while self.core.remove_granule(number, granule) == State::InFlight {
@@ -219,7 +219,7 @@ impl Drop for Engine {
         self.cancel();
         self.waiter.stop();
         // On the supervisor's own thread, in the observer: nobody else wakes the loaders that are to end.
-        self.core.outstanding.wake();
+        self.core.window.wake();
         // The supervisor drops its own engine, in its observer: it goes on to its end then.
         let supervisor = self.supervisor.take().filter(|thread| thread.thread().id() != std::thread::current().id());
         for thread in self.threads.drain(..).chain(supervisor) {

@@ -4,7 +4,8 @@ use std::io;
 use std::sync::Arc;
 
 use nix::errno::Errno;
-use page_source::{ByteLen, HostAddr, PageRun, SourceError};
+use page_source::SourceError;
+use page_units::{ByteLen, HostAddr, PageRun};
 
 use crate::Features;
 

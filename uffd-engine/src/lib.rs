@@ -7,47 +7,30 @@
 //! A page of the source is never replaced by zeros or by stale bytes. When content can't be had, what is missing is
 //! poisoned, so that any access to it is an error, before anything is closed.
 
+#[cfg(feature = "bench")]
+#[doc(hidden)]
+pub mod bench;
 mod builder;
-mod core;
-mod deferred;
-mod descriptor;
-mod doorbell;
 mod engine;
 mod error;
-mod fault;
 mod freeze;
-mod gate;
-mod handler;
-mod hints;
-mod install;
-mod loader;
+mod load;
 mod measure;
+mod memory;
 mod options;
-mod outstanding;
 mod pause;
-mod poison;
-mod region;
-mod removed;
-mod sink;
-mod solo;
-mod staging;
-mod state;
+mod serve;
 mod stats;
-mod status;
-mod stored;
-mod supervisor;
 mod sys;
-mod turned_away;
-mod waiting;
 
 pub use builder::Builder;
-pub use descriptor::Descriptor;
 pub use engine::{Completion, DiscardError, Engine};
 pub use error::{EngineError, OpenError, StartError};
 pub use freeze::{FreezeError, FreezeOptions, FreezeStats, Freezer, Frozen, FrozenError, populated};
 pub use measure::Measured;
+pub use memory::descriptor::Descriptor;
+pub use memory::region::{Backing, Region};
 pub use options::{Background, Discards, Event, FailurePolicy, Handlers, Wait};
 pub use pause::PausePoint;
-pub use region::{Backing, Region};
 pub use stats::{Latency, Stats};
 pub use sys::abi::Features;

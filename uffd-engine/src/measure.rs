@@ -3,12 +3,10 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use page_source::{
-    BlockId, ByteLen, Content, Feed, Layout, PageBytes, PageCount, PageIndex, PageRun, PageSink, PageSize, PageSource,
-    RamBlock, SourceError, Span, Urgency,
-};
+use page_source::{Content, Feed, PageBytes, PageSink, PageSource, SourceError, Span, Urgency};
+use page_units::{BlockId, ByteLen, Layout, PageCount, PageIndex, PageRun, PageSize, RamBlock};
 
-use crate::handler::{affinity, bind, check_cores, set_affinity};
+use crate::serve::placement::{affinity, bind, check_cores, set_affinity};
 use crate::sys::memory::Scratch;
 use crate::{Background, Backing, Discards, Engine, Handlers, Region, StartError, Wait};
 
@@ -102,7 +100,7 @@ impl PageSource for Ones {
     }
 
     fn start(&self, sink: Arc<dyn PageSink>) -> Result<Box<dyn Feed>, SourceError> {
-        Ok(Box::new(OnesFeed { sink, page: vec![1; ByteLen(page_source::PAGE_SIZE).get()] }))
+        Ok(Box::new(OnesFeed { sink, page: vec![1; ByteLen(page_units::PAGE_SIZE).get()] }))
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use page_source::{ByteLen, PageCount};
+use page_units::{ByteLen, PageCount};
 
 /// The threads that serve page faults, and where they run: it decides the latency of a fault more than anything else.
 ///
@@ -171,7 +171,7 @@ pub enum Event {
     /// Every page of a region that has content is in.
     RegionComplete {
         /// The pages of the region.
-        run: page_source::PageRun,
+        run: page_units::PageRun,
     },
     /// Every page is in, and the memory is ordinary memory again.
     Complete {

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
-use page_source::ByteLen;
+use page_units::ByteLen;
 
 /// A snapshot of an engine's counters.
 #[derive(Clone, Debug, Default)]
@@ -179,7 +179,7 @@ impl Counters {
             background_pages: of(&self.background_pages),
             zero_pages_installed: of(&self.zero_installed),
             zero_pages_skipped: of(&self.zero_skipped),
-            bytes: page_source::PageCount(pages).to_bytes(),
+            bytes: page_units::PageCount(pages).to_bytes(),
             duplicates: of(&self.duplicates),
             retries: of(&self.retries),
             removed_pages: of(&self.removed),

@@ -8,10 +8,9 @@ use std::time::Duration;
 use common::collector::layout;
 use common::refused::right_or_refused;
 use common::{Kind, Memory, PAGE, counted};
-use page_source::{
-    BlockId, ByteLen, Feed, FlatFile, Layout, PageCount, PageIndex, PageRun, PageSink, PageSource, SourceError, Span,
-    Urgency,
-};
+use page_files::FlatFile;
+use page_source::{Feed, PageSink, PageSource, SourceError, Span, Urgency};
+use page_units::{BlockId, ByteLen, Layout, PageCount, PageIndex, PageRun};
 use testkit::gate::Gate;
 use testkit::oracle::Oracle;
 use testkit::source::MemorySource;

@@ -10,7 +10,7 @@ use common::discards::{Way, discard, give_back};
 use common::scripted::full;
 use common::{Kind, Memory, PAGE};
 use nix::fcntl::{FallocateFlags, fallocate};
-use page_source::{BlockId, PageCount, PageIndex, PageRun};
+use page_units::{BlockId, PageCount, PageIndex, PageRun};
 use testkit::gate::Gate;
 use testkit::source::MemorySource;
 use uffd_engine::{Background, Handlers, PausePoint};

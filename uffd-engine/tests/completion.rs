@@ -7,10 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use common::{Kind, Memory};
-use page_source::{
-    BlockId, Feed, Layout, PageBytes, PageCount, PageIndex, PageRun, PageSink, PageSize, PageSource, RamBlock,
-    SourceError, Span,
-};
+use page_source::{Feed, PageBytes, PageSink, PageSource, SourceError, Span};
+use page_units::{BlockId, Layout, PageCount, PageIndex, PageRun, PageSize, RamBlock};
 use parking_lot::Mutex;
 use testkit::gate::Gate;
 use testkit::oracle::Oracle;

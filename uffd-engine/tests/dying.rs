@@ -14,7 +14,7 @@ use common::discards::give_back;
 use common::refused::{right_or_refused, right_or_refused_or_zero};
 use common::scripted::full;
 use common::{Kind, Memory};
-use page_source::{BlockId, PageCount, PageIndex, PageRun};
+use page_units::{BlockId, PageCount, PageIndex, PageRun};
 use parking_lot::Mutex;
 use testkit::faults::{Fault, FaultySource};
 use testkit::gate::Gate;

@@ -8,9 +8,8 @@ use std::sync::mpsc;
 
 use common::refused::right_or_refused;
 use common::{Kind, Memory};
-use page_source::{
-    BlockId, Feed, Layout, PageCount, PageIndex, PageRun, PageSink, PageSize, PageSource, RamBlock, SourceError, Span,
-};
+use page_source::{Feed, PageSink, PageSource, SourceError, Span};
+use page_units::{BlockId, Layout, PageCount, PageIndex, PageRun, PageSize, RamBlock};
 use proptest::prelude::*;
 use rand::SeedableRng;
 use rand::rngs::StdRng;

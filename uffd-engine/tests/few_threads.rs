@@ -52,7 +52,7 @@ fn memory_of_our_own_is_let_go() {
                     for run in memory.layout.runs() {
                         for page in run.iter() {
                             let bytes = memory.load(run.block, page);
-                            let right = bytes == oracle.run(page_source::PageRun::single(run.block, page));
+                            let right = bytes == oracle.run(page_units::PageRun::single(run.block, page));
                             assert!(right || bytes.iter().all(|&byte| byte == 0), "{threads}: page {page}");
                         }
                     }

@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 
 use common::collector::{Collector, layout};
 use common::{Kind, Memory, PAGE};
-use page_source::{BlockId, ByteLen, PageCount, PageIndex, PageRun, PageSink, PageSource};
+use page_source::{PageSink, PageSource};
+use page_units::{BlockId, ByteLen, PageCount, PageIndex, PageRun};
 use testkit::gate::Gate;
 use testkit::hugepages::Overcommit;
 use testkit::oracle::Oracle;

@@ -11,7 +11,7 @@ use common::discards::{Way, discard, give_back};
 use common::refused::right_or_refused;
 use common::scripted::full;
 use common::{Kind, Memory};
-use page_source::{BlockId, PageCount, PageIndex, PageRun};
+use page_units::{BlockId, PageCount, PageIndex, PageRun};
 use testkit::gate::Gate;
 use testkit::oracle::Oracle;
 use testkit::source::MemorySource;

@@ -10,7 +10,7 @@ use common::refused::right_or_refused;
 use common::scripted::full;
 use common::{Kind, Memory};
 use nix::sys::mman::{MlockAllFlags, mlockall, munlockall};
-use page_source::{BlockId, PageIndex};
+use page_units::{BlockId, PageIndex};
 use testkit::source::MemorySource;
 use uffd_engine::{Background, Discards, StartError};
 

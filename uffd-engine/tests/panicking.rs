@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use common::refused::right_or_refused_or_zero;
 use common::{Kind, Memory, PAGE};
-use page_source::{BlockId, Feed, Layout, PageIndex, PageRun, PageSink, PageSource, SourceError, Span, Urgency};
+use page_source::{Feed, PageSink, PageSource, SourceError, Span, Urgency};
+use page_units::{BlockId, Layout, PageIndex, PageRun};
 use testkit::oracle::Oracle;
 use testkit::source::MemorySource;
 use uffd_engine::{Background, Engine, EngineError};

@@ -7,7 +7,7 @@ use std::thread::Builder as Thread;
 
 use common::scripted::{Scripted, full};
 use common::{HUGE_KINDS, Kind, Memory, PAGE, SMALL_KINDS};
-use page_source::{BlockId, PageCount, PageIndex, PageRun};
+use page_units::{BlockId, PageCount, PageIndex, PageRun};
 use testkit::gate::Gate;
 use testkit::hugepages::Overcommit;
 use uffd_engine::{Background, Discards, EngineError, PausePoint, StartError};

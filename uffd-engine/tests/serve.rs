@@ -5,10 +5,8 @@ mod common;
 use std::sync::Arc;
 
 use common::{HUGE_KINDS, Kind, Memory, SMALL_KINDS, counted};
-use page_source::{
-    BlockId, ByteLen, Feed, Layout, PageCount, PageIndex, PageRun, PageSink, PageSize, PageSource, RamBlock,
-    SourceError, Span, Urgency,
-};
+use page_source::{Feed, PageSink, PageSource, SourceError, Span, Urgency};
+use page_units::{BlockId, ByteLen, Layout, PageCount, PageIndex, PageRun, PageSize, RamBlock};
 use parking_lot::Mutex;
 use proptest::prelude::*;
 use rand::rngs::StdRng;
@@ -166,7 +164,7 @@ fn zero_pages_are_never_installed_in_the_background() {
     let stats = engine.wait().unwrap().stats;
     assert_eq!((stats.zero_pages_skipped, stats.zero_pages_installed, stats.bytes), (1 << 18, 0, ByteLen(0)));
     assert_eq!(memory.resident(), ByteLen(0));
-    assert!(memory.load(page_source::BlockId(0), PageIndex(77)).iter().all(|&byte| byte == 0));
+    assert!(memory.load(page_units::BlockId(0), PageIndex(77)).iter().all(|&byte| byte == 0));
 }
 
 #[test]
@@ -181,7 +179,7 @@ fn the_observer_hears_of_the_first_fault_and_of_completion() {
         .observer(move |event| tell.send(event.clone()).unwrap())
         .start()
         .unwrap();
-    memory.load(page_source::BlockId(0), PageIndex(9));
+    memory.load(page_units::BlockId(0), PageIndex(9));
     assert!(matches!(heard.recv().unwrap(), Event::FirstFault { .. }));
     assert!(engine.outcome().is_none());
     engine.resume_background();
@@ -215,7 +213,7 @@ fn the_background_follows_the_faults() {
     let source = Recording { inner: MemorySource::new(Arc::clone(&oracle)), order: Arc::clone(&order) };
     let background = Background::default().paused().with_piece(PageCount(64));
     let engine = memory.engine(Arc::new(source)).background(background).start().unwrap();
-    memory.load(page_source::BlockId(0), PageIndex(5000));
+    memory.load(page_units::BlockId(0), PageIndex(5000));
     engine.resume_background();
     engine.wait().unwrap();
     let order = order.lock();
@@ -236,7 +234,7 @@ fn the_background_follows_the_faults_in_huge_pages() {
     let order = Arc::new(Mutex::new(Vec::new()));
     let source = Recording { inner: MemorySource::new(Arc::clone(&oracle)), order: Arc::clone(&order) };
     let engine = memory.engine(Arc::new(source)).background(Background::default().paused()).start().unwrap();
-    memory.load(page_source::BlockId(0), PageIndex(5 * 512 + 100));
+    memory.load(page_units::BlockId(0), PageIndex(5 * 512 + 100));
     engine.resume_background();
     engine.wait().unwrap();
     let order: Vec<u64> = order.lock().iter().map(|&(page, _)| page.0 / 512).collect();
@@ -260,7 +258,7 @@ impl PageSource for Recording {
         self.inner.layout()
     }
 
-    fn run_at(&self, block: page_source::BlockId, first: PageIndex) -> Span {
+    fn run_at(&self, block: page_units::BlockId, first: PageIndex) -> Span {
         self.inner.run_at(block, first)
     }
 

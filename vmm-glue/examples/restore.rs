@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kvm_ioctls::Kvm;
-use page_source::{ByteLen, GuestAddr};
+use page_units::{ByteLen, GuestAddr};
 use testkit::guest::{GuestConfig, GuestImage, Privilege, Program, Signal, fill_pages, layout};
 use uffd_engine::{Background, Event, Handlers};
 use vmm_glue::{

@@ -2,7 +2,7 @@
 //! names and lengths.
 
 use mapped_ram::Snapshot;
-use page_source::{ByteLen, GuestAddr, PageSize};
+use page_units::{ByteLen, GuestAddr, PageSize};
 use vmstate::Section;
 
 use crate::memory::{GuestRam, RamSpec};
@@ -46,7 +46,7 @@ pub(crate) fn load(snapshot: &Snapshot) -> Result<Vec<RamSpec>, StateError> {
         }
         *spec = std::mem::replace(spec, RamSpec::new("")).at(GuestAddr(guest), ByteLen(length));
     }
-    let whole = |(spec, block): (&RamSpec, &page_source::RamBlock)| spec.length() == Some(block.length());
+    let whole = |(spec, block): (&RamSpec, &page_units::RamBlock)| spec.length() == Some(block.length());
     if !rest.is_empty() || !specs.iter().zip(blocks).all(whole) {
         return Err(invalid("its pieces are not the RAM blocks of the file".into()));
     }

@@ -15,7 +15,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mapped_ram::Writer;
-use page_source::{ByteLen, PageCount, PageSink, PageSource};
+use page_source::{PageSink, PageSource};
+use page_units::{ByteLen, PageCount};
 use uffd_engine::{Engine, Freezer, Frozen};
 use vmstate::{Configuration, DeviceWriter};
 
@@ -24,8 +25,8 @@ pub use self::handle::{LiveProgress, LiveReport, LiveSnapshot};
 pub use self::options::{LiveEvent, LiveOptions};
 use self::sink::LiveSink;
 use crate::memory::FreezeClaim;
-use crate::save::FIRST_DEVICE;
 use crate::state::{Host, MachineState};
+use crate::save::FIRST_DEVICE;
 use crate::vcpu::Hold;
 use crate::{GuestRam, Vcpus, blueprint};
 
@@ -149,12 +150,7 @@ struct Taken {
 }
 
 /// The blackout, and all of it.
-fn freeze(
-    vcpus: &Vcpus,
-    host: &Host,
-    freezer: Freezer,
-    options: &LiveOptions,
-) -> Result<Taken, LiveError> {
+fn freeze(vcpus: &Vcpus, host: &Host, freezer: Freezer, options: &LiveOptions) -> Result<Taken, LiveError> {
     let begun = Instant::now();
     let mut last = begun;
     let mut lap = || {

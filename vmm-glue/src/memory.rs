@@ -10,7 +10,9 @@ use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
-use page_source::{BlockId, ByteLen, FileOffset, GuestAddr, HostAddr, Layout, LayoutError, PageIndex, PageRun, RamBlock};
+use page_units::{
+    BlockId, ByteLen, FileOffset, GuestAddr, HostAddr, Layout, LayoutError, PageIndex, PageRun, RamBlock,
+};
 use uffd_engine::{Backing, Region};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
 

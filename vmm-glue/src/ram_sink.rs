@@ -3,7 +3,8 @@
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use page_source::{BlockId, End, Flow, Layout, PageBytes, PageRun, PageSink, SinkError, SourceError};
+use page_source::{End, Flow, PageBytes, PageSink, SinkError, SourceError};
+use page_units::{BlockId, Layout, PageRun};
 
 use crate::memory::{GuestRam, MemoryError};
 use crate::sys;

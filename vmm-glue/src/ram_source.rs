@@ -4,10 +4,8 @@ use std::fmt;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use page_source::{
-    BlockId, Content, Feed, Layout, PageBytes, PageCount, PageIndex, PageRun, PageSink, PageSource, SourceError, Span,
-    Urgency,
-};
+use page_source::{Content, Feed, PageBytes, PageSink, PageSource, SourceError, Span, Urgency};
+use page_units::{BlockId, Layout, PageCount, PageIndex, PageRun};
 
 use crate::memory::GuestRam;
 use crate::sys;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use page_source::{BlockId, GuestAddr, Layout, PageCount, PageRun};
+use page_units::{BlockId, GuestAddr, Layout, PageCount, PageRun};
 use uffd_engine::Backing;
 
 use crate::GuestRam;

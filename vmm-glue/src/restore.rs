@@ -8,7 +8,8 @@ use std::time::Instant;
 
 use kvm_ioctls::Kvm;
 use mapped_ram::{OpenError, Snapshot};
-use page_source::{MappedRam, PageSource, PumpError, PumpOptions, SourceError, pump};
+use page_files::MappedRam;
+use page_source::{PageSource, PumpError, PumpOptions, SourceError, pump};
 use uffd_engine::{Backing, Builder, Engine, Event, Handlers, StartError};
 
 use crate::memory::{GuestRam, MemoryError, RamSpec};

@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mapped_ram::{CreateError, Writer};
-use page_source::{ByteLen, MappedRamSink, PageCount, PumpError, PumpOptions, SinkError, pump};
+use page_files::MappedRamSink;
+use page_source::{PumpError, PumpOptions, SinkError, pump};
+use page_units::{ByteLen, PageCount};
 use vmstate::{Configuration, DeviceWriter, WriteError};
 
 use crate::state::{Host, StateError};

@@ -16,7 +16,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use nix::sched::{sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
-use page_source::{ByteLen, GuestAddr, HostAddr};
+use page_units::{ByteLen, GuestAddr, HostAddr};
 
 const KVMIO: u8 = 0xae;
 /// The length of the classic extended state, in 4-byte words.

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use page_source::{GuestAddr, PageCount};
+use page_units::{GuestAddr, PageCount};
 use uffd_engine::{Engine, EngineError};
 
 use crate::live::{self, LiveError, LiveOptions, LiveSnapshot};

@@ -9,10 +9,8 @@ use std::time::{Duration, Instant};
 
 use common::{PATIENCE, Rig, Signals};
 use kvm_ioctls::Kvm;
-use page_source::{
-    BlockId, End, Feed, Flow, GuestAddr, Layout, PageBytes, PageCount, PageIndex, PageRun, PageSink, PageSource,
-    SourceError, Span,
-};
+use page_source::{End, Feed, Flow, PageBytes, PageSink, PageSource, SourceError, Span};
+use page_units::{BlockId, GuestAddr, Layout, PageCount, PageIndex, PageRun};
 use parking_lot::Mutex;
 use testkit::guest::Privilege;
 use testkit::require;
@@ -59,7 +57,7 @@ impl PageSink for Gap {
         let (bad, after) = rest.split_at(PageCount(1));
         let mut flow = ControlFlow::Continue(());
         if !before.is_empty() {
-            flow = self.sink.data(before, bytes.slice(page_source::ByteLen(0), before.len()));
+            flow = self.sink.data(before, bytes.slice(page_units::ByteLen(0), before.len()));
         }
         if flow.is_continue() {
             flow = self.sink.failed(bad, SourceError::Injected("the page is gone".into()));

@@ -138,8 +138,8 @@ fn a_snapshot_of_another_machine_is_refused_by_name() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("other.mr");
     let configuration = vmstate::Configuration::new("pc-q35-10.0");
-    let block = page_source::RamBlock::new("pc.ram", page_source::ByteLen(1 << 20), page_source::PageSize::SMALL);
-    let layout = page_source::Layout::new(vec![block.unwrap()]).unwrap();
+    let block = page_units::RamBlock::new("pc.ram", page_units::ByteLen(1 << 20), page_units::PageSize::SMALL);
+    let layout = page_units::Layout::new(vec![block.unwrap()]).unwrap();
     let writer = mapped_ram::Writer::create(&path, &configuration, layout).unwrap();
     writer.finish(&vmstate::DeviceWriter::new(2).finish("pc-q35-10.0").unwrap()).unwrap();
     let kvm = Kvm::new().unwrap();

@@ -10,7 +10,7 @@ use std::time::Duration;
 use common::live::{self, Kind};
 use common::{PATIENCE, VARIANTS};
 use kvm_ioctls::Kvm;
-use page_source::ByteLen;
+use page_units::ByteLen;
 use parking_lot::Mutex;
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng};
@@ -90,7 +90,8 @@ fn a_tiny_pool_and_several_handlers_lose_nothing() {
         vcpus.resume();
         for (pages, threads) in [(1, 1), (1, 3), (5, 2), (64, 2)] {
             live::progress(&vcpus, &image, 100);
-            let freeze = FreezeOptions::default().with_pool(ByteLen(pages << 12)).with_handlers(Handlers::threads(threads));
+            let freeze =
+                FreezeOptions::default().with_pool(ByteLen(pages << 12)).with_handlers(Handlers::threads(threads));
             live::snapshot(&vcpus, &path, &LiveOptions::default().with_freeze(freeze)).unwrap();
         }
         live::finish(&vcpus, &image, &bus, &kind);
@@ -224,7 +225,7 @@ fn discards_are_held_off_while_memory_is_frozen() {
         let ram = Arc::clone(vcpus.ram());
         // A page of no vCPU, with something in it.
         let page = GuestAddress(image.window_to_physical(image.window_len() - 4096));
-        let at = page_source::GuestAddr(page.0);
+        let at = page_units::GuestAddr(page.0);
         let content = || {
             let mut bytes = [0; 4096];
             ram.memory().read_slice(&mut bytes, page).unwrap();
@@ -254,7 +255,7 @@ fn discards_are_held_off_while_memory_is_frozen() {
         assert_eq!(ram.discard(at, ByteLen(4096)).unwrap(), Discard::Done);
         assert!(content().iter().all(|&byte| byte == 0));
         for (guest, length) in [(at.0, 0), (at.0 + 1, 4096), (at.0, 100), (1 << 40, 4096), (0, 1 << 40)] {
-            let error = ram.discard(page_source::GuestAddr(guest), ByteLen(length)).unwrap_err();
+            let error = ram.discard(page_units::GuestAddr(guest), ByteLen(length)).unwrap_err();
             assert!(error.to_string().contains("can't be given back"), "{error}");
         }
         // What the guest's own oracle expects there.

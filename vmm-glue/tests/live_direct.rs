@@ -194,7 +194,7 @@ fn whole(content: &[Vec<u8>], image: &GuestImage, ram: &GuestRam) {
     let half = image.window_len() / 2 / REQUEST * REQUEST;
     let mut pages = 0;
     for at in (half..image.window_len() - REQUEST).step_by(4096) {
-        let guest = page_source::GuestAddr(image.window_to_physical(at));
+        let guest = page_units::GuestAddr(image.window_to_physical(at));
         let piece =
             ram.pieces().iter().find(|piece| piece.guest <= guest && guest - piece.guest < piece.run.len()).unwrap();
         let offset = (piece.run.first.byte_offset() + (guest - piece.guest)).get();

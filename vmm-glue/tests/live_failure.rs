@@ -13,7 +13,7 @@ use common::{PATIENCE, Signals};
 use kvm_ioctls::Kvm;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::resource::{Resource, setrlimit};
-use page_source::PageCount;
+use page_units::PageCount;
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng};
 use testkit::require;
@@ -126,7 +126,7 @@ fn memory_given_back_meanwhile_is_an_error() {
     let (vcpus, image, bus) = live::running(&Kind::SMALL);
     vcpus.pause(PATIENCE).unwrap();
     let page = image.window_to_physical(image.window_len() - 4096);
-    let last = vcpus.ram().to_host(page_source::GuestAddr(page)).unwrap();
+    let last = vcpus.ram().to_host(page_units::GuestAddr(page)).unwrap();
     // It exists, since it is written to.
     let mut content = [0; 4096];
     let page = vm_memory::GuestAddress(page);

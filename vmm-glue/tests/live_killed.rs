@@ -11,7 +11,7 @@ use common::live::{self, Kind};
 use kvm_ioctls::Kvm;
 use mapped_ram::Snapshot;
 use nix::sys::signal::{Signal, raise};
-use page_source::BlockId;
+use page_units::BlockId;
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng};
 use testkit::at_call::{Call, Is};
@@ -33,7 +33,7 @@ fn call_of(step: &str, path: &Path, other: &Snapshot) -> Call {
     let bitmap = |block| writes(other.block(BlockId(block)).unwrap().bitmap_offset.0);
     match step {
         "ram end" => {
-            let end = |(id, block): (u32, &page_source::RamBlock)| {
+            let end = |(id, block): (u32, &page_units::RamBlock)| {
                 other.block(BlockId(id)).unwrap().pages_offset.0 + block.length().0
             };
             writes((0..).zip(other.layout().blocks()).map(end).max().unwrap())

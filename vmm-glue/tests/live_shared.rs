@@ -14,7 +14,7 @@ use kvm_ioctls::Kvm;
 use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
-use page_source::{ByteLen, GuestAddr, HostAddr};
+use page_units::{ByteLen, GuestAddr, HostAddr};
 use testkit::guest::{GuestImage, Pattern, Privilege};
 use testkit::hugepages::Overcommit;
 use testkit::require;

@@ -8,10 +8,9 @@ use std::sync::Arc;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, fork};
-use page_source::{
-    BlockId, ByteLen, FlatBlock, FlatSink, GuestAddr, HostAddr, Layout, PageIndex, PageSize, PumpOptions, RamBlock,
-    pump,
-};
+use page_files::{FlatBlock, FlatSink};
+use page_source::{PumpOptions, pump};
+use page_units::{BlockId, ByteLen, GuestAddr, HostAddr, Layout, PageIndex, PageSize, RamBlock};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestRegionMmap};
 use vmm_glue::{Backing, GuestRam, Memory, RamSource, RamSpec};

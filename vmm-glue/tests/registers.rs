@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use common::Signals;
 use kvm_ioctls::Kvm;
-use page_source::FileOffset;
+use page_units::FileOffset;
 use proptest::prelude::*;
 use testkit::guest::{GuestConfig, GuestImage, Privilege};
 use testkit::require;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use common::{PATIENCE, Rig, VARIANTS};
 use kvm_ioctls::Kvm;
-use page_source::{ByteLen, GuestAddr};
+use page_units::{ByteLen, GuestAddr};
 use testkit::gate::Gate;
 use testkit::guest::{Privilege, Program, Signal};
 use testkit::require;

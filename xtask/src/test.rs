@@ -42,8 +42,8 @@ pub(crate) fn run(args: &Args) -> Done {
     let split = e2e::test_targets(root());
     gate.step("tests", |gate| {
         let mut command = gate.cargo_test();
-        // The examples are built, and run, by a test of testkit.
-        command.args(["--lib", "--bins"]);
+        // Benchmarks run each of their functions once here. The examples are built, and run, by a test of testkit.
+        command.args(["--lib", "--bins", "--benches"]);
         e2e::select(&mut command, &split.other);
         gate.counted(&mut command)
     });

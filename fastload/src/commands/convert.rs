@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use mapped_ram::{OpenErrorKind, Snapshot};
-use page_source::{FlatBlock, FlatFile, MappedRam};
+use page_files::{FlatBlock, FlatFile, MappedRam};
 
 use crate::commands::Failure;
 use crate::offset::Offset;

@@ -13,7 +13,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use fastload_qmp::Qmp;
-use page_source::postcopy::{Options, Phase, Report, ServeError, Server, Started};
+use qemu_pages::serve::{Options, Phase, Report, ServeError, Server, Started};
 use serde_json::json;
 
 pub(crate) use self::beside::{Beside, Note};

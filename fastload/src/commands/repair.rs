@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::path::PathBuf;
 
 use mapped_ram::{Snapshot, Warning};
-use page_source::{FlatBlock, FlatFile};
+use page_files::{FlatBlock, FlatFile};
 use vmstate::{SectionKind, VmDesc};
 
 use crate::commands::{Failure, convert};

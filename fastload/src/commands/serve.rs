@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use page_source::postcopy::{Address, Options, Phase};
 use page_units::PageSize;
+use qemu_pages::serve::{Address, Options, Phase};
 use serde_json::json;
 
 use super::serving::{self, Fate, Image};

@@ -9,9 +9,9 @@ use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use mapped_ram::Snapshot;
-use page_source::MappedRam;
-use page_source::postcopy::{Address, Control, Opening, Options, Phase, Report, ServeError, Server, Started};
+use page_files::MappedRam;
 use page_units::PageSize;
+use qemu_pages::serve::{Address, Control, Opening, Options, Phase, Report, ServeError, Server, Started};
 use serde_json::{Value, json};
 use vmstate::{IGNORE_SHARED, SectionKind};
 

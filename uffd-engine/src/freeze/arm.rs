@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use nix::errno::Errno;
-use page_source::{ByteLen, HostAddr, PageRun};
+use page_units::{ByteLen, HostAddr, PageRun};
 use userfaultfd::RegisterMode;
 
 use super::error::FreezeError;
@@ -13,9 +13,9 @@ use super::freeze::Freeze;
 use super::owner::{Load, Owner};
 use super::zone::Zone;
 use crate::EngineError;
-use crate::core::Core;
-use crate::region::Backing;
-use crate::status::Outcome;
+use crate::load::status::Outcome;
+use crate::memory::Memory;
+use crate::memory::region::Backing;
 use crate::sys::ops;
 
 /// How much is protected by one call, from one multiple to the next: what one entry of the second level of a page table
@@ -53,7 +53,7 @@ pub(super) fn arm(freeze: &Arc<Freeze>) -> Result<(), FreezeError> {
 ///
 /// # Errors
 /// If it could not load it.
-pub(super) fn complete(core: &Core) -> Result<(), FreezeError> {
+pub(super) fn complete(core: &Memory) -> Result<(), FreezeError> {
     match core.status.wait(None) {
         Some(Outcome::Complete(_)) => Ok(()),
         Some(Outcome::Failed(error)) => Err(FreezeError::Load(Box::new(error))),
@@ -135,8 +135,11 @@ fn register(freeze: &Freeze, zone: &Zone, mode: RegisterMode) -> Result<(), Free
 }
 
 fn once(freeze: &Freeze, start: HostAddr, length: ByteLen) -> Result<(), FreezeError> {
-    ops::write_protect(freeze.owner.descriptor().fd(), start.0, length.0, true)
-        .map_err(|errno| FreezeError::Arm { start, length, errno })
+    ops::write_protect(freeze.owner.descriptor().fd(), start.0, length.0, true).map_err(|errno| FreezeError::Arm {
+        start,
+        length,
+        errno,
+    })
 }
 
 fn protect(freeze: &Freeze, start: HostAddr, length: ByteLen) -> Result<(), FreezeError> {

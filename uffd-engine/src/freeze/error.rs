@@ -3,7 +3,8 @@
 use std::io;
 
 use nix::errno::Errno;
-use page_source::{ByteLen, HostAddr, PageCount, PageRun, SinkError, SourceError};
+use page_source::{SinkError, SourceError};
+use page_units::{ByteLen, HostAddr, PageCount, PageRun};
 
 use crate::{EngineError, OpenError, StartError};
 

@@ -3,10 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use page_source::{
-    BlockId, ByteLen, End, Feed, Flow, PageBytes, PageCount, PageIndex, PageRun, PageSink, PageSource, SinkError,
-    SourceError, Urgency,
-};
+use page_source::{End, Feed, Flow, PageBytes, PageSink, PageSource, SinkError, SourceError, Urgency};
+use page_units::{BlockId, ByteLen, PageCount, PageIndex, PageRun};
 use parking_lot::{Condvar, Mutex};
 
 use super::error::FrozenError;

@@ -7,9 +7,9 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
-use page_source::{ByteLen, FileOffset, PAGE_SHIFT, PageCount, PageIndex, PageRun};
+use page_units::{ByteLen, FileOffset, PAGE_SHIFT, PageCount, PageIndex, PageRun};
 
-use crate::region::Region;
+use crate::memory::region::Region;
 
 /// The unit of `st_blocks` (stat(2)). Of a file in memory it counts its pages, those that are swapped out too, and nothing
 /// else (Linux mm/shmem.c, fs/hugetlbfs/inode.c).

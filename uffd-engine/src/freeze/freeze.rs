@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use nix::errno::Errno;
-use page_source::{HostAddr, Layout, PageSize};
+use page_units::{HostAddr, Layout, PageSize};
 use parking_lot::{Condvar, Mutex};
 
 use super::error::FrozenError;
@@ -15,7 +15,7 @@ use super::pool::Pool;
 use super::populate::Populated;
 use super::zone::Zone;
 use crate::PausePoint;
-use crate::core::Place;
+use crate::memory::Place;
 use crate::sys::ksm;
 use crate::sys::memory::Scratch;
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::thread::{Builder as Thread, JoinHandle};
 
-use page_source::{ByteLen, Layout};
+use page_units::{ByteLen, Layout};
 
 use super::arm;
 use super::error::{FreezeError, FrozenError};
@@ -18,8 +18,8 @@ use super::populate::Populated;
 use super::saved::Saved;
 use super::writers;
 use super::zone::Zone;
-use crate::handler::check_cores;
-use crate::region::{self, Backing, Region};
+use crate::memory::region::{self, Backing, Region};
+use crate::serve::placement::check_cores;
 use crate::sys::abi::Features;
 use crate::sys::ksm;
 use crate::{Engine, Handlers, OpenError, StartError};

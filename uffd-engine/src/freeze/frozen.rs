@@ -4,10 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{Builder as Thread, JoinHandle};
 
-use page_source::{
-    BlockId, Content, End, Feed, Layout, PageCount, PageIndex, PageRun, PageSink, PageSource,
-    SourceError, Span, Urgency,
-};
+use page_source::{Content, End, Feed, PageSink, PageSource, SourceError, Span, Urgency};
+use page_units::{BlockId, Layout, PageCount, PageIndex, PageRun};
 
 use super::error::FrozenError;
 use super::freeze::Freeze;

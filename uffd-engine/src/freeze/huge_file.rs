@@ -4,11 +4,11 @@ use std::fs::File;
 use std::io;
 
 use nix::errno::Errno;
-use page_source::{ByteLen, FileOffset, PageSize};
+use page_units::{ByteLen, FileOffset, PageSize};
 use userfaultfd::RegisterMode;
 
-use crate::descriptor::Descriptor;
-use crate::region::Backing;
+use crate::memory::descriptor::Descriptor;
+use crate::memory::region::Backing;
 use crate::sys::abi::Features;
 use crate::sys::mapping::Mapping;
 use crate::sys::ops::{self, Done};

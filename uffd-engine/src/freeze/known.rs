@@ -10,13 +10,13 @@ use std::io;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use page_source::{ByteLen, PAGE_SIZE, PageCount, PageRun};
+use page_units::{ByteLen, PAGE_SIZE, PageCount, PageRun};
 use parking_lot::{Mutex, RwLock};
 
 use super::error::FrozenError;
 use super::file::{Watched, held, watched};
 use super::zone::Zone;
-use crate::region::Region;
+use crate::memory::region::Region;
 
 #[derive(Debug)]
 pub(super) struct Known {

@@ -3,15 +3,17 @@
 use std::io;
 use std::ops::Range;
 
-use page_source::{ByteLen, Content, PageCount};
+use page_source::Content;
+use page_units::{ByteLen, PageCount};
 
 use super::error::FrozenError;
 use super::freeze::Freeze;
 use super::owner::{By, Load};
 use super::zone::Zone;
-use crate::core::{Area, Core, Place};
-use crate::loader;
-use crate::state::State;
+use crate::load::background;
+use crate::memory::Area;
+use crate::memory::states::State;
+use crate::memory::{Memory, Place};
 
 /// Where the content of a granule at the freeze point is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,7 +44,7 @@ impl Freeze {
     /// then came write-protected, and is what the source has until it is saved.
     ///
     /// The states alone do not tell. A page that is Present can be missing, if it was given back before the freeze point
-    /// (see `Core::serve`). One that is Missing, Zero or Removed can be there: in shared memory if somebody else has put it
+    /// (see `Memory::serve`). One that is Missing, Zero or Removed can be there: in shared memory if somebody else has put it
     /// into the file, in private memory if it was given back lazily (`MADV_FREE`) and written to again. So the states are
     /// read first, and then it is looked up what exists.
     fn in_engine(&self, number: usize, granules: Range<usize>, load: &Load) -> Result<Vec<ContentAt>, FrozenError> {
@@ -82,7 +84,7 @@ impl Freeze {
                 State::Missing if source.repeatable() => ContentAt::Source,
                 State::Missing => {
                     if let Some(origin) = origin.upgrade() {
-                        loader::request_granule(core, &origin, place);
+                        background::request_granule(core, &origin, place);
                     }
                     ContentAt::Soon
                 }
@@ -139,7 +141,7 @@ fn by_granule(zone: &Zone, pages: &[bool]) -> Vec<bool> {
 }
 
 /// Maps what the file behind shared memory holds.
-fn map(core: &Core, place: Place) -> ContentAt {
+fn map(core: &Memory, place: Place) -> ContentAt {
     let mapped = core.map_cached(&core.installing(), place);
     if mapped == Some(true) { ContentAt::Memory } else { ContentAt::Soon }
 }

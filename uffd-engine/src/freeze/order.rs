@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use page_source::ByteLen;
+use page_units::ByteLen;
 
 use super::zone::Zone;
 

@@ -6,14 +6,15 @@ use std::sync::{Arc, Weak};
 
 use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use page_source::{ByteLen, HostAddr, PageSource};
+use page_source::PageSource;
+use page_units::{ByteLen, HostAddr};
 
 use super::freeze::Freeze;
 use crate::OpenError;
-use crate::core::Core;
-use crate::descriptor::Descriptor;
-use crate::fault::Origin;
-use crate::status::Task;
+use crate::load::fault::Origin;
+use crate::load::status::Task;
+use crate::memory::Memory;
+use crate::memory::descriptor::Descriptor;
 use crate::sys::abi::Features;
 use crate::sys::ops;
 
@@ -30,7 +31,7 @@ pub(crate) struct Own {
 
 /// An engine that loads the memory, whose regions are the zones, in the same order.
 pub(crate) struct Load {
-    pub(crate) core: Arc<Core>,
+    pub(crate) core: Arc<Memory>,
     pub(crate) source: Arc<dyn PageSource>,
     /// The engine's own flow: it ends with the engine.
     pub(crate) origin: Weak<Origin>,
@@ -143,7 +144,7 @@ impl Owner {
     /// completion.
     pub(crate) fn let_go(&self, freeze: &Freeze, all_released: bool) {
         match self.by() {
-            // After it too: see `Core::unregister`.
+            // After it too: see `Memory::unregister`.
             By::Freeze(Own { descriptor, .. }) => {
                 for zone in freeze.zones.iter().filter(|zone| zone.registered.load(Ordering::Acquire)) {
                     let (start, len) = (zone.region.start, zone.region.len());
@@ -176,7 +177,7 @@ impl Owner {
 /// So much is released by one call.
 const STRIDE: ByteLen = ByteLen(1 << 30);
 
-impl Core {
+impl Memory {
     /// Takes the protection off, after a freeze has ended. What is protected all the same (an install that was under
     /// way) is released when it is written to.
     pub(crate) fn thaw(&self, freeze: &Freeze) {

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use nix::errno::Errno;
-use page_source::{ByteLen, HostAddr, PAGE_SHIFT, PAGE_SIZE};
+use page_units::{ByteLen, HostAddr, PAGE_SHIFT, PAGE_SIZE};
 
 use crate::sys::scan::{Found, PRESENT, SWAPPED, scan};
 

@@ -3,7 +3,7 @@
 use std::io;
 use std::ops::Range;
 
-use page_source::ByteLen;
+use page_units::ByteLen;
 use parking_lot::Mutex;
 
 use crate::sys::memory::{Piece, Scratch};

@@ -6,12 +6,12 @@ use std::io;
 use std::ops::Range;
 use std::sync::OnceLock;
 
-use page_source::{FileOffset, HostAddr, PageRun};
+use page_units::{FileOffset, HostAddr, PageRun};
 
 use super::file::{self, Inode, add, held};
 use super::huge_file::HugeFile;
 use super::page_table::PageTable;
-use crate::region::{Backing, Region};
+use crate::memory::region::{Backing, Region};
 
 /// Finds the pages of memory of this process that may be other than zero, region by region and in order: for shared memory
 /// those that its [file](Region::with_file) holds, whoever has filled them; for private memory those of the page table.
@@ -159,7 +159,7 @@ mod tests {
     use std::sync::Arc;
 
     use nix::sys::memfd::{MFdFlags, memfd_create};
-    use page_source::{BlockId, ByteLen, PAGE_SHIFT, PageCount, PageIndex};
+    use page_units::{BlockId, ByteLen, PAGE_SHIFT, PageCount, PageIndex};
     use vm_memory::{Bytes, FileOffset as At, MmapRegion, VolatileMemory};
 
     use super::*;

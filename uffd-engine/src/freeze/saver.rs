@@ -6,7 +6,8 @@ use std::sync::atomic::Ordering;
 use std::vec::IntoIter;
 
 use nix::errno::Errno;
-use page_source::{ByteLen, Flow, HostAddr, PAGE_SIZE, PageBytes, PageCount, PageRun, PageSink, is_zero};
+use page_source::{Flow, PageBytes, PageSink, is_zero};
+use page_units::{ByteLen, HostAddr, PAGE_SIZE, PageCount, PageRun};
 
 use super::error::FrozenError;
 use super::fetch::Fetch;

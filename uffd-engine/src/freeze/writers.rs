@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use page_source::{ByteLen, HostAddr};
+use page_units::{ByteLen, HostAddr};
 
 use super::error::FrozenError;
 use super::freeze::Freeze;
@@ -13,10 +13,10 @@ use super::owner::By;
 use super::pool::Copied;
 use super::zone::Zone;
 use crate::PausePoint;
-use crate::core::Place;
-use crate::handler::bind;
-use crate::region::Backing;
-use crate::state::State;
+use crate::memory::Place;
+use crate::memory::region::Backing;
+use crate::memory::states::State;
+use crate::serve::placement::bind;
 use crate::sys::abi::{Message, UFFD_EVENT_PAGEFAULT, UFFD_EVENT_REMOVE, UFFD_EVENT_UNMAP, UFFD_PAGEFAULT_FLAG_WP};
 use crate::sys::memory::read_granule;
 use crate::sys::ops::{self, Done};

@@ -2,10 +2,10 @@
 
 use std::sync::atomic::AtomicBool;
 
-use page_source::{ByteLen, HostAddr, PageCount, PageRun, PageSize};
+use page_units::{ByteLen, HostAddr, PageCount, PageRun, PageSize};
 
 use super::saved::Saved;
-use crate::region::Region;
+use crate::memory::region::Region;
 
 /// A region with what of it is saved.
 #[derive(Debug)]

@@ -5,7 +5,7 @@ use std::ptr::NonNull;
 
 use nix::errno::Errno;
 use nix::sys::mman::{MmapAdvise, madvise};
-use page_source::{ByteLen, HostAddr};
+use page_units::{ByteLen, HostAddr};
 
 /// `PR_GET_MEMORY_MERGE` of `include/uapi/linux/prctl.h`, Linux 6.4.
 const PR_GET_MEMORY_MERGE: libc::c_int = 68;

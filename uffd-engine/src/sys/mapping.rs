@@ -6,7 +6,7 @@ use std::num::NonZeroUsize;
 use std::ptr::NonNull;
 
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
-use page_source::{ByteLen, FileOffset, HostAddr};
+use page_units::{ByteLen, FileOffset, HostAddr};
 
 /// A shared, read-only mapping, unmapped when dropped. Nobody reads through it: only its page table is of use.
 #[derive(Debug)]

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU8;
 
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munlock, munmap};
-use page_source::{ByteLen, HostAddr};
+use page_units::{ByteLen, HostAddr};
 
 /// A table of atomic bytes, all zero at first, that costs nothing where it was never touched.
 ///

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::os::fd::AsRawFd;
 
 use nix::errno::Errno;
-use page_source::HostAddr;
+use page_units::HostAddr;
 
 use super::abi::{READ, WRITE, ioc};
 

@@ -3,9 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use page_source::{
-    End, Flow, Layout, PageBytes, PageCount, PageRun, PageSink, PageSize, RamBlock, SinkError, SourceError,
-};
+use page_source::{End, Flow, PageBytes, PageSink, SinkError, SourceError};
+use page_units::{Layout, PageCount, PageRun, PageSize, RamBlock};
 use parking_lot::{Condvar, Mutex};
 use testkit::gate::Gate;
 

@@ -1,7 +1,7 @@
 //! The ways in which memory is given back.
 
 use nix::sys::mman::{MmapAdvise, madvise};
-use page_source::PageRun;
+use page_units::PageRun;
 use uffd_engine::{Discards, Engine};
 
 use super::{Kind, Memory};

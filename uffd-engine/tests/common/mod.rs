@@ -15,7 +15,8 @@ use std::time::{Duration, Instant};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
-use page_source::{BlockId, ByteLen, HostAddr, Layout, PageIndex, PageRun, PageSource};
+use page_source::PageSource;
+use page_units::{BlockId, ByteLen, HostAddr, Layout, PageIndex, PageRun};
 use testkit::oracle::Oracle;
 use uffd_engine::{Backing, Builder, Descriptor, Engine, Features, Region, Stats};
 use userfaultfd::{RegisterMode, UffdBuilder};
@@ -106,7 +107,7 @@ impl Memory {
                 };
                 let region = Region::new(self.addr(run.block), run, backing).with_shared(shared);
                 let region = match self.maps[run.block.0 as usize].file_offset() {
-                    Some(file) => region.with_file(Arc::clone(file.arc()), page_source::FileOffset(file.start())),
+                    Some(file) => region.with_file(Arc::clone(file.arc()), page_units::FileOffset(file.start())),
                     None => region,
                 };
                 match &self.aliases[run.block.0 as usize] {

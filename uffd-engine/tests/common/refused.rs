@@ -1,6 +1,6 @@
 //! What memory may be after a failure: right, or an error.
 
-use page_source::{PageIndex, PageRun};
+use page_units::{PageIndex, PageRun};
 use testkit::oracle::Oracle;
 
 use super::Memory;

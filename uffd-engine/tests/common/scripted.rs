@@ -2,10 +2,8 @@
 
 use std::sync::Arc;
 
-use page_source::{
-    BlockId, End, Feed, Flow, Layout, PageBytes, PageCount, PageIndex, PageRun, PageSink, PageSource, SourceError,
-    Span, Urgency,
-};
+use page_source::{End, Feed, Flow, PageBytes, PageSink, PageSource, SourceError, Span, Urgency};
+use page_units::{BlockId, Layout, PageCount, PageIndex, PageRun};
 use parking_lot::Mutex;
 use testkit::oracle::Oracle;
 use testkit::source::MemorySource;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use page_source::{BlockId, ByteLen, PageCount, PageIndex, PageRun};
+use page_units::{BlockId, ByteLen, PageCount, PageIndex, PageRun};
 use testkit::gate::Gate;
 use testkit::hugepages::Overcommit;
 use testkit::oracle::Oracle;

@@ -13,9 +13,8 @@ use common::collector::{Collector, layout};
 use common::discards::give_back;
 use common::{Kind, Memory};
 use guest::Guest;
-use page_source::{
-    BlockId, ByteLen, Feed, Layout, PageCount, PageIndex, PageRun, PageSink, PageSource, SourceError, Span,
-};
+use page_source::{Feed, PageSink, PageSource, SourceError, Span};
+use page_units::{BlockId, ByteLen, Layout, PageCount, PageIndex, PageRun};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use testkit::faults::{Fault, FaultySource};

@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use mapped_ram::Writer;
 use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
 use nix::sys::statvfs::fstatvfs;
-use page_source::{ByteLen, PageCount};
+use page_units::{ByteLen, PageCount};
 
 use super::LiveError;
 use super::mappings::{self, Other};

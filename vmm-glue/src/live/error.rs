@@ -5,7 +5,8 @@ use std::path::PathBuf;
 
 use mapped_ram::CreateError;
 use nix::errno::Errno;
-use page_source::{ByteLen, GuestAddr, HostAddr, PageCount, SinkError, SourceError};
+use page_source::{SinkError, SourceError};
+use page_units::{ByteLen, GuestAddr, HostAddr, PageCount};
 use uffd_engine::{EngineError, FreezeError, FrozenError};
 use vmstate::WriteError;
 

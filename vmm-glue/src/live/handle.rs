@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use page_source::{ByteLen, Feed, PageCount, SinkError};
+use page_source::{Feed, SinkError};
+use page_units::{ByteLen, PageCount};
 use uffd_engine::{FreezeStats, Frozen, FrozenError};
 
 use super::sink::LiveSink;

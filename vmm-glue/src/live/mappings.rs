@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 
 use nix::sys::stat::{major, minor};
-use page_source::{ByteLen, GuestAddr, HostAddr};
+use page_units::{ByteLen, GuestAddr, HostAddr};
 
 use crate::memory::GuestRam;
 

@@ -4,7 +4,9 @@ use std::ops::ControlFlow;
 use std::time::Duration;
 
 use mapped_ram::Writer;
-use page_source::{End, Flow, MappedRamSink, PageBytes, PageCount, PageRun, PageSink, SinkError, SourceError};
+use page_files::MappedRamSink;
+use page_source::{End, Flow, PageBytes, PageSink, SinkError, SourceError};
+use page_units::{PageCount, PageRun};
 use parking_lot::{Condvar, Mutex, RwLock};
 
 use crate::memory::FreezeClaim;
@@ -72,7 +74,7 @@ impl PageSink for LiveSink {
         let Some(open) = self.open.write().take() else { return };
         open.file.end(end);
         let writer = open.file.writer();
-        let stored = (0..).zip(writer.layout().blocks()).map(|(id, _)| writer.stored_pages(page_source::BlockId(id)).0);
+        let stored = (0..).zip(writer.layout().blocks()).map(|(id, _)| writer.stored_pages(page_units::BlockId(id)).0);
         let outcome = open.file.outcome().map(|()| PageCount(stored.sum()));
         drop(open);
         *self.outcome.lock() = Some(outcome);

@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::Arc;
 
-use page_source::{ByteLen, GuestAddr, HostAddr};
+use page_units::{ByteLen, GuestAddr, HostAddr};
 use parking_lot::Mutex;
 
 use super::{GuestRam, MemoryError};

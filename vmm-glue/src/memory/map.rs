@@ -5,7 +5,7 @@ use std::io;
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
-use page_source::{ByteLen, PageSize, RamBlock};
+use page_units::{ByteLen, PageSize, RamBlock};
 use uffd_engine::Backing;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestMemoryRegion, GuestRegionMmap, MmapRegion};

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use page_source::{ByteLen, GuestAddr, LayoutError};
+use page_units::{ByteLen, GuestAddr, LayoutError};
 use uffd_engine::Backing;
 
 /// A RAM block to allocate, and where the guest sees it. A block may be seen in several pieces, as a PC's RAM is

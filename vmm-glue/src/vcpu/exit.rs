@@ -10,7 +10,7 @@ use std::io;
 
 use kvm_bindings::KVM_INTERNAL_ERROR_EMULATION;
 use kvm_ioctls::{VcpuExit, VcpuFd};
-use page_source::GuestAddr;
+use page_units::GuestAddr;
 
 use super::{Bus, Next};
 use crate::{GuestRam, sys};

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use kvm_ioctls::Kvm;
 use mapped_ram::Snapshot;
-use page_source::{BlockId, ByteLen, GuestAddr, PageCount};
+use page_units::{BlockId, ByteLen, GuestAddr, PageCount};
 use parking_lot::Mutex;
 use testkit::guest::{GuestConfig, GuestImage, Operation, Oracle, Pattern, Privilege, Program, Signal, Walker};
 use vmm_glue::{

@@ -8,7 +8,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
 use kvm_ioctls::Kvm;
-use page_source::{ByteLen, GuestAddr};
+use page_units::{ByteLen, GuestAddr};
 use parking_lot::Mutex;
 use testkit::guest::{GuestConfig, GuestImage, Oracle, Pattern, Privilege, Program, Signal, Walker, layout};
 use userfaultfd::{Event, Uffd, UffdBuilder};

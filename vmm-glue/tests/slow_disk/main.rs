@@ -12,13 +12,12 @@ use common::live::{self, Kind};
 use common::{PATIENCE, Signals};
 use disk::{Failure, SlowDisk};
 use kvm_ioctls::Kvm;
-use page_source::{ByteLen, SinkError};
+use page_source::SinkError;
+use page_units::ByteLen;
 use parking_lot::Mutex;
 use testkit::guest::GuestImage;
 use testkit::require;
-use vmm_glue::{
-    FreezeOptions, Host, LiveError, LiveOptions, LiveSnapshot, MachineConfig, Vcpus, snapshot_live,
-};
+use vmm_glue::{FreezeOptions, Host, LiveError, LiveOptions, LiveSnapshot, MachineConfig, Vcpus, snapshot_live};
 
 /// How long to wait for a write at a time.
 const MOMENT: Duration = Duration::from_millis(1);

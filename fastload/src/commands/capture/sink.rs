@@ -5,7 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use mapped_ram::Writer;
-use page_source::{End, Flow, MappedRamSink, PageBytes, PageSink, SinkError, SourceError};
+use page_files::MappedRamSink;
+use page_source::{End, Flow, PageBytes, PageSink, SinkError, SourceError};
 use page_units::{PageCount, PageRun};
 
 /// Writes what comes, and keeps the end to itself.

@@ -9,9 +9,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use mapped_ram::Writer;
-use page_source::stream::QemuStream;
 use page_source::{End, Feed, PageSink, PageSource};
 use page_units::ByteLen;
+use qemu_pages::receive::QemuStream;
 
 use super::check::Guest;
 use super::interrupt::Interrupts;

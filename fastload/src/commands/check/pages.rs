@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use mapped_ram::{Options, Snapshot};
-use page_source::{End, FlatBlock, FlatFile, Flow, PageBytes, PageSink, SinkError, SourceError};
+use page_files::{FlatBlock, FlatFile};
+use page_source::{End, Flow, PageBytes, PageSink, SinkError, SourceError};
 use page_units::{BlockId, PageCount, PageRun};
 use serde::Serialize;
 

@@ -4,7 +4,7 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use fastload_qmp::{Capabilities, Qmp, QmpError};
-use page_source::postcopy::{Address, Control};
+use qemu_pages::serve::{Address, Control};
 use serde_json::json;
 
 use super::beside::{Beside, Note};

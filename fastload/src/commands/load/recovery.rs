@@ -4,7 +4,7 @@ use std::io::{self, ErrorKind};
 use std::time::{Duration, Instant};
 
 use fastload_qmp::{Qmp, QmpError};
-use page_source::postcopy::{Address, Phase, ServeError, Server};
+use qemu_pages::serve::{Address, Phase, ServeError, Server};
 
 use super::beside::{Beside, Note};
 use super::keeper::{Coming, Keeper};

@@ -7,7 +7,7 @@ use bench::demo::report::time;
 use bench::demo::run::{Shown, demo};
 use bench::out;
 use clap::Parser;
-use page_source::ByteLen;
+use page_units::ByteLen;
 use testkit::scratch::Scratch;
 
 #[derive(Debug, Parser)]

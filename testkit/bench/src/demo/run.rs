@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::Kvm;
-use page_source::{ByteLen, PageCount};
+use page_units::{ByteLen, PageCount};
 use testkit::guest::{Oracle, Walker};
 use uffd_engine::{Background, Discards, Engine, Handlers};
 use vmm_glue::{Bus, Host, Mode, RestoreOptions, SavedVm, Step, VcpuOptions, Vm};

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::Kvm;
-use page_source::ByteLen;
+use page_units::ByteLen;
 use testkit::guest::{GuestConfig, GuestImage, Operation, Pattern, Privilege, Program, fill_pages};
 use testkit::hugepages::Overcommit;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
@@ -263,7 +263,7 @@ fn non_zero(path: &Path) -> Measured<u64> {
     let mut bytes = 0;
     let mut page = vec![0; PAGE];
     for (block, ram) in (0..).zip(snapshot.layout().blocks()) {
-        let file = snapshot.block(page_source::BlockId(block)).ok_or("a block without a place")?;
+        let file = snapshot.block(page_units::BlockId(block)).ok_or("a block without a place")?;
         for offset in (0..ram.length().0).step_by(PAGE) {
             std::os::unix::fs::FileExt::read_exact_at(snapshot.file(), &mut page, file.pages_offset.0 + offset)?;
             bytes += if page.iter().any(|&byte| byte != 0) { PAGE as u64 } else { 0 };

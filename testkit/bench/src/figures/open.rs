@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use mapped_ram::{Snapshot, Writer};
-use page_source::{BlockId, ByteLen, Layout, PageCount, PageIndex, PageRun, PageSize, RamBlock};
+use page_units::{BlockId, ByteLen, Layout, PageCount, PageIndex, PageRun, PageSize, RamBlock};
 use vmstate::{Configuration, DeviceWriter, Section};
 
 use super::{Bench, Measured};

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use kvm_ioctls::Kvm;
 use mapped_ram::Snapshot;
-use page_source::{BlockId, ByteLen};
+use page_units::{BlockId, ByteLen};
 use testkit::guest::layout;
 use uffd_engine::{Background, Discards, Handlers};
 use vm_memory::{Bytes, GuestAddress};

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::Kvm;
-use page_source::ByteLen;
+use page_units::ByteLen;
 use std::sync::{Mutex, OnceLock};
 use testkit::guest::{GuestConfig, GuestImage, Pattern, Privilege, Program, Report, Signal, fill_pages};
 use vmm_glue::{

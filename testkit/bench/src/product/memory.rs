@@ -4,7 +4,8 @@ use std::error::Error;
 use std::path::Path;
 use std::sync::Arc;
 
-use page_source::{BlockId, ByteLen, FlatBlock, FlatFile, HostAddr, Layout, PageSize, RamBlock};
+use page_files::{FlatBlock, FlatFile};
+use page_units::{BlockId, ByteLen, HostAddr, Layout, PageSize, RamBlock};
 use uffd_engine::{Backing, Builder, Engine, Region};
 
 use crate::sys::Map;

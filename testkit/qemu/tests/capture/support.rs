@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use mapped_ram::Snapshot;
-use page_source::units::{PageCount, PageIndex};
+use page_units::{PageCount, PageIndex};
 use serde_json::Value;
 use tempfile::TempDir;
 use testkit_qemu::guest::{LOWEST, Plan, STATUS, Status, Work};

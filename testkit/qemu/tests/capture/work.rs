@@ -5,7 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use mapped_ram::Snapshot;
-use page_source::units::PAGE_SIZE;
+use page_units::PAGE_SIZE;
 use serde_json::json;
 use tempfile::NamedTempFile;
 use testkit_qemu::guest::{CHANGING, LOWEST, Status};

@@ -5,14 +5,14 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use page_source::postcopy::return_path::Message;
+use qemu_pages::wire::return_path::Message;
 use serde_json::json;
 use testkit_qemu::guest::Plan;
 use testkit_qemu::{Machine, Qemu, Setup};
 
 use crate::MIB;
 
-#[path = "../../../../page-source/tests/postcopy/codec.rs"]
+#[path = "../../../../page-source/qemu/tests/postcopy/codec.rs"]
 mod codec;
 
 /// Copies one direction of a connection, and keeps a copy.

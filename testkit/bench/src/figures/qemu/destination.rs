@@ -16,10 +16,11 @@ use std::thread::{self, Scope};
 use std::time::{Duration, Instant};
 
 use mapped_ram::Snapshot;
-use page_source::postcopy::record::{Reader, Record};
-use page_source::postcopy::return_path::Message;
-use page_source::postcopy::{Address, Opening, Options, ServeError, Server};
-use page_source::{MappedRam, PageSource};
+use page_files::MappedRam;
+use page_source::PageSource;
+use qemu_pages::serve::{Address, Opening, Options, ServeError, Server};
+use qemu_pages::wire::record::{Reader, Record};
+use qemu_pages::wire::return_path::Message;
 
 use super::super::{Bench, Measured};
 use crate::floor::fault::scattered;

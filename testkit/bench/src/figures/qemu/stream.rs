@@ -7,8 +7,9 @@ use std::path::Path;
 use std::time::Instant;
 
 use mapped_ram::Snapshot;
-use page_source::postcopy::record;
-use page_source::{ByteLen, PageIndex, is_zero};
+use page_source::is_zero;
+use page_units::{ByteLen, PageIndex};
+use qemu_pages::wire::record;
 use serde_json::json;
 use vmstate::{Command, Event, MAPPED_RAM, SectionHeader, StreamWriter, kind};
 

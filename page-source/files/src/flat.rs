@@ -1,0 +1,182 @@
+//! Flat memory files: the bytes of each block, one after the other, as Firecracker and Cloud Hypervisor write them.
+
+use std::fs::File;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use page_units::{BlockId, ByteLen, FileOffset, Layout, LayoutError, PAGE_SIZE, PageCount, PageIndex, RamBlock};
+
+use crate::extents::{Extents, seek};
+use crate::feed::{FileFeed, Places};
+use crate::mapped_file::MappedFile;
+use page_source::{Content, Feed, PageSink, PageSource, SourceError, Span, Urgency};
+
+/// A RAM block and where it lies in a flat file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FlatBlock {
+    /// The block.
+    pub block: RamBlock,
+    /// The position of its first byte.
+    pub offset: FileOffset,
+}
+
+impl FlatBlock {
+    /// These blocks one behind the other, the first at offset 0: the order in which Firecracker (`mem_file_path`) and
+    /// Cloud Hypervisor (`memory-ranges`) write guest regions.
+    ///
+    /// # Errors
+    /// If the offsets do not fit 64 bits.
+    pub fn concatenated(blocks: Vec<RamBlock>) -> Result<Vec<FlatBlock>, LayoutError> {
+        let mut offset = FileOffset(0);
+        let mut all = Vec::with_capacity(blocks.len());
+        for block in blocks {
+            let next = offset.checked_add(block.length()).ok_or(LayoutError::TooLarge)?;
+            all.push(FlatBlock { block, offset });
+            offset = next;
+        }
+        Ok(all)
+    }
+}
+
+/// A source that is a flat memory file.
+///
+/// Requests are answered on the calling thread, straight from a read-only mapping that only the kernel ever reads.
+/// Holes are zero; they are found when a background request comes to them. (A hole of a *diff* snapshot means "look
+/// in the parent" instead: such a file has to be merged first.)
+///
+/// Where the file ends in the middle of the last page of a block, the rest of that page is zero. While pages are
+/// loaded the file must not be touched: inode, size, number of links, mtime and ctime are watched, and a change fails
+/// what is delivered from then on, and [`verify`](PageSource::verify).
+///
+/// It never calls [`PageSink::end`]: what is delivered is what was asked for.
+#[derive(Debug)]
+pub struct FlatFile {
+    inner: Arc<Inner>,
+    scan_for_zeros: bool,
+}
+
+#[derive(Debug)]
+struct Inner {
+    mapped: MappedFile,
+    layout: Layout,
+    bases: Vec<FileOffset>,
+    extents: Vec<Extents>,
+}
+
+impl FlatFile {
+    /// Opens the file at `path`, which holds `blocks`.
+    ///
+    /// # Errors
+    /// If it can't be opened or mapped, is not a regular file, or is too short.
+    pub fn open(path: impl AsRef<Path>, blocks: Vec<FlatBlock>) -> Result<FlatFile, SourceError> {
+        let path = path.as_ref();
+        // Without O_NONBLOCK, opening a pipe would wait for somebody to write into it.
+        let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path);
+        let file = file.map_err(|error| SourceError::Open {
+            path: path.to_owned(),
+            reason: format!("can't be opened: {error}"),
+        })?;
+        FlatFile::from_file(file, path, blocks)
+    }
+
+    /// The same for an open file. `path` is only for messages.
+    ///
+    /// # Errors
+    /// As for [`open`](FlatFile::open).
+    pub fn from_file(file: File, path: impl Into<PathBuf>, blocks: Vec<FlatBlock>) -> Result<FlatFile, SourceError> {
+        let bases: Vec<FileOffset> = blocks.iter().map(|block| block.offset).collect();
+        let layout = Layout::new(blocks.into_iter().map(|block| block.block).collect())?;
+        let mut end = FileOffset(0);
+        for (block, base) in layout.blocks().iter().zip(&bases) {
+            end = end.max(base.checked_add(block.length()).ok_or(LayoutError::TooLarge)?);
+        }
+        let mapped = MappedFile::new(file, path.into(), end)?;
+        for (block, base) in layout.blocks().iter().zip(&bases) {
+            let needed = *base + block.length();
+            let last_page = needed.0 - PAGE_SIZE.min(block.length().0);
+            if block.length() > ByteLen(0) && mapped.size() <= last_page {
+                return Err(SourceError::Truncated {
+                    path: mapped.path().to_owned(),
+                    block: block.name().to_owned(),
+                    needed,
+                    actual: FileOffset(mapped.size()),
+                });
+            }
+        }
+        let extents = layout.blocks().iter().map(|_| Extents::default()).collect();
+        Ok(FlatFile { inner: Arc::new(Inner { mapped, layout, bases, extents }), scan_for_zeros: false })
+    }
+
+    /// Whether the feeds started from now on look through stored pages for zero pages, and deliver them as such. Off
+    /// at first: it reads every page once more, which is worth it where many are zero without being holes.
+    #[must_use]
+    pub fn with_zero_scan(mut self, on: bool) -> FlatFile {
+        self.scan_for_zeros = on;
+        self
+    }
+}
+
+impl PageSource for FlatFile {
+    fn layout(&self) -> &Layout {
+        &self.inner.layout
+    }
+
+    fn run_at(&self, block: BlockId, first: PageIndex) -> Span {
+        let pages = self.inner.layout.get(block).map_or(PageCount(0), RamBlock::pages);
+        if first.0 >= pages.0 {
+            return Span { content: Content::Unknown, pages: PageCount(0) };
+        }
+        let left = PageCount(pages.0 - first.0);
+        let span = self.inner.extents[block.0 as usize].known_or_unknown(first);
+        Span { pages: span.pages.min(left), ..span }
+    }
+
+    fn start(&self, sink: Arc<dyn PageSink>) -> Result<Box<dyn Feed>, SourceError> {
+        FileFeed::start(Arc::clone(&self.inner), sink, self.scan_for_zeros)
+    }
+
+    fn verify(&self) -> Result<(), SourceError> {
+        self.inner.mapped.verify()
+    }
+}
+
+impl Places for Inner {
+    fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    fn mapped(&self) -> &MappedFile {
+        &self.mapped
+    }
+
+    fn base(&self, block: BlockId) -> FileOffset {
+        self.bases[block.0 as usize]
+    }
+
+    fn find(&self, block: BlockId, first: PageIndex, _: PageCount, urgency: Urgency) -> Result<Span, SourceError> {
+        let extents = &self.extents[block.0 as usize];
+        if urgency == Urgency::Demand {
+            // Looking for the end of a hole may take long; the page itself is at hand.
+            let one = Span { content: Content::Unknown, pages: PageCount(1) };
+            return Ok(extents.at_without_waiting(first).unwrap_or(one));
+        }
+        if let Some(span) = extents.at(first) {
+            return Ok(span);
+        }
+        let base = self.base(block);
+        let (content, end) = seek(self.mapped.file(), base, first, self.mapped.size()).map_err(|error| {
+            let name = self.layout.get(block).map_or("?", RamBlock::name);
+            self.mapped.read_error(name, base + first.byte_offset(), ByteLen(PAGE_SIZE), error)
+        })?;
+        // A hole may be one because the file was cut off since the last look: that must not pass for zeros.
+        if content == Content::Zero
+            && let Err(what) = self.mapped.check()
+        {
+            let name = self.layout.get(block).map_or("?", RamBlock::name);
+            return Err(self.mapped.change_error(what, name, base + first.byte_offset()));
+        }
+        extents.learn(first, end, content);
+        Ok(Span { content, pages: end - first })
+    }
+}

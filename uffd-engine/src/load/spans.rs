@@ -1,0 +1,85 @@
+//! What a source may have content for.
+
+use page_source::{Content, PageSource};
+use page_units::ByteLen;
+
+use crate::memory::Area;
+
+/// 2 MiB of small pages: poisoning them costs much more than the call.
+const TOGETHER: usize = 512;
+
+impl Area {
+    /// The granules that a source does not know to be zero: the first of a span, and how many. A source that knows
+    /// nothing yet says so page by page: up to [`TOGETHER`] of these are one span.
+    pub(crate) fn stored<'a>(&'a self, source: &'a dyn PageSource) -> impl Iterator<Item = (usize, usize)> + 'a {
+        let mut at = 0;
+        std::iter::from_fn(move || {
+            let mut found: Option<(usize, usize)> = None;
+            while at < self.states.len() {
+                let span = source.run_at(self.block(), self.page(at));
+                let granules = ByteLen(span.pages.0 / self.granule.0).get();
+                let left = self.states.len() - at;
+                if span.content == Content::Zero && granules > 0 {
+                    if found.is_some() {
+                        break;
+                    }
+                    at += granules.min(left);
+                    continue;
+                }
+                let granules = granules.clamp(1, left);
+                at += granules;
+                let (first, before) = found.unwrap_or((at - granules, 0));
+                found = Some((first, before + granules));
+                if before + granules >= TOGETHER {
+                    break;
+                }
+            }
+            found
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use page_source::{Feed, PageSink, SourceError, Span};
+    use page_units::{BlockId, HostAddr, Layout, PageCount, PageIndex, PageRun, PageSize, RamBlock};
+
+    use super::*;
+    use crate::memory::region::{Backing, Region};
+    use crate::memory::states::StateMap;
+
+    const PAGES: u64 = 2000;
+
+    /// Knows page by page at best, and of a hundred pages that they are zero.
+    #[derive(Debug)]
+    struct Slow(Layout);
+
+    impl PageSource for Slow {
+        fn layout(&self) -> &Layout {
+            &self.0
+        }
+
+        fn run_at(&self, _: BlockId, first: PageIndex) -> Span {
+            let content = if (1000..1100).contains(&first.0) { Content::Zero } else { Content::Unknown };
+            Span { content, pages: PageCount(1) }
+        }
+
+        fn start(&self, _: Arc<dyn PageSink>) -> Result<Box<dyn Feed>, SourceError> {
+            unreachable!("only asked what it knows")
+        }
+    }
+
+    #[test]
+    fn what_is_told_page_by_page_comes_together() {
+        let block = RamBlock::new("ram", ByteLen(PAGES * 4096), PageSize::SMALL).unwrap();
+        let source = Slow(Layout::new(vec![block]).unwrap());
+        let run = PageRun::new(BlockId(0), PageIndex(0), PageCount(PAGES));
+        let region = Region::new(HostAddr(1 << 30), run, Backing::Anonymous);
+        let states = StateMap::new(region.granules()).unwrap();
+        let area = Area { states, granule: PageCount(1), name: "ram".into(), region };
+        let spans: Vec<_> = area.stored(&source).collect();
+        assert_eq!(spans, [(0, 512), (512, 488), (1100, 512), (1612, 388)]);
+    }
+}
