@@ -25,8 +25,8 @@ pub use self::handle::{LiveProgress, LiveReport, LiveSnapshot};
 pub use self::options::{LiveEvent, LiveOptions};
 use self::sink::LiveSink;
 use crate::memory::FreezeClaim;
-use crate::state::{Host, MachineState};
 use crate::save::FIRST_DEVICE;
+use crate::state::{Host, MachineState};
 use crate::vcpu::Hold;
 use crate::{GuestRam, Vcpus, blueprint};
 

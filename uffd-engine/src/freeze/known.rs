@@ -74,9 +74,10 @@ impl Known {
     /// # Errors
     /// If pages have gone since the freeze point, or come, of which the freeze knows nothing.
     pub(super) fn refine(&self, zones: &[Zone], runs: Vec<PageRun>) -> Result<(), FrozenError> {
+        // What is made after this is not counted.
+        let _nothing_is_made = self.making.write();
         self.set(runs);
         self.exact.store(true, Ordering::SeqCst);
-        let _nothing_is_made = self.making.write();
         for counted in &self.files {
             let (file, Some(then)) = (&counted.file.file, counted.then.get()) else { continue };
             let at = counted.file.regions.first().map_or_else(Default::default, |&number| zones[number].region.start);
@@ -113,7 +114,11 @@ impl Known {
     pub(super) fn make<T>(&self, zone: usize, make: impl FnOnce() -> T, made: impl FnOnce(&T) -> bool) -> T {
         let counted = self.files.iter().find(|counted| counted.file.regions.contains(&zone));
         let Some(counted) = counted.filter(|_| !self.is_exact()) else { return make() };
-        let _not_while_counting = self.making.read();
+        let not_while_counting = self.making.read();
+        if self.is_exact() {
+            drop(not_while_counting);
+            return make();
+        }
         let done = make();
         if made(&done) {
             counted.made.fetch_add(1, Ordering::Relaxed);
