@@ -22,6 +22,7 @@ use crate::memory::region::{self, Backing, Region};
 use crate::serve::placement::check_cores;
 use crate::sys::abi::Features;
 use crate::sys::ksm;
+use crate::sys::read::Reading;
 use crate::{Engine, Handlers, OpenError, StartError};
 
 /// How memory is frozen.
@@ -193,7 +194,9 @@ fn unmerge(region: &Region) -> Result<(), FreezeError> {
 
 fn zone(region: Region) -> io::Result<Zone> {
     let saved = Saved::new(region.granules())?;
-    Ok(Zone { saved, granule: region.backing.granule(), region, registered: AtomicBool::new(false) })
+    let file = region.file.as_ref().filter(|_| region.shared);
+    let reading = Reading::of(file.map(|(file, _)| &**file));
+    Ok(Zone { saved, granule: region.backing.granule(), reading, region, registered: AtomicBool::new(false) })
 }
 
 impl Drop for Freezer {

@@ -18,7 +18,7 @@ use super::owner::{By, Load};
 use super::pool::Copied;
 use super::zone::Zone;
 use crate::PausePoint;
-use crate::sys::memory::{Scratch, read_granule};
+use crate::sys::memory::Scratch;
 use crate::sys::ops;
 
 type Outcome = Result<(), FrozenError>;
@@ -188,7 +188,8 @@ impl Saver<'_> {
             if run == 0 {
                 break;
             }
-            read_granule(zone.addr(end), self.buffer.bytes_mut((end - first) * len, run * len));
+            let (from, to) = (zone.addr(end), self.buffer.bytes_mut((end - first) * len, run * len));
+            zone.reading.read(from, to).map_err(|errno| FrozenError::kernel("reading guest memory", from, errno))?;
             claimed.push(end..end + run);
             end += run;
         }

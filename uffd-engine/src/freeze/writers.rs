@@ -18,7 +18,6 @@ use crate::memory::region::Backing;
 use crate::memory::states::State;
 use crate::serve::placement::bind;
 use crate::sys::abi::{Message, UFFD_EVENT_PAGEFAULT, UFFD_EVENT_REMOVE, UFFD_EVENT_UNMAP, UFFD_PAGEFAULT_FLAG_WP};
-use crate::sys::memory::read_granule;
 use crate::sys::ops::{self, Done};
 
 /// How many messages are read at a time at most.
@@ -225,7 +224,12 @@ fn write(freeze: &Freeze, number: usize, granule: usize) -> bool {
         freeze.pause(PausePoint::WriterWaits);
         return true;
     };
-    read_granule(addr, buffer.bytes_mut());
+    if let Err(errno) = zone.reading.read_touched(addr, buffer.bytes_mut()) {
+        freeze.pool.give_back(buffer);
+        zone.saved.give_back(granule);
+        fail(freeze, "reading guest memory", addr, errno);
+        return true;
+    }
     if matches!(freeze.owner.by(), By::Freeze(_)) {
         // An engine's handler holds its gate.
         freeze.settle();

@@ -6,6 +6,7 @@ use page_units::{ByteLen, HostAddr, PageCount, PageRun, PageSize};
 
 use super::saved::Saved;
 use crate::memory::region::Region;
+use crate::sys::read::Reading;
 
 /// A region with what of it is saved.
 #[derive(Debug)]
@@ -13,6 +14,7 @@ pub(crate) struct Zone {
     pub(crate) region: Region,
     pub(crate) saved: Saved,
     pub(crate) granule: PageSize,
+    pub(crate) reading: Reading,
     /// Whether the freeze has registered it, and nobody else.
     pub(crate) registered: AtomicBool,
 }

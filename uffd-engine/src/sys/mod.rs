@@ -7,6 +7,7 @@
 //! - [`ksm`]: no merging of equal pages;
 //! - [`memory`]: zeroed tables, scratch mappings, discards;
 //! - [`mapping`]: a second mapping of a file;
+//! - [`read`]: reading guest memory without a SIGBUS;
 //! - [`scan`]: where in a page table there is something.
 #![expect(unsafe_code, reason = "system calls on raw addresses")]
 
@@ -16,6 +17,7 @@ pub(crate) mod mapping;
 pub(crate) mod memory;
 pub(crate) mod open;
 pub(crate) mod ops;
+pub(crate) mod read;
 pub(crate) mod scan;
 
 /// The descriptor as the `userfaultfd` crate's type, which closes it.

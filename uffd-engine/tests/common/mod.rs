@@ -1,6 +1,7 @@
 //! Memory to be served, and a look at every byte of it.
 #![allow(dead_code, reason = "each test file uses its part")]
 
+pub(crate) mod behind;
 pub(crate) mod blocked;
 pub(crate) mod collector;
 pub(crate) mod discards;
