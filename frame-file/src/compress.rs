@@ -90,7 +90,7 @@ fn work(
         // The lock is held while a thread waits: the others wait for it instead.
         let Ok((number, range)) = queue.lock().recv() else { return };
         bytes.resize((range.end - range.start).get(), 0);
-        let done = match (&mut encoder, input.read_exact_at(&mut bytes, range.start)) {
+        let done = match (&mut encoder, input.read_into(&mut bytes, range.start)) {
             (_, Err(error)) => Err(EncodeError::Input { at: range.start, error }),
             _ if is_zero(&bytes) => Ok(Done::Zeros(ByteLen::of(bytes.len()))),
             (Ok(encoder), Ok(())) => encoder.encode(&bytes).map(Done::Frame),

@@ -12,7 +12,7 @@ pub trait Input: Sync {
     ///
     /// # Errors
     /// If they can't be read, or end before.
-    fn read_exact_at(&self, to: &mut [u8], offset: FileOffset) -> io::Result<()>;
+    fn read_into(&self, to: &mut [u8], offset: FileOffset) -> io::Result<()>;
 
     /// How many bytes from `offset` on are known to be zero without reading them. An answer of 0 is always right.
     ///
@@ -22,7 +22,7 @@ pub trait Input: Sync {
 }
 
 impl Input for File {
-    fn read_exact_at(&self, to: &mut [u8], offset: FileOffset) -> io::Result<()> {
+    fn read_into(&self, to: &mut [u8], offset: FileOffset) -> io::Result<()> {
         FileExt::read_exact_at(self, to, offset.0)
     }
 

@@ -8,7 +8,7 @@
 //!
 //! - [`Encoder`] turns bytes into an [`Encoded`] frame; each thread has its own.
 //! - [`FrameWriter`] appends frames in the order of the file, then the index.
-//! - [`compress`] does both on several threads.
+//! - [`compress`] does both on several threads, and [`decompress`] is its inverse.
 //! - [`FrameFile`] opens a file in O(index pieces touched), finds the frame of an offset and decodes it.
 //!
 //! `docs/frame-file.md` describes the layout byte by byte.
@@ -39,6 +39,7 @@
 mod codec;
 mod compress;
 mod decode;
+mod decompress;
 mod digest;
 mod encode;
 mod error;
@@ -55,6 +56,7 @@ mod zeros;
 pub use codec::{Codec, UnknownCodec};
 pub use compress::compress;
 pub use decode::Decoder;
+pub use decompress::{DecompressError, Output, decompress};
 pub use digest::{Digest, InvalidDigest};
 pub use encode::{Encoded, Encoder};
 pub use error::{EncodeError, OpenError, ReadError};

@@ -170,7 +170,7 @@ impl FrameFile {
     /// decoded.
     ///
     /// # Errors
-    /// If the content has not so many bytes, or a frame can't be read or is corrupt.
+    /// If the content is shorter, or a frame can't be read or is corrupt.
     pub fn read_exact_at(&self, to: &mut [u8], offset: FileOffset) -> Result<(), ReadError> {
         let end = FileOffset(self.len().0);
         let asked = offset.checked_add(ByteLen::of(to.len())).unwrap_or(FileOffset(u64::MAX));

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::num::NonZeroUsize;
 use std::os::unix::fs::FileExt;
 
-use frame_file::{Codec, Cuts, EncodeError, FrameFile, FrameWriter, Input, compress};
+use frame_file::{Codec, Cuts, EncodeError, FrameFile, FrameWriter, Input, compress, decompress};
 use page_units::{ByteLen, FileOffset};
 use proptest::prelude::*;
 
@@ -64,6 +64,11 @@ proptest! {
         let mut back = vec![1; oracle.len()];
         frames.read_exact_at(&mut back, FileOffset(0)).unwrap();
         prop_assert!(back == oracle);
+        let decompressed = tempfile::tempfile().unwrap();
+        decompressed.set_len(length).unwrap();
+        decompress(&frames, &decompressed, threads(count), |_| {}).unwrap();
+        decompressed.read_exact_at(&mut back, 0).unwrap();
+        prop_assert!(back == oracle && decompressed.metadata().unwrap().len() == length);
         // A frame of content begins at each start, and none is longer than asked for.
         for start in starts.into_iter().filter(|start| *start < length) {
             let frame = frames.frame_at(FileOffset(start)).unwrap();
@@ -76,7 +81,7 @@ proptest! {
 struct Unreadable;
 
 impl Input for Unreadable {
-    fn read_exact_at(&self, _: &mut [u8], offset: FileOffset) -> std::io::Result<()> {
+    fn read_into(&self, _: &mut [u8], offset: FileOffset) -> std::io::Result<()> {
         if offset.0 < 5 * FRAME.0 { Ok(()) } else { Err(std::io::ErrorKind::UnexpectedEof.into()) }
     }
 

@@ -10,11 +10,10 @@ use userfaultfd::RegisterMode;
 
 use super::error::FreezeError;
 use super::freeze::Freeze;
-use super::owner::{Load, Owner};
+use super::owner::Owner;
 use super::zone::Zone;
-use crate::EngineError;
-use crate::load::status::Outcome;
 use crate::memory::Memory;
+use crate::memory::holder::Fetch;
 use crate::memory::region::Backing;
 use crate::sys::ops;
 
@@ -29,8 +28,8 @@ const FOUND: ByteLen = ByteLen(128 << 20);
 /// Write-protects what exists, with the engine that loads the memory, if one still does.
 pub(super) fn arm(freeze: &Arc<Freeze>) -> Result<(), FreezeError> {
     let deadline = Instant::now() + freeze.arm_limit;
-    if let Owner::Engine { load, heir, handed_over } = &freeze.owner {
-        if with_engine(freeze, load, deadline)? {
+    if let Owner::Engine { memory, fetch, heir, handed_over } = &freeze.owner {
+        if with_engine(freeze, memory, &**fetch, deadline)? {
             // Its handlers serve the writers.
             freeze.owner.stop();
             return Ok(());
@@ -53,31 +52,31 @@ pub(super) fn arm(freeze: &Arc<Freeze>) -> Result<(), FreezeError> {
 ///
 /// # Errors
 /// If it could not load it.
-pub(super) fn complete(core: &Memory) -> Result<(), FreezeError> {
-    match core.status.wait(None) {
-        Some(Outcome::Complete(_)) => Ok(()),
-        Some(Outcome::Failed(error)) => Err(FreezeError::Load(Box::new(error))),
-        None => Err(FreezeError::Load(Box::new(EngineError::OnObserver))),
-    }
+pub(super) fn complete(fetch: &dyn Fetch) -> Result<(), FreezeError> {
+    fetch.complete().map_err(|error| FreezeError::Load(Box::new(error)))
 }
 
 /// Nothing is being installed at the freeze point, and no discard read: a page is either there, and protected, or its
 /// content is that of the source. `false` if the engine is complete: the memory is ordinary memory.
-fn with_engine(freeze: &Arc<Freeze>, load: &Load, deadline: Instant) -> Result<bool, FreezeError> {
-    let core = &load.core;
-    let _no_discards = core.discarding.write();
+fn with_engine(
+    freeze: &Arc<Freeze>,
+    memory: &Memory,
+    fetch: &dyn Fetch,
+    deadline: Instant,
+) -> Result<bool, FreezeError> {
+    let _no_discards = memory.view.discarding.write();
     loop {
-        let mut gate = core.gate_alone();
-        if !core.status.running() {
+        let mut gate = memory.view.gate_alone();
+        if !fetch.running() {
             drop(gate);
-            return complete(core).map(|()| false);
+            return complete(fetch).map(|()| false);
         }
         if gate.as_ref().is_some_and(|other| !other.has_ended()) {
             return Err(FreezeError::Busy);
         }
-        match loading(freeze, load) {
+        match loading(freeze, memory) {
             Ok(()) => {
-                *gate = Some(Arc::clone(freeze));
+                *gate = Some(Arc::<Freeze>::clone(freeze));
                 return Ok(true);
             }
             // A discard waits for its event to be read, and whoever reads it for the gate.
@@ -103,7 +102,7 @@ fn alone(freeze: &Freeze) -> Result<(), FreezeError> {
 }
 
 /// Memory that is being loaded: what is there the engine has put there.
-fn loading(freeze: &Freeze, load: &Load) -> Result<(), FreezeError> {
+fn loading(freeze: &Freeze, memory: &Memory) -> Result<(), FreezeError> {
     let mut present = vec![ByteLen(0); freeze.zones.len()];
     for (number, zone) in freeze.zones.iter().enumerate() {
         // Those that it is registered for already stay.
@@ -112,7 +111,7 @@ fn loading(freeze: &Freeze, load: &Load) -> Result<(), FreezeError> {
             protect_private(freeze, zone)?;
             continue;
         }
-        for (first, granules) in load.core.areas[number].states.present() {
+        for (first, granules) in memory.states(number).present() {
             protect(freeze, zone.addr(first), zone.len_of(granules))?;
             present[number] = present[number] + zone.len_of(granules);
         }

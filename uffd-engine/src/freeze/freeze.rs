@@ -15,7 +15,6 @@ use super::pool::Pool;
 use super::populate::Populated;
 use super::zone::Zone;
 use crate::PausePoint;
-use crate::memory::Place;
 use crate::sys::ksm;
 use crate::sys::memory::Scratch;
 
@@ -110,7 +109,7 @@ impl Freeze {
 
     /// Looks up which pages of shared memory there were, where that was not done at the freeze point.
     pub(super) fn look_up(&self) -> Result<(), FrozenError> {
-        if self.known.is_exact() || matches!(self.owner.by(), By::Engine(_)) {
+        if self.known.is_exact() || matches!(self.owner.by(), By::Engine { .. }) {
             return Ok(());
         }
         let at = self.zones.first().map_or_else(HostAddr::default, |zone| zone.region.start);
@@ -136,12 +135,6 @@ impl Freeze {
     /// Whether nothing of it is needed any more: neither its protection nor its threads.
     pub(crate) fn has_ended(&self) -> bool {
         self.over.load(Ordering::SeqCst)
-    }
-
-    /// Whether an install of so many granules has to be write-protected, since not all of them are saved.
-    pub(crate) fn protects(&self, at: Place, granules: usize) -> bool {
-        let saved = &self.zones[at.area].saved;
-        (at.granule..at.granule + granules).any(|granule| !saved.may_change(granule))
     }
 
     pub(crate) fn wake_saver(&self) {

@@ -12,18 +12,20 @@ use super::error::{FreezeError, FrozenError};
 use super::freeze::Freeze;
 use super::frozen::Frozen;
 use super::known::Known;
-use super::owner::{Load, Own, Owner};
+use super::owner::{Own, Owner};
 use super::pool::Pool;
 use super::populate::Populated;
 use super::saved::Saved;
 use super::writers;
 use super::zone::Zone;
+use crate::memory::Memory;
+use crate::memory::holder::Fetch;
 use crate::memory::region::{self, Backing, Region};
 use crate::serve::placement::check_cores;
 use crate::sys::abi::Features;
 use crate::sys::ksm;
 use crate::sys::read::Reading;
-use crate::{Engine, Handlers, OpenError, StartError};
+use crate::{Handlers, OpenError, StartError};
 
 /// How memory is frozen.
 #[derive(Clone, Debug)]
@@ -213,57 +215,41 @@ impl Drop for Freezer {
     }
 }
 
-impl Engine {
-    /// As [`Freezer::prepare`], for memory that this engine is still loading. Its own handlers serve the writers then;
-    /// what the engine brings from the freeze point on comes write-protected, and what is missing is taken from its source as
-    /// long as that is [repeatable](page_source::PageSource::repeatable): it is not brought into the memory for it. Pages
-    /// of another source are waited for.
-    ///
-    /// `regions` are those of the engine, in any order, with the pages that `layout` gives them. While memory is frozen
-    /// the engine does not become complete. Should it fail or be dropped, the freeze fails. An engine that becomes complete
-    /// before the freeze point, even before this, is not needed any more: the memory is frozen without it, with the
-    /// handlers of the options.
-    ///
-    /// # Errors
-    /// If anything is missing, the regions are others, the engine has failed, or the kernel lacks write protection. Nothing
-    /// has happened to the memory then.
-    pub fn freezer(
-        &self,
+impl Freezer {
+    /// For memory that is being loaded: see [`Engine::freezer`](crate::Engine::freezer).
+    pub(crate) fn of_loading(
+        memory: &Arc<Memory>,
+        fetch: Arc<dyn Fetch>,
         mut regions: Vec<Region>,
         layout: Layout,
         options: &FreezeOptions,
     ) -> Result<Freezer, FreezeError> {
-        let core = &self.core;
-        if core.descriptor.foreign() {
+        let view = &memory.view;
+        if view.descriptor.foreign() {
             return Err(FreezeError::Foreign);
         }
         region::check(&regions, &layout)?;
         check_cores(options.handlers.cores.iter().flatten())?;
-        let number = |region: &Region| core.areas.iter().position(|area| area.region.start == region.start);
+        let number = |region: &Region| view.areas.iter().position(|area| area.region.start == region.start);
         regions.sort_by_key(number);
-        let mut pairs = regions.iter().zip(&core.areas);
+        let mut pairs = regions.iter().zip(&view.areas);
         let other = pairs.find(|(region, area)| region.start != area.region.start || region.len() != area.region.len());
-        let longer = regions.get(core.areas.len()).or(core.areas.get(regions.len()).map(|area| &area.region));
+        let longer = regions.get(view.areas.len()).or(view.areas.get(regions.len()).map(|area| &area.region));
         if let Some(region) = other.map(|(region, _)| region).or(longer) {
             return Err(FreezeError::OtherRegions { start: region.start });
         }
         let own = Own::new(features(&regions), options.handlers.cores.len());
-        let owner = match self.origin.as_ref().filter(|_| core.status.running()) {
-            Some(origin) => {
-                let needed = regions.iter().map(needs).fold(Features::empty(), Features::union);
-                let available = core.descriptor.features();
-                if !available.contains(needed) {
-                    return Err(OpenError::Unsupported { missing: needed - available, available }.into());
-                }
-                let source = Arc::clone(&origin.source);
-                let load = Load { core: Arc::clone(core), source, origin: Arc::downgrade(origin) };
-                Owner::Engine { load, heir: own, handed_over: AtomicBool::new(false) }
-            }
-            None => {
-                arm::complete(core)?;
-                Owner::Freeze(own?)
-            }
-        };
+        if !fetch.running() {
+            arm::complete(&*fetch)?;
+            return Freezer::new(Owner::Freeze(own?), regions, layout, options);
+        }
+        let needed = regions.iter().map(needs).fold(Features::empty(), Features::union);
+        let available = view.descriptor.features();
+        if !available.contains(needed) {
+            return Err(OpenError::Unsupported { missing: needed - available, available }.into());
+        }
+        let handed_over = AtomicBool::new(false);
+        let owner = Owner::Engine { memory: Arc::clone(memory), fetch, heir: own, handed_over };
         Freezer::new(owner, regions, layout, options)
     }
 }

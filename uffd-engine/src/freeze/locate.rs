@@ -3,16 +3,14 @@
 use std::io;
 use std::ops::Range;
 
-use page_source::Content;
 use page_units::{ByteLen, PageCount};
 
 use super::error::FrozenError;
 use super::freeze::Freeze;
-use super::owner::{By, Load};
+use super::owner::By;
 use super::zone::Zone;
-use crate::load::background;
-use crate::memory::Area;
-use crate::memory::states::State;
+use crate::memory::holder::{Fetch, MissingContent};
+use crate::memory::states::{State, StateMap};
 use crate::memory::{Memory, Place};
 
 /// Where the content of a granule at the freeze point is.
@@ -36,7 +34,7 @@ impl Freeze {
                 let of = |exists| if exists { ContentAt::Memory } else { ContentAt::Zero };
                 Ok(self.existed(number, granules)?.into_iter().map(of).collect())
             }
-            By::Engine(load) => self.in_engine(number, granules, load),
+            By::Engine { memory, fetch } => self.in_engine(number, granules, memory, fetch),
         }
     }
 
@@ -47,21 +45,17 @@ impl Freeze {
     /// (see `Memory::serve`). One that is Missing, Zero or Removed can be there: in shared memory if somebody else has put it
     /// into the file, in private memory if it was given back lazily (`MADV_FREE`) and written to again. So the states are
     /// read first, and then it is looked up what exists.
-    fn in_engine(&self, number: usize, granules: Range<usize>, load: &Load) -> Result<Vec<ContentAt>, FrozenError> {
-        let Load { core, source, origin } = load;
-        let (zone, area) = (&self.zones[number], &core.areas[number]);
-        let states: Vec<State> = granules.clone().map(|granule| area.states.get(granule).state).collect();
+    fn in_engine(
+        &self,
+        number: usize,
+        granules: Range<usize>,
+        memory: &Memory,
+        fetch: &dyn Fetch,
+    ) -> Result<Vec<ContentAt>, FrozenError> {
+        let (zone, all) = (&self.zones[number], memory.states(number));
+        let states: Vec<State> = granules.clone().map(|granule| all.get(granule).state).collect();
         let exists = self.exists(number, granules.clone())?;
-        let mut known = (Content::Unknown, granules.start);
-        let mut content = |granule: usize| {
-            if known.1 <= granule {
-                let span = source.run_at(area.block(), area.page(granule));
-                let whole = ByteLen(span.pages.0 / area.granule.0).get();
-                known = if whole == 0 { (Content::Unknown, granule + 1) } else { (span.content, granule + whole) };
-            }
-            known.0
-        };
-        let mut of = |granule: usize, state: State, exists: bool| {
+        let of = |granule: usize, state: State, exists: bool| {
             let place = Place { area: number, granule };
             let shared = zone.region.shared;
             Ok(match state {
@@ -71,36 +65,27 @@ impl Freeze {
                 State::Present if exists => ContentAt::Memory,
                 // It may have come since we looked.
                 State::Present if shared && self.known.was_whole(number) && !zone.saved.may_change(granule) => {
-                    return self.lost(zone, area, granule);
+                    return lost(zone, all, granule);
                 }
                 State::Present => ContentAt::Zero,
                 // Nobody has claimed it: it stays where it is.
                 State::Zero | State::Removed if exists && !shared => ContentAt::Memory,
-                State::Missing | State::Zero | State::Removed if exists && shared && !core.staging.gathering(place) => {
-                    map(core, place)
-                }
+                State::Zero | State::Removed if exists => match fetch.missing(place, true) {
+                    MissingContent::Zero => ContentAt::Zero,
+                    MissingContent::Mapped => ContentAt::Memory,
+                    MissingContent::Source | MissingContent::Soon => ContentAt::Soon,
+                },
                 State::Zero | State::Removed => ContentAt::Zero,
-                State::Missing if content(granule) == Content::Zero => ContentAt::Zero,
-                State::Missing if source.repeatable() => ContentAt::Source,
-                State::Missing => {
-                    if let Some(origin) = origin.upgrade() {
-                        background::request_granule(core, &origin, place);
-                    }
-                    ContentAt::Soon
-                }
+                State::Missing => match fetch.missing(place, exists && shared) {
+                    MissingContent::Zero => ContentAt::Zero,
+                    MissingContent::Source => ContentAt::Source,
+                    MissingContent::Mapped => ContentAt::Memory,
+                    MissingContent::Soon => ContentAt::Soon,
+                },
             })
         };
         let each = granules.zip(states).zip(exists);
         each.map(|((granule, state), exists)| of(granule, state, exists)).collect()
-    }
-
-    /// A page is not there that was there at the freeze point, and nobody has told us.
-    fn lost(&self, zone: &Zone, area: &Area, granule: usize) -> Result<ContentAt, FrozenError> {
-        if area.states.get(granule).state != State::Present {
-            return Ok(ContentAt::Soon);
-        }
-        let start = zone.addr(granule);
-        Err(FrozenError::Discarded { start, end: start + zone.len_of(1) })
     }
 
     /// For each granule, whether it existed at the freeze point, unless it is saved already. A granule that came into
@@ -140,10 +125,13 @@ fn by_granule(zone: &Zone, pages: &[bool]) -> Vec<bool> {
     pages.chunks(per).map(|pages| pages.iter().any(|&there| there)).collect()
 }
 
-/// Maps what the file behind shared memory holds.
-fn map(core: &Memory, place: Place) -> ContentAt {
-    let mapped = core.map_cached(&core.installing(), place);
-    if mapped == Some(true) { ContentAt::Memory } else { ContentAt::Soon }
+/// A page is not there that was there at the freeze point, and nobody has told us.
+fn lost(zone: &Zone, states: &StateMap, granule: usize) -> Result<ContentAt, FrozenError> {
+    if states.get(granule).state != State::Present {
+        return Ok(ContentAt::Soon);
+    }
+    let start = zone.addr(granule);
+    Err(FrozenError::Discarded { start, end: start + zone.len_of(1) })
 }
 
 /// How much is taken from a source at a time: its pages can't be written to meanwhile.

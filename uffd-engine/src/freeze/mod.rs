@@ -15,7 +15,6 @@
 
 mod arm;
 mod error;
-mod fetch;
 mod file;
 mod freeze;
 mod freezer;
@@ -34,7 +33,6 @@ mod writers;
 mod zone;
 
 pub use error::{FreezeError, FrozenError};
-pub(crate) use freeze::Freeze as Shared;
 pub use freezer::{FreezeOptions, Freezer};
 pub use frozen::{FreezeStats, Frozen};
 pub use populate::populated;

@@ -1,20 +1,18 @@
 //! Who reads the page faults of frozen memory: the freeze itself, or the engine that is still loading it.
 
 use std::fmt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
-use std::sync::{Arc, Weak};
 
 use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use page_source::PageSource;
 use page_units::{ByteLen, HostAddr};
 
 use super::freeze::Freeze;
 use crate::OpenError;
-use crate::load::fault::Origin;
-use crate::load::status::Task;
 use crate::memory::Memory;
 use crate::memory::descriptor::Descriptor;
+use crate::memory::holder::{Fetch, Holder};
 use crate::sys::abi::Features;
 use crate::sys::ops;
 
@@ -29,35 +27,30 @@ pub(crate) struct Own {
     needed: AtomicBool,
 }
 
-/// An engine that loads the memory, whose regions are the zones, in the same order.
-pub(crate) struct Load {
-    pub(crate) core: Arc<Memory>,
-    pub(crate) source: Arc<dyn PageSource>,
-    /// The engine's own flow: it ends with the engine.
-    pub(crate) origin: Weak<Origin>,
-}
-
-impl fmt::Debug for Load {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // No more: an engine's core knows who freezes it.
-        f.write_str("Load")
-    }
-}
-
 /// Who reads the page faults.
-#[derive(Debug)]
 pub(crate) enum Owner {
     /// Threads of the freeze.
     Freeze(Own),
-    /// An engine, unless it becomes complete before the freeze point and hands the memory over.
-    Engine { load: Load, heir: Result<Own, OpenError>, handed_over: AtomicBool },
+    /// An engine whose regions are the zones, in the same order, unless it becomes complete before the freeze point and
+    /// hands the memory over.
+    Engine { memory: Arc<Memory>, fetch: Arc<dyn Fetch>, heir: Result<Own, OpenError>, handed_over: AtomicBool },
+}
+
+impl fmt::Debug for Owner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // No more: an engine's memory knows what freezes it.
+        f.write_str(match self {
+            Owner::Freeze(_) => "Freeze",
+            Owner::Engine { .. } => "Engine",
+        })
+    }
 }
 
 /// Who reads the page faults at present.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub(crate) enum By<'a> {
     Freeze(&'a Own),
-    Engine(&'a Load),
+    Engine { memory: &'a Memory, fetch: &'a dyn Fetch },
 }
 
 impl Own {
@@ -93,7 +86,7 @@ impl Owner {
         match self {
             Owner::Freeze(own) => By::Freeze(own),
             Owner::Engine { heir: Ok(own), handed_over, .. } if handed_over.load(Ordering::Acquire) => By::Freeze(own),
-            Owner::Engine { load, .. } => By::Engine(load),
+            Owner::Engine { memory, fetch, .. } => By::Engine { memory, fetch: &**fetch },
         }
     }
 
@@ -108,7 +101,7 @@ impl Owner {
     pub(crate) fn descriptor(&self) -> &Descriptor {
         match self.by() {
             By::Freeze(own) => &own.descriptor,
-            By::Engine(load) => &load.core.descriptor,
+            By::Engine { memory, .. } => &memory.view.descriptor,
         }
     }
 
@@ -129,7 +122,7 @@ impl Owner {
                     }
                 }
             }
-            By::Engine(load) => drop(load.core.installing()),
+            By::Engine { memory, .. } => drop(memory.view.installing()),
         }
     }
 
@@ -144,74 +137,66 @@ impl Owner {
     /// completion.
     pub(crate) fn let_go(&self, freeze: &Freeze, all_released: bool) {
         match self.by() {
-            // After it too: see `Memory::unregister`.
-            By::Freeze(Own { descriptor, .. }) => {
+            By::Freeze(own) => {
                 for zone in freeze.zones.iter().filter(|zone| zone.registered.load(Ordering::Acquire)) {
-                    let (start, len) = (zone.region.start, zone.region.len());
-                    if let Err(error) = descriptor.unregister(start, len) {
-                        log::debug!("unregistering {start} failed: {error}");
-                    }
-                    if let Err(error) = descriptor.wake(start, len) {
-                        log::debug!("waking the waiters of {start} failed: {error}");
-                    }
+                    own.descriptor.let_go(zone.region.start, zone.region.len());
                 }
             }
             // Where events are read nothing may wait for one: the supervisor does it.
-            By::Engine(Load { core, .. }) if all_released => core.status.tell(Task::Check),
-            By::Engine(Load { core, .. }) if core.on_reader_thread() => core.status.tell(Task::Thaw),
-            By::Engine(Load { core, .. }) => {
-                core.thaw(freeze);
-                core.status.tell(Task::Check);
+            By::Engine { fetch, .. } if all_released => fetch.freeze_ended(false),
+            By::Engine { memory, fetch } if memory.view.on_reader_thread() => fetch.freeze_ended(true),
+            By::Engine { memory, fetch } => {
+                thaw(memory, fetch, freeze);
+                fetch.freeze_ended(false);
             }
         }
     }
 
     /// Forgets the frozen memory, so that neither keeps the other alive.
     pub(crate) fn forget(&self, freeze: &Arc<Freeze>) {
-        if let By::Engine(Load { core, .. }) = self.by() {
-            core.forget_freeze(freeze);
+        if let By::Engine { memory, .. } = self.by() {
+            let holder: Arc<dyn Holder> = Arc::<Freeze>::clone(freeze);
+            memory.view.forget_freeze(&holder);
         }
     }
 }
 
-/// So much is released by one call.
+/// How much is released by one call.
 const STRIDE: ByteLen = ByteLen(1 << 30);
 
-impl Memory {
-    /// Takes the protection off, after a freeze has ended. What is protected all the same (an install that was under
-    /// way) is released when it is written to.
-    pub(crate) fn thaw(&self, freeze: &Freeze) {
-        // Whoever serves a write for the freeze has seen by then that it has ended, or parked its writer, who is woken.
-        drop(self.gate_alone());
-        for zone in &freeze.zones {
-            let (mut at, end) = (zone.region.start.0, zone.region.range().end.0);
-            while at < end {
-                let next = (at + 1).next_multiple_of(STRIDE.0).min(end);
-                if !self.release(freeze, HostAddr(at), ByteLen(next - at)) {
-                    return;
-                }
-                at = next;
+/// Takes the protection off, after a freeze has ended. What is protected all the same (an install that was under way) is
+/// released when it is written to.
+pub(super) fn thaw(memory: &Memory, fetch: &dyn Fetch, freeze: &Freeze) {
+    // A handler that serves a write for the freeze has seen by then that it has ended, or parked its writer, who is woken.
+    drop(memory.view.gate_alone());
+    for zone in &freeze.zones {
+        let (mut at, end) = (zone.region.start.0, zone.region.range().end.0);
+        while at < end {
+            let next = (at + 1).next_multiple_of(STRIDE.0).min(end);
+            if !release(memory, fetch, freeze, HostAddr(at), ByteLen(next - at)) {
+                return;
             }
+            at = next;
         }
     }
+}
 
-    /// `false` if the memory is not to be released any more: it is frozen again, or no longer this engine's.
-    fn release(&self, freeze: &Freeze, start: HostAddr, len: ByteLen) -> bool {
-        loop {
-            let gate = self.installing();
-            if gate.as_deref().is_some_and(|now| !std::ptr::eq(now, freeze)) {
+/// `false` if the memory is not to be released any more: it is frozen again, or no longer this engine's.
+fn release(memory: &Memory, fetch: &dyn Fetch, freeze: &Freeze, start: HostAddr, len: ByteLen) -> bool {
+    loop {
+        let gate = memory.view.installing();
+        if gate.as_deref().is_some_and(|now| !std::ptr::addr_eq(now, freeze)) {
+            return false;
+        }
+        match ops::write_protect(memory.view.descriptor.fd(), start.0, len.0, false) {
+            Ok(()) => return true,
+            Err(Errno::EAGAIN) if fetch.running() => {}
+            Err(errno) => {
+                log::debug!("releasing {len} bytes at {start} failed: {errno}");
                 return false;
             }
-            match ops::write_protect(self.descriptor.fd(), start.0, len.0, false) {
-                Ok(()) => return true,
-                Err(Errno::EAGAIN) if self.status.running() => {}
-                Err(errno) => {
-                    log::debug!("releasing {len} bytes at {start} failed: {errno}");
-                    return false;
-                }
-            }
-            drop(gate);
-            std::thread::yield_now();
         }
+        drop(gate);
+        std::thread::yield_now();
     }
 }

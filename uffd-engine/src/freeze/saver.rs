@@ -10,14 +10,14 @@ use page_source::{Flow, PageBytes, PageSink, is_zero};
 use page_units::{ByteLen, HostAddr, PAGE_SIZE, PageCount, PageRun};
 
 use super::error::FrozenError;
-use super::fetch::Fetch;
 use super::freeze::Freeze;
 use super::locate::{ContentAt, fetched_at_a_time};
 use super::order::{Order, PIECE};
-use super::owner::{By, Load};
+use super::owner::By;
 use super::pool::Copied;
 use super::zone::Zone;
 use crate::PausePoint;
+use crate::memory::holder::FetchError;
 use crate::sys::memory::Scratch;
 use crate::sys::ops;
 
@@ -27,7 +27,7 @@ type Outcome = Result<(), FrozenError>;
 pub(crate) fn run(freeze: &Freeze, sink: &dyn PageSink) -> Outcome {
     let buffer = Scratch::new(PIECE).map_err(|error| FrozenError::io("a buffer", HostAddr(0), &error))?;
     freeze.look_up()?;
-    let mut saver = Saver { freeze, sink, buffer, fetch: None };
+    let mut saver = Saver { freeze, sink, buffer };
     let mut order = Order::new(&freeze.zones);
     while let Some((number, piece)) = saver.written_first(&mut order)?.or_else(|| order.next()) {
         saver.sweep(number, piece)?;
@@ -49,7 +49,7 @@ pub(crate) fn run(freeze: &Freeze, sink: &dyn PageSink) -> Outcome {
     match freeze.owner.by() {
         By::Freeze(_) => Ok(()),
         // What was loaded since the freeze point was not vouched for yet, nor what was taken here.
-        By::Engine(Load { source, .. }) => source.verify().map_err(FrozenError::Changed),
+        By::Engine { fetch, .. } => fetch.vouch().map_err(FrozenError::Changed),
     }
 }
 
@@ -57,7 +57,6 @@ struct Saver<'a> {
     freeze: &'a Freeze,
     sink: &'a dyn PageSink,
     buffer: Scratch,
-    fetch: Option<Fetch>,
 }
 
 impl Saver<'_> {
@@ -224,14 +223,13 @@ impl Saver<'_> {
 
     /// From the source of the engine that loads the memory.
     fn fetch(&mut self, number: usize, first: usize, granules: usize) -> Outcome {
-        let By::Engine(Load { core, source, .. }) = self.freeze.owner.by() else { return Ok(()) };
-        let run = core.areas[number].pages(first, granules);
-        let fetch = match self.fetch.take() {
-            Some(fetch) => fetch,
-            None => Fetch::start(&**source, PIECE).map_err(|error| FrozenError::Source { run, error })?,
-        };
+        let By::Engine { memory, fetch } = self.freeze.owner.by() else { return Ok(()) };
+        let run = memory.area(number).pages(first, granules);
         let to = self.buffer.bytes_mut(0, run.len().get());
-        self.fetch.insert(fetch).fetch(run, to, || self.freeze.has_ended())?;
+        fetch.fetch(run, to, &|| self.freeze.has_ended()).map_err(|error| match error {
+            FetchError::Over => FrozenError::Cancelled,
+            FetchError::Source(error) => FrozenError::Source { run, error },
+        })?;
         self.freeze.from_source.fetch_add(run.pages.0, Ordering::Relaxed);
         Ok(())
     }

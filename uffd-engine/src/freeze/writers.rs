@@ -9,11 +9,13 @@ use page_units::{ByteLen, HostAddr};
 
 use super::error::FrozenError;
 use super::freeze::Freeze;
-use super::owner::By;
+use super::owner::{self, By};
 use super::pool::Copied;
 use super::zone::Zone;
+use crate::EngineError;
 use crate::PausePoint;
 use crate::memory::Place;
+use crate::memory::holder::Holder;
 use crate::memory::region::Backing;
 use crate::memory::states::State;
 use crate::serve::placement::bind;
@@ -73,11 +75,6 @@ impl Freeze {
         }
     }
 
-    /// Whether something between two addresses is not saved yet.
-    pub(crate) fn needs(&self, start: HostAddr, end: HostAddr) -> bool {
-        self.unsaved(start, end).is_some()
-    }
-
     /// Whether a page of shared memory that was there at the freeze point, and is not saved, is missing: the file was
     /// punched (fallocate), of which the kernel tells nobody.
     fn is_lost(&self, number: usize, granule: usize) -> bool {
@@ -102,18 +99,22 @@ impl Freeze {
             (first..last).any(|granule| !zone.saved.may_change(granule)).then_some((from, to))
         })
     }
+}
 
-    /// An engine's handler, which holds its gate, serves a write. `false` if it has to be tried again after an event was
-    /// read.
-    pub(crate) fn write(&self, place: Place) -> bool {
-        write(self, place.area, place.granule)
+impl Holder for Freeze {
+    fn has_ended(&self) -> bool {
+        Freeze::has_ended(self)
     }
 
-    /// An engine, which holds its gate, is about to install zeros: the caller is the one who says what comes of it.
-    pub(crate) fn claim_hole(&self, at: Place) -> bool {
+    fn protects(&self, at: Place, granules: usize) -> bool {
+        let saved = &self.zones[at.area].saved;
+        (at.granule..at.granule + granules).any(|granule| !saved.may_change(granule))
+    }
+
+    fn claim_hole(&self, at: Place) -> bool {
         let zone = &self.zones[at.area];
-        if let By::Engine(load) = self.owner.by()
-            && load.core.areas[at.area].states.get(at.granule).state == State::Present
+        if let By::Engine { memory, .. } = self.owner.by()
+            && memory.states(at.area).get(at.granule).state == State::Present
             && self.known.was_whole(at.area)
             && !zone.saved.may_change(at.granule)
         {
@@ -122,19 +123,40 @@ impl Freeze {
             self.end(Err(FrozenError::Discarded { start, end: start + zone.len_of(1) }));
             return false;
         }
-        self.zones[at.area].saved.claim(at.granule)
+        zone.saved.claim(at.granule)
     }
 
-    /// What came of it.
-    pub(crate) fn end_hole(&self, at: Place, installed: bool) {
+    fn end_hole(&self, at: Place, installed: bool) {
         let zone = &self.zones[at.area];
         if installed {
             self.hole_faults.fetch_add(1, Ordering::Relaxed);
             return zone.saved.hole(at.granule);
         }
         zone.saved.give_back(at.granule);
-        // Its writers may have been told meanwhile that whoever had claimed it would release them.
+        // Its writers may have been told meanwhile that the claimer would release them.
         drop(self.owner.descriptor().wake(zone.addr(at.granule), zone.len_of(1)));
+    }
+
+    fn write(&self, at: Place) -> bool {
+        write(self, at.area, at.granule)
+    }
+
+    fn needs(&self, start: HostAddr, end: HostAddr) -> bool {
+        self.unsaved(start, end).is_some()
+    }
+
+    fn given_back(&self, start: HostAddr, end: HostAddr) {
+        Freeze::given_back(self, start, end);
+    }
+
+    fn engine_failed(&self, error: &EngineError) {
+        self.end(Err(FrozenError::Engine(Box::new(error.clone()))));
+    }
+
+    fn thaw(&self) {
+        if let By::Engine { memory, fetch } = self.owner.by() {
+            owner::thaw(memory, fetch, self);
+        }
     }
 }
 

@@ -8,35 +8,33 @@ use crate::memory::Area;
 /// 2 MiB of small pages: poisoning them costs much more than the call.
 const TOGETHER: usize = 512;
 
-impl Area {
-    /// The granules that a source does not know to be zero: the first of a span, and how many. A source that knows
-    /// nothing yet says so page by page: up to [`TOGETHER`] of these are one span.
-    pub(crate) fn stored<'a>(&'a self, source: &'a dyn PageSource) -> impl Iterator<Item = (usize, usize)> + 'a {
-        let mut at = 0;
-        std::iter::from_fn(move || {
-            let mut found: Option<(usize, usize)> = None;
-            while at < self.states.len() {
-                let span = source.run_at(self.block(), self.page(at));
-                let granules = ByteLen(span.pages.0 / self.granule.0).get();
-                let left = self.states.len() - at;
-                if span.content == Content::Zero && granules > 0 {
-                    if found.is_some() {
-                        break;
-                    }
-                    at += granules.min(left);
-                    continue;
-                }
-                let granules = granules.clamp(1, left);
-                at += granules;
-                let (first, before) = found.unwrap_or((at - granules, 0));
-                found = Some((first, before + granules));
-                if before + granules >= TOGETHER {
+/// The granules of an area that a source does not know to be zero: the first of a span, and how many. A source that knows
+/// nothing yet says so page by page: up to [`TOGETHER`] of these are one span.
+pub(crate) fn stored<'a>(area: &'a Area, source: &'a dyn PageSource) -> impl Iterator<Item = (usize, usize)> + 'a {
+    let mut at = 0;
+    std::iter::from_fn(move || {
+        let mut found: Option<(usize, usize)> = None;
+        while at < area.granules {
+            let span = source.run_at(area.block(), area.page(at));
+            let granules = ByteLen(span.pages.0 / area.granule.0).get();
+            let left = area.granules - at;
+            if span.content == Content::Zero && granules > 0 {
+                if found.is_some() {
                     break;
                 }
+                at += granules.min(left);
+                continue;
             }
-            found
-        })
-    }
+            let granules = granules.clamp(1, left);
+            at += granules;
+            let (first, before) = found.unwrap_or((at - granules, 0));
+            found = Some((first, before + granules));
+            if before + granules >= TOGETHER {
+                break;
+            }
+        }
+        found
+    })
 }
 
 #[cfg(test)]
@@ -48,7 +46,6 @@ mod tests {
 
     use super::*;
     use crate::memory::region::{Backing, Region};
-    use crate::memory::states::StateMap;
 
     const PAGES: u64 = 2000;
 
@@ -77,9 +74,8 @@ mod tests {
         let source = Slow(Layout::new(vec![block]).unwrap());
         let run = PageRun::new(BlockId(0), PageIndex(0), PageCount(PAGES));
         let region = Region::new(HostAddr(1 << 30), run, Backing::Anonymous);
-        let states = StateMap::new(region.granules()).unwrap();
-        let area = Area { states, granule: PageCount(1), name: "ram".into(), region };
-        let spans: Vec<_> = area.stored(&source).collect();
+        let area = Area::new(region, "ram".into());
+        let spans: Vec<_> = stored(&area, &source).collect();
         assert_eq!(spans, [(0, 512), (512, 488), (1100, 512), (1612, 388)]);
     }
 }
