@@ -66,7 +66,7 @@ fn content(memory: &Memory) -> Vec<Vec<u8>> {
 }
 
 fn prepare(memory: &Memory) -> Freezer {
-    let options = FreezeOptions::default().with_pool(ByteLen(8 << 20)).with_handlers(Handlers::threads(2));
+    let options = FreezeOptions::default().with_pool(ByteLen(16 << 20)).with_handlers(Handlers::threads(2));
     Freezer::prepare(memory.regions(), memory.layout.clone(), &options).unwrap()
 }
 
