@@ -10,6 +10,7 @@ use std::sync::OnceLock;
 use page_units::{ByteLen, FileOffset, PAGE_SIZE, PageCount, PageIndex};
 
 use crate::header::bitmap_len;
+use crate::{Identity, Watch};
 
 /// Words of one piece: 4 KiB of bitmap, 128 MiB of RAM.
 const WORDS: usize = 512;
@@ -42,6 +43,22 @@ pub(crate) enum BitmapError {
     Io { at: FileOffset, error: io::Error },
     BeyondBlock { at: FileOffset },
     BeyondFile { last: PageIndex },
+    Changed { what: &'static str },
+}
+
+/// An open file, and what it was when it was opened.
+#[derive(Debug)]
+pub(crate) struct Watched<'a> {
+    pub(crate) file: &'a File,
+    pub(crate) opened: &'a Identity,
+    pub(crate) watch: Watch,
+}
+
+impl Watched<'_> {
+    /// What is different now.
+    pub(crate) fn difference(&self) -> io::Result<Option<&'static str>> {
+        Ok(self.opened.difference(&Identity::of(self.file)?, self.watch))
+    }
 }
 
 impl Bitmap {
@@ -73,7 +90,7 @@ impl Bitmap {
     /// The same, but loads what it needs.
     pub(crate) fn load(
         &self,
-        file: &File,
+        file: &Watched<'_>,
         first: PageIndex,
         most: PageCount,
     ) -> Result<(bool, PageCount), BitmapError> {
@@ -95,7 +112,7 @@ impl Bitmap {
     }
 
     /// How many pages are stored.
-    pub(crate) fn count(&self, file: &File) -> Result<PageCount, BitmapError> {
+    pub(crate) fn count(&self, file: &Watched<'_>) -> Result<PageCount, BitmapError> {
         let mut total = 0;
         for start in (0..self.pages.0).step_by(usize::try_from(CHUNK_PAGES).unwrap_or(usize::MAX)) {
             if self.chunk(start).is_none() {
@@ -117,14 +134,19 @@ impl Bitmap {
 
     /// Reads the piece of `page`, and those behind it up to `end` (at most a batch) that are not known yet. Several
     /// threads may read the same piece; they find the same.
-    fn read(&self, file: &File, page: u64, end: u64) -> Result<(), BitmapError> {
+    fn read(&self, file: &Watched<'_>, page: u64, end: u64) -> Result<(), BitmapError> {
         let first = page / CHUNK_PAGES;
         let last = end.div_ceil(CHUNK_PAGES).clamp(first + 1, first + BATCH);
         let from = first * CHUNK_BYTES as u64;
         let to = (last * CHUNK_BYTES as u64).min(bitmap_len(self.pages).0);
         let at = FileOffset(self.offset.0.saturating_add(from));
         let mut bytes = vec![0; ByteLen(to.saturating_sub(from)).get()];
-        file.read_exact_at(&mut bytes, at.0).map_err(|error| BitmapError::Io { at, error })?;
+        let read = file.file.read_exact_at(&mut bytes, at.0);
+        // After it was read and before anybody believes it: what is published stays.
+        if let Some(what) = file.difference().map_err(|error| BitmapError::Io { at, error })? {
+            return Err(BitmapError::Changed { what });
+        }
+        read.map_err(|error| BitmapError::Io { at, error })?;
         for (number, bytes) in (first..last).zip(bytes.chunks(CHUNK_BYTES)) {
             let chunk = self.check(number, bytes)?;
             let index = usize::try_from(number).unwrap_or(usize::MAX);

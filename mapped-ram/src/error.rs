@@ -159,6 +159,16 @@ pub enum PageError {
         /// Where the wrong byte is.
         at: FileOffset,
     },
+    /// The file is not what it was when it was opened: nothing of it that was not read before is trusted.
+    #[error("{}: the file has changed while it was in use: {what}; seen at the bitmap of RAM block \"{block}\"", path.display())]
+    Changed {
+        /// The file.
+        path: PathBuf,
+        /// The block.
+        block: String,
+        /// What about it.
+        what: &'static str,
+    },
     /// The file ends before a page that it should have.
     #[error(
         "{}: RAM block \"{block}\" needs the file up to offset {needed}, but it ends at {actual}: it was truncated",

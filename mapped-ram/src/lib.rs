@@ -30,7 +30,7 @@ mod written_bitmap;
 
 pub use device::Device;
 pub use error::{CreateError, OpenError, OpenErrorKind, PageError};
-pub use identity::Identity;
+pub use identity::{Identity, Watch};
 pub use open::Options;
 pub use snapshot::{BlockFile, Snapshot};
 pub use warning::Warning;

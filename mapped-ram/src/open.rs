@@ -11,7 +11,7 @@ use vmstate::{Configuration, MAGIC, VERSION, kind};
 
 use crate::bitmap::{Bitmap, pages_between};
 use crate::parse::{Parser, Parts};
-use crate::{Identity, OpenErrorKind, Snapshot, Warning};
+use crate::{Identity, OpenErrorKind, Snapshot, Warning, Watch};
 
 /// How far a stream may begin behind a foreign header, to be found.
 const SEARCH: u64 = 1 << 20;
@@ -23,6 +23,8 @@ pub struct Options {
     pub base: Option<FileOffset>,
     /// Open an incomplete file as far as it goes, with warnings: to look into it, not to load it.
     pub damaged: bool,
+    /// By what a change of the file is noticed while it is open.
+    pub watch: Watch,
 }
 
 pub(crate) fn open(path: &Path, options: &Options) -> Result<Snapshot, OpenErrorKind> {
@@ -53,6 +55,7 @@ pub(crate) fn open(path: &Path, options: &Options) -> Result<Snapshot, OpenError
         path,
         file,
         identity,
+        watch: options.watch,
         base,
         configuration,
         layout,

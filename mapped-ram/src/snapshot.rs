@@ -10,9 +10,9 @@ use std::sync::OnceLock;
 use page_units::{BlockId, ByteLen, FileOffset, GuestAddr, Layout, PageCount, PageIndex};
 use vmstate::{Configuration, SectionEntry, VmDesc};
 
-use crate::bitmap::{Bitmap, BitmapError};
+use crate::bitmap::{Bitmap, BitmapError, Watched};
 use crate::open::{self, Options};
-use crate::{Identity, OpenError, PageError, Warning};
+use crate::{Identity, OpenError, PageError, Warning, Watch};
 
 /// The most that goes into memory at once.
 const MAX_READ: ByteLen = ByteLen(1 << 30);
@@ -26,6 +26,7 @@ pub struct Snapshot {
     pub(crate) path: PathBuf,
     pub(crate) file: File,
     pub(crate) identity: Identity,
+    pub(crate) watch: Watch,
     pub(crate) base: FileOffset,
     pub(crate) configuration: Configuration,
     pub(crate) layout: Layout,
@@ -160,7 +161,7 @@ impl Snapshot {
         let Some(bitmap) = self.bitmap(block) else {
             return Err(PageError::NotInFile { path: path(), block: ram.name().to_owned() });
         };
-        bitmap.load(&self.file, first, most).map_err(|error| self.page_error(block, error))
+        bitmap.load(&self.watched(), first, most).map_err(|error| self.page_error(block, error))
     }
 
     /// How many pages of a block are stored; of a block that is not in the file, none. Reads the block's whole bitmap.
@@ -169,7 +170,7 @@ impl Snapshot {
     /// If the bitmap can't be read or can't be right.
     pub fn stored_pages(&self, block: BlockId) -> Result<PageCount, PageError> {
         match self.bitmap(block) {
-            Some(bitmap) => bitmap.count(&self.file).map_err(|error| self.page_error(block, error)),
+            Some(bitmap) => bitmap.count(&self.watched()).map_err(|error| self.page_error(block, error)),
             None => Ok(PageCount(0)),
         }
     }
@@ -241,12 +242,22 @@ impl Snapshot {
         &self.identity
     }
 
+    /// By what a change of the file is noticed.
+    #[must_use]
+    pub fn watch(&self) -> Watch {
+        self.watch
+    }
+
     /// What has changed about the file since it was opened, if anything has.
     ///
     /// # Errors
     /// If the system can't tell.
     pub fn changed(&self) -> io::Result<Option<&'static str>> {
-        Ok(self.identity.difference(&Identity::of(&self.file)?))
+        self.watched().difference()
+    }
+
+    pub(crate) fn watched(&self) -> Watched<'_> {
+        Watched { file: &self.file, opened: &self.identity, watch: self.watch }
     }
 
     pub(crate) fn bitmap(&self, block: BlockId) -> Option<&Bitmap> {
@@ -258,6 +269,7 @@ impl Snapshot {
         let name = self.layout.get(block).map(|ram| ram.name().to_owned()).unwrap_or_default();
         match error {
             BitmapError::Io { at, error } => PageError::Io { path, block: name, at, error },
+            BitmapError::Changed { what } => PageError::Changed { path, block: name, what },
             BitmapError::BeyondBlock { at } => PageError::BeyondBlock { path, block: name, at },
             BitmapError::BeyondFile { last } => {
                 let start = self.block(block).map(|block| block.pages_offset).unwrap_or_default();

@@ -156,7 +156,7 @@ fn a_stream_behind_a_foreign_header_is_where_it_is_said_to_be() {
     let sample = all.iter().find(|sample| sample.name.contains("offset-unaligned")).unwrap();
     let directory = tempfile::tempdir().unwrap();
     let path = sample.unpack(directory.path()).unwrap();
-    let options = |base| Options { base: Some(FileOffset(base)), damaged: false };
+    let options = |base| Options { base: Some(FileOffset(base)), ..Options::default() };
     assert_eq!(Snapshot::open_with(&path, &options(0x1234)).unwrap().base(), FileOffset(0x1234));
     let error = Snapshot::open_with(&path, &options(0)).unwrap_err();
     assert!(matches!(error.kind, OpenErrorKind::NotAStream { base: FileOffset(0), searched: false }), "{error}");

@@ -14,7 +14,7 @@ use vmstate::{Configuration, SectionKind};
 
 /// Does everything that a reader can do with a file.
 fn exercise(path: &Path, damaged: bool) {
-    let snapshot = match Snapshot::open_with(path, &Options { base: None, damaged }) {
+    let snapshot = match Snapshot::open_with(path, &Options { damaged, ..Options::default() }) {
         Ok(snapshot) => snapshot,
         Err(error) => {
             let line = error.to_string();
@@ -260,7 +260,7 @@ fn device_state_without_description_is_refused() {
     // It may have been cut at a byte that happens to be zero: not to be loaded.
     let error = Snapshot::open(&path).unwrap_err();
     assert!(matches!(error.kind, OpenErrorKind::NoDescription { .. }), "{error}");
-    let look = Snapshot::open_with(&path, &Options { base: None, damaged: true }).unwrap();
+    let look = Snapshot::open_with(&path, &Options { damaged: true, ..Options::default() }).unwrap();
     assert_eq!(look.device_state(), devices);
     assert_eq!(look.warnings(), [Warning::NoDescription]);
     assert!(!look.is_complete());

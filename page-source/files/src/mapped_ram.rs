@@ -143,6 +143,7 @@ fn from_page_error(snapshot: &Snapshot, error: PageError) -> SourceError {
         PageError::Io { path, block, at, error } => {
             SourceError::Read { path, block, offset: at, length: ByteLen(1), error: Arc::new(error) }
         }
+        PageError::Changed { path, what, .. } => SourceError::Altered { path, what },
         PageError::BeyondFile { path, block, needed, actual } => SourceError::Truncated { path, block, needed, actual },
         error => {
             // It names the file itself; so does ours.

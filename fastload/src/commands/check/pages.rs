@@ -57,7 +57,7 @@ pub(super) fn check(snapshot: &Snapshot, findings: &mut Findings, quiet: bool) {
 
 fn read(snapshot: &Snapshot, ids: Vec<BlockId>, blocks: Vec<FlatBlock>, quiet: bool) -> Result<Pages, String> {
     // The sink outlives this borrow; a second look at the same file does not cost much.
-    let options = Options { base: Some(snapshot.base()), damaged: true };
+    let options = Options { base: Some(snapshot.base()), damaged: true, ..Options::default() };
     let again = Snapshot::open_with(snapshot.path(), &options).map_err(|error| error.to_string())?;
     if again.identity() != snapshot.identity() {
         return Err("the file was replaced while it was checked".to_owned());
