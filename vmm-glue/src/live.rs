@@ -18,17 +18,17 @@ use mapped_ram::Writer;
 use page_source::{PageSink, PageSource};
 use page_units::{ByteLen, PageCount};
 use uffd_engine::{Engine, Freezer, Frozen};
-use vmstate::{Configuration, DeviceWriter};
+use vmstate::{Configuration, DeviceWriter, Section};
 
 pub use self::error::LiveError;
 pub use self::handle::{LiveProgress, LiveReport, LiveSnapshot};
 pub use self::options::{LiveEvent, LiveOptions};
 use self::sink::LiveSink;
-use crate::memory::FreezeClaim;
-use crate::save::FIRST_DEVICE;
-use crate::state::{Host, MachineState};
-use crate::vcpu::Hold;
-use crate::{GuestRam, Vcpus, blueprint};
+use crate::ram::FreezeClaim;
+use crate::snapshot::FIRST_DEVICE;
+use crate::snapshot::blueprint;
+use crate::state::Host;
+use crate::{GuestRam, Machine};
 
 /// What the blackout was spent on.
 #[derive(Clone, Copy, Debug, Default)]
@@ -44,18 +44,6 @@ pub struct Blackout {
     pub arm: Duration,
     /// All of it: from the request to stop until the vCPUs were let go. No vCPU stood still longer.
     pub total: Duration,
-}
-
-/// Lets the held vCPUs go on, whatever happens.
-struct Held<'a> {
-    vcpus: &'a Vcpus,
-    hold: Hold,
-}
-
-impl Drop for Held<'_> {
-    fn drop(&mut self) {
-        self.vcpus.let_go(&self.hold);
-    }
 }
 
 /// Takes a snapshot while the guest runs. Returns when it runs again; the file is written from then on, appears at
@@ -86,24 +74,24 @@ impl Drop for Held<'_> {
 /// # Errors
 /// If anything fails: the guest goes on as it was, and there is no file, or the one that was there before.
 pub fn snapshot_live(
-    vcpus: &Vcpus,
+    machine: &dyn Machine,
     host: &Host,
     path: &Path,
     options: &LiveOptions,
 ) -> Result<LiveSnapshot, LiveError> {
-    take(vcpus, host, path, options, None)
+    take(machine, host, path, options, None)
 }
 
 /// As [`snapshot_live`], with the engine that loads the memory, if one does.
 pub(crate) fn take(
-    vcpus: &Vcpus,
+    machine: &dyn Machine,
     host: &Host,
     path: &Path,
     options: &LiveOptions,
     engine: Option<&Engine>,
 ) -> Result<LiveSnapshot, LiveError> {
     let begun = Instant::now();
-    let ram = vcpus.ram();
+    let ram = machine.ram();
     check::memory(ram)?;
     if options.check_mappings {
         check::mappings(ram)?;
@@ -119,11 +107,11 @@ pub(crate) fn take(
     }
     let sink = Arc::new(LiveSink::new(writer, claim));
 
-    let Taken { state, frozen, blackout } = freeze(vcpus, host, freezer, options)?;
+    let Taken { sections, frozen, blackout } = freeze(machine, host, freezer, options)?;
     options.tell(&LiveEvent::FreezePoint { blackout: blackout.total });
 
     let frozen = Arc::new(frozen);
-    for section in state.sections()? {
+    for section in sections {
         devices.push(section);
     }
     let state = devices.finish(&options.machine)?;
@@ -144,29 +132,29 @@ fn freezer(ram: &GuestRam, options: &LiveOptions, engine: Option<&Engine>) -> Re
 
 /// What was taken while the guest stood still.
 struct Taken {
-    state: MachineState,
+    sections: Vec<Section>,
     frozen: Frozen,
     blackout: Blackout,
 }
 
 /// The blackout, and all of it.
-fn freeze(vcpus: &Vcpus, host: &Host, freezer: Freezer, options: &LiveOptions) -> Result<Taken, LiveError> {
+fn freeze(machine: &dyn Machine, host: &Host, freezer: Freezer, options: &LiveOptions) -> Result<Taken, LiveError> {
     let begun = Instant::now();
     let mut last = begun;
     let mut lap = || {
         let now = Instant::now();
         now - std::mem::replace(&mut last, now)
     };
-    let held = Held { vcpus, hold: vcpus.hold(options.stop_limit)? };
+    let mut held = machine.hold(options.stop_limit)?;
     let stop = lap();
     // First: I/O that ends raises interrupts, which belong into the state.
-    options.drain(vcpus.ram()).map_err(LiveError::Drain)?;
+    options.drain(machine.ram()).map_err(LiveError::Drain)?;
     let drain = lap();
-    let state = vcpus.save_state(host)?;
+    let sections = held.sections(host)?;
     let saved = lap();
     let frozen = freezer.arm()?;
     let arm = lap();
     drop(held);
     let blackout = Blackout { stop, state: saved, drain, arm, total: begun.elapsed() };
-    Ok(Taken { state, frozen, blackout })
+    Ok(Taken { sections, frozen, blackout })
 }

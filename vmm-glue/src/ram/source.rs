@@ -7,7 +7,7 @@ use std::sync::Arc;
 use page_source::{Content, Feed, PageBytes, PageSink, PageSource, SourceError, Span, Urgency};
 use page_units::{BlockId, Layout, PageCount, PageIndex, PageRun};
 
-use crate::memory::GuestRam;
+use crate::ram::GuestRam;
 use crate::sys;
 
 /// So much is copied at a time.
