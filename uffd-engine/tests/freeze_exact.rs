@@ -242,14 +242,22 @@ fn pages_that_somebody_else_makes_before_they_are_looked_up_end_the_snapshot() {
         matches!(error, FrozenError::FileChanged { expected, found, .. } if expected == PageCount(2) && found == PageCount(3)),
         "{error}"
     );
-    // What was allocated before, and never written to, is no such page.
-    let memory = Memory::new(Kind::MemfdShared, &layout(&[1024]));
-    assert!(happen(&memory, PageRun::new(BlockId(0), PageIndex(0), PageCount(512)), Act::Allocate));
+}
+
+/// Pages that were allocated before the freeze point, and written to after it: beside others and far from any.
+#[test]
+fn pages_that_were_only_allocated_are_zero_in_the_snapshot() {
+    testkit::require!(Userfaultfd);
+    let memory = Memory::new(Kind::MemfdShared, &layout(&[2048]));
+    for first in [0, 1500] {
+        assert!(happen(&memory, PageRun::new(BlockId(0), PageIndex(first), PageCount(100)), Act::Allocate));
+    }
     memory.store(BlockId(0), PageIndex(7), &[1; PAGE]);
     let expected = content(&memory);
     let frozen = prepare(&memory).arm().unwrap();
-    memory.store(BlockId(0), PageIndex(8), &[2; PAGE]);
-    memory.store(BlockId(0), PageIndex(600), &[2; PAGE]);
+    for page in [8, 600, 1501, 1599] {
+        memory.store(BlockId(0), PageIndex(page), &[2; PAGE]);
+    }
     let (sink, end) = deliver(&frozen, &memory, None);
     end.unwrap();
     sink.assert_equals(&expected);

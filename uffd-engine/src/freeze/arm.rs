@@ -113,7 +113,7 @@ fn loading(freeze: &Freeze, memory: &Memory) -> Result<(), FreezeError> {
         }
         for (first, granules) in memory.states(number).present() {
             protect(freeze, zone.addr(first), zone.len_of(granules))?;
-            present[number] = present[number] + zone.len_of(granules);
+            present[number] += zone.len_of(granules);
         }
     }
     freeze.known.freeze_loading(&present).map_err(FreezeError::Populated)

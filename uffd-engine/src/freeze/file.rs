@@ -96,7 +96,7 @@ fn page_at(part: PageRun, offset: u64) -> PageIndex {
 /// Adds a run behind the others, or to the last one.
 pub(super) fn add(runs: &mut Vec<PageRun>, run: PageRun) {
     match runs.last_mut() {
-        Some(last) if last.block == run.block && last.end() == run.first => last.pages = last.pages + run.pages,
+        Some(last) if last.block == run.block && last.end() == run.first => last.pages += run.pages,
         _ => runs.push(run),
     }
 }

@@ -74,6 +74,9 @@ impl Known {
     /// # Errors
     /// If pages have gone since the freeze point, or come, of which the freeze knows nothing.
     pub(super) fn refine(&self, zones: &[Zone], runs: Vec<PageRun>) -> Result<(), FrozenError> {
+        // Where there was no data then, there was nothing but zeros: a page that had only been allocated (fallocate) may have
+        // been written to since, without a fault.
+        let runs = runs.into_iter().flat_map(|run| self.within(run)).collect();
         // What is made after this is not counted.
         let _nothing_is_made = self.making.write();
         self.set(runs);
@@ -126,19 +129,20 @@ impl Known {
         done
     }
 
+    /// The parts of a run that are known.
+    fn within(&self, run: PageRun) -> Vec<PageRun> {
+        let runs = self.runs.read();
+        // They are sorted and do not overlap: the first that may reach into it, and on.
+        let from = runs.partition_point(|known| (known.block, known.end()) <= (run.block, run.first));
+        let here = |known: &&PageRun| (known.block, known.first) < (run.block, run.end());
+        runs.iter().skip(from).take_while(here).map(|known| known.intersect(run)).collect()
+    }
+
     /// For each page of a run, whether there was one.
     pub(super) fn existed(&self, run: PageRun) -> Vec<bool> {
-        let runs = self.runs.read();
         let mut exists = vec![false; ByteLen(run.len().0 / PAGE_SIZE).get()];
-        // They are sorted and do not overlap: the first that may reach into it, and on.
-        let before = |known: &PageRun| (known.block, known.end()) <= (run.block, run.first);
-        let from = runs.partition_point(before);
-        let here = |known: &&PageRun| (known.block, known.first) < (run.block, run.end());
-        for known in runs.iter().skip(from).take_while(here) {
-            let here = known.intersect(run);
-            for page in here.iter() {
-                exists[ByteLen((page - run.first).0).get()] = true;
-            }
+        for page in self.within(run).iter().flat_map(PageRun::iter) {
+            exists[ByteLen((page - run.first).0).get()] = true;
         }
         exists
     }

@@ -50,24 +50,21 @@ fn advise(memory: &Memory, run: PageRun, advice: i32) -> bool {
     }
 }
 
-#[expect(unsafe_code, reason = "system calls on the test's own mapping")]
 fn change(memory: &Memory, run: PageRun, act: Act) -> bool {
-    let at = memory.addr(run.block) + run.first.byte_offset();
-    let at: *mut libc::c_void = std::ptr::with_exposed_provenance_mut(usize::try_from(at.0).unwrap());
-    let len = run.len().get();
+    // MPOL_PREFERRED, no node: the local one, but a policy of its own.
+    const MPOL_PREFERRED: i64 = 1;
+    let at = (memory.addr(run.block) + run.first.byte_offset()).0;
+    let (call, argument) = match act {
+        Act::Lock => (libc::SYS_mlock, 0),
+        Act::Unlock => (libc::SYS_munlock, 0),
+        Act::ReadOnly => (libc::SYS_mprotect, i64::from(libc::PROT_READ)),
+        Act::Bind => (libc::SYS_mbind, MPOL_PREFERRED),
+        _ => unreachable!("{act:?}"),
+    };
+    #[expect(unsafe_code, reason = "system calls on the test's own mapping")]
     // SAFETY: pages of the test's own mapping, of which nothing is borrowed; the content stays as it is.
     unsafe {
-        match act {
-            Act::Lock => libc::mlock(at, len) == 0,
-            Act::Unlock => libc::munlock(at, len) == 0,
-            Act::ReadOnly => libc::mprotect(at, len, libc::PROT_READ) == 0,
-            Act::Bind => {
-                // MPOL_PREFERRED, no node: the local one, but a policy of its own.
-                const MPOL_PREFERRED: libc::c_ulong = 1;
-                libc::syscall(libc::SYS_mbind, at, len, MPOL_PREFERRED, std::ptr::null::<u64>(), 0, 0) == 0
-            }
-            _ => unreachable!("{act:?}"),
-        }
+        libc::syscall(call, at, run.len().0, argument, 0u64, 0u64, 0u64) == 0
     }
 }
 
