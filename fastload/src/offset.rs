@@ -39,7 +39,7 @@ impl Offset {
             (None, Known::Other(what)) => return Err(format!("{}: {what}", path.display()).into()),
             (None, Known::Perhaps) => None,
         };
-        Snapshot::open_with(path, &Options { base, damaged, ..Options::default() }).map_err(|error| {
+        Snapshot::open_with(path, &Options::default().with_base(base).with_damaged(damaged)).map_err(|error| {
             match (&error.kind, known) {
                 (OpenErrorKind::NotAStream { .. }, Known::Libvirt(..)) if self.offset.is_none() => {
                     format!("{error}, where the header of this image of libvirt's says that it begins: it is damaged")

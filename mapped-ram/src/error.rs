@@ -3,7 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
-use page_units::{ByteLen, FileOffset, LayoutError};
+use page_units::{BlockId, ByteLen, FileOffset, LayoutError, PageIndex};
 use vmstate::{DescError, StreamError, WriteError};
 use whole_file::WholeFileError;
 
@@ -203,14 +203,14 @@ pub enum PageError {
         path: PathBuf,
     },
     /// There is no such page.
-    #[error("{}: RAM block number {block} has no page {page}", path.display())]
+    #[error("{}: RAM block number {} has no page {page}", path.display(), block.0)]
     NoSuchPage {
         /// The file.
         path: PathBuf,
         /// The block's number.
-        block: u32,
+        block: BlockId,
         /// The page.
-        page: u64,
+        page: PageIndex,
     },
 }
 

@@ -7,12 +7,13 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use page_units::{BlockId, ByteLen, FileOffset, GuestAddr, Layout, PageCount, PageIndex};
+use page_units::{BlockId, ByteLen, FileOffset, Layout, PageCount, PageIndex};
 use vmstate::{Configuration, SectionEntry, VmDesc};
 
-use crate::bitmap::{Bitmap, BitmapError, Watched};
-use crate::open::{self, Options};
-use crate::{Identity, OpenError, PageError, Warning, Watch};
+use crate::bitmap::{Bitmap, BitmapError, Watched, pages_between};
+use crate::open::{self, Opened, Options};
+use crate::parse::Parsed;
+use crate::{BlockFile, FileRun, Identity, OpenError, OpenErrorKind, PageError, Warning, Watch};
 
 /// The most that goes into memory at once.
 const MAX_READ: ByteLen = ByteLen(1 << 30);
@@ -43,23 +44,6 @@ pub struct Snapshot {
     pub(crate) warnings: Vec<Warning>,
 }
 
-/// Where a RAM block is in the file.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct BlockFile {
-    /// Where its header is.
-    pub header_offset: FileOffset,
-    /// Where its bitmap is.
-    pub bitmap_offset: FileOffset,
-    /// Length of the bitmap: a multiple of 8 bytes.
-    pub bitmap_len: ByteLen,
-    /// Where its first page is.
-    pub pages_offset: FileOffset,
-    /// Its guest-physical address, where the file tells (with x-ignore-shared).
-    pub guest_address: Option<GuestAddr>,
-    /// Whether the file has its pages. With x-ignore-shared, memory that is shared is left out.
-    pub in_file: bool,
-}
-
 impl Snapshot {
     /// Opens a file. A stream behind a foreign header (QEMU's `file:PATH,offset=N`) is found if it begins in the first
     /// MiB.
@@ -77,7 +61,53 @@ impl Snapshot {
     /// blocks begins.
     pub fn open_with(path: impl AsRef<Path>, options: &Options) -> Result<Snapshot, OpenError> {
         let path = path.as_ref();
-        open::open(path, options).map_err(|kind| OpenError { path: path.to_owned(), kind })
+        let opened = open::open(path, options).and_then(|opened| Snapshot::new(path, opened));
+        opened.map_err(|kind| OpenError { path: path.to_owned(), kind })
+    }
+
+    /// A snapshot of what was found in a file.
+    fn new(path: &Path, opened: Opened) -> Result<Snapshot, OpenErrorKind> {
+        let Opened { file, identity, watch, base, parsed } = opened;
+        let Parsed { configuration, blocks, sections, devices, end, vmdesc, complete, ram_ended, warnings } = parsed;
+        let size = FileOffset(identity.size);
+        let bitmaps = blocks.iter().map(|block| {
+            let pages_in_file = pages_between(block.file.pages_offset, size);
+            block.file.in_file.then(|| Bitmap::new(block.file.bitmap_offset, block.ram.pages(), pages_in_file))
+        });
+        let bitmaps = bitmaps.collect();
+        let (ram, blocks) = blocks.into_iter().map(|block| (block.ram, block.file)).unzip();
+        let layout = Layout::new(ram)?;
+        let mut snapshot = Snapshot {
+            path: path.to_owned(),
+            file,
+            identity,
+            watch,
+            base,
+            configuration,
+            layout,
+            blocks,
+            bitmaps,
+            sections,
+            by_device: OnceLock::new(),
+            devices,
+            end,
+            vmdesc,
+            complete,
+            no_bitmaps: false,
+            warnings,
+        };
+        if !ram_ended && snapshot.nothing_stored() {
+            snapshot.no_bitmaps = true;
+            snapshot.warnings.push(Warning::BitmapsNotWritten);
+        }
+        Ok(snapshot)
+    }
+
+    /// Whether the bitmaps tell of no page at all, although there are pages in the file. Reads all of them: only for
+    /// files whose RAM section never ended.
+    fn nothing_stored(&self) -> bool {
+        let mut blocks = self.layout.iter().filter(|(id, _)| self.bitmap(*id).is_some()).peekable();
+        blocks.peek().is_some() && blocks.all(|(id, _)| self.stored_pages(id).is_ok_and(|pages| pages.0 == 0))
     }
 
     /// The name under which it was opened.
@@ -122,17 +152,10 @@ impl Snapshot {
         self.block(block).filter(|block| block.in_file)?.pages_offset.checked_add(page.byte_offset())
     }
 
-    /// What is known of the pages from `first` on without reading: whether they are stored (or zero), and how many.
-    /// `None` if nothing is known yet, or nothing can be.
+    /// What is known of the pages from `first` on without reading: the equal ones at the beginning, at most `most`. Its
+    /// cost does not grow with RAM. `None` if nothing is known yet, or nothing can be.
     #[must_use]
-    pub fn known_run_at(&self, block: BlockId, first: PageIndex) -> Option<(bool, PageCount)> {
-        self.known_run_within(block, first, PageCount(u64::MAX))
-    }
-
-    /// As [`known_run_at`](Snapshot::known_run_at), but looks at no more than `most` pages, so that its cost does not grow
-    /// with RAM.
-    #[must_use]
-    pub fn known_run_within(&self, block: BlockId, first: PageIndex, most: PageCount) -> Option<(bool, PageCount)> {
+    pub fn known_run(&self, block: BlockId, first: PageIndex, most: PageCount) -> Option<FileRun> {
         if self.no_bitmaps {
             return None;
         }
@@ -140,20 +163,15 @@ impl Snapshot {
         bitmap.known(first, most)
     }
 
-    /// Whether the pages from `first` on are stored (or zero), and how many, at most `most`; reads as much of the
-    /// bitmap as is needed for that and was not read before (4 KiB of bitmap are 128 MiB of RAM).
+    /// Like [`known_run`](Snapshot::known_run), but reads as much of the bitmap as it takes and was not read before:
+    /// 4 KiB of bitmap are 128 MiB of RAM.
     ///
     /// # Errors
     /// If there is no such page, the bitmap can't be read or can't be right, or the block has none.
-    pub fn load_run_at(
-        &self,
-        block: BlockId,
-        first: PageIndex,
-        most: PageCount,
-    ) -> Result<(bool, PageCount), PageError> {
+    pub fn load_run(&self, block: BlockId, first: PageIndex, most: PageCount) -> Result<FileRun, PageError> {
         let path = || self.path.clone();
         let Some(ram) = self.layout.get(block).filter(|ram| first.0 < ram.pages().0) else {
-            return Err(PageError::NoSuchPage { path: path(), block: block.0, page: first.0 });
+            return Err(PageError::NoSuchPage { path: path(), block, page: first });
         };
         if self.no_bitmaps {
             return Err(PageError::NoBitmaps { path: path() });
