@@ -88,9 +88,16 @@ type Plan = Vec<(When, Act, PageRun)>;
 fn one(kind: Kind, oracle: &Oracle, plan: &Plan) -> Result<(), FrozenError> {
     let memory = Memory::new(kind, oracle.layout());
     fill(&memory, oracle);
+    // It writes there.
+    let barred = |act: Act, run: PageRun| {
+        let bars = |&(_, other, part): &(When, Act, PageRun)| {
+            other == Act::ReadOnly && !part.intersect(run).is_empty() || other == Act::Cut && part.block == run.block
+        };
+        act == Act::FreeLazily && plan.iter().any(bars)
+    };
     let happen_now = |now: When| {
         for (when, act, run) in plan {
-            if *when == now {
+            if *when == now && !barred(*act, *run) {
                 happen(&memory, *run, *act);
             }
         }

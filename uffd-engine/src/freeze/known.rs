@@ -141,7 +141,7 @@ impl Known {
     /// For each page of a run, whether there was one.
     pub(super) fn existed(&self, run: PageRun) -> Vec<bool> {
         let mut exists = vec![false; ByteLen(run.len().0 / PAGE_SIZE).get()];
-        for page in self.within(run).iter().flat_map(PageRun::iter) {
+        for page in self.within(run).iter().flat_map(|run| run.iter()) {
             exists[ByteLen((page - run.first).0).get()] = true;
         }
         exists
