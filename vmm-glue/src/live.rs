@@ -26,7 +26,6 @@ pub use self::options::{LiveEvent, LiveOptions};
 use self::sink::LiveSink;
 use crate::ram::FreezeClaim;
 use crate::snapshot::FIRST_DEVICE;
-use crate::snapshot::blueprint;
 use crate::state::Host;
 use crate::sys::WritesFail;
 use crate::{GuestRam, Machine};
@@ -102,7 +101,7 @@ pub(crate) fn take(
     let claim = FreezeClaim::new(ram).ok_or(LiveError::Busy)?;
     let freezer = freezer(ram, options, engine)?;
     let mut devices = DeviceWriter::new(FIRST_DEVICE);
-    devices.push(blueprint::section(ram)?);
+    devices.push(ram.section()?);
     let configuration = Configuration::new(options.machine.clone());
     let writer = Writer::create(path, &configuration, ram.layout().clone())?;
     if options.check_space {
