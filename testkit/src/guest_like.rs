@@ -17,7 +17,7 @@
 use page_units::PAGE_SIZE;
 
 /// Length of a page.
-const PAGE: usize = PAGE_SIZE as usize;
+const PAGE: usize = 4096;
 /// How many pages of a kind lie together.
 const TOGETHER: u64 = 32;
 /// How many words the vocabulary has.
