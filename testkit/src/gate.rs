@@ -70,7 +70,7 @@ impl Gate {
         self.0.state.lock().waiting
     }
 
-    /// Waits until so many threads stand at the gate.
+    /// Waits until that many threads stand at the gate.
     pub fn wait_for(&self, threads: usize) {
         let mut state = self.0.state.lock();
         while state.waiting < threads {
