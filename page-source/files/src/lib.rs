@@ -34,6 +34,7 @@ mod flat;
 mod identity;
 mod mapped_file;
 mod mapped_ram;
+mod places;
 mod readahead;
 mod sink;
 mod sys;
