@@ -36,6 +36,10 @@ pub enum Prerequisite {
     TwoCpus,
     /// `/dev/fuse` opens.
     Fuse,
+    /// The program `zstd` runs.
+    Zstd,
+    /// The program `lz4` runs.
+    Lz4,
 }
 
 impl Prerequisite {
@@ -51,7 +55,9 @@ impl Prerequisite {
                 Ok(())
             }
             Prerequisite::Userfaultfd => userfaultfd(),
-            Prerequisite::Qemu => qemu(),
+            Prerequisite::Qemu => program("qemu-system-x86_64"),
+            Prerequisite::Zstd => program("zstd"),
+            Prerequisite::Lz4 => program("lz4"),
             Prerequisite::Hugepages => {
                 let _one_more = hugepages::Overcommit::reserve(1)
                     .map_err(|error| format!("nr_overcommit_hugepages can't be raised: {error}"))?;
@@ -140,13 +146,12 @@ fn userfaultfd() -> Result<(), String> {
     }
 }
 
-fn qemu() -> Result<(), String> {
-    let status =
-        Command::new("qemu-system-x86_64").arg("--version").stdin(Stdio::null()).stdout(Stdio::null()).status();
+fn program(name: &str) -> Result<(), String> {
+    let status = Command::new(name).arg("--version").stdin(Stdio::null()).stdout(Stdio::null()).status();
     match status {
         Ok(status) if status.success() => Ok(()),
-        Ok(status) => Err(format!("qemu-system-x86_64 --version: {status}")),
-        Err(error) => Err(format!("qemu-system-x86_64: {error}")),
+        Ok(status) => Err(format!("{name} --version: {status}")),
+        Err(error) => Err(format!("{name}: {error}")),
     }
 }
 

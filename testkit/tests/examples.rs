@@ -41,6 +41,17 @@ examples! {
         }
     }
 
+    frames needs[Zstd] {
+        let dir = tempfile::tempdir().unwrap();
+        let (from, to) = (dir.path().join("plain"), dir.path().join("frames.zst"));
+        let bytes: Vec<u8> = (0..300_000_u32).flat_map(|n| if n > 200_000 { [0; 4] } else { n.to_le_bytes() }).collect();
+        std::fs::write(&from, &bytes).unwrap();
+        let said = run("frames", [&from, &to]);
+        says(&said, &["1200000 bytes became ", " in 19 frames\n", "\nroot "]);
+        let decoded = Command::new("zstd").arg("-dc").arg(&to).output().unwrap();
+        assert!(decoded.status.success() && decoded.stdout == bytes);
+    }
+
     lazy_memory needs[Userfaultfd] {
         let said = run("lazy_memory", NOTHING);
         says(&said, &["1024 MiB usable after ", "\"this is page 131072\" after ", "complete after ", "a fault took "]);

@@ -44,6 +44,8 @@ impl Facts {
         note(Need::Cxx, runs(Command::new("c++").arg("--version")));
         note(Need::Rustfmt, runs(Command::new(cargo_path()).args(["fmt", "--version"])));
         note(Need::Clippy, runs(Command::new(cargo_path()).args(["clippy", "--version"])));
+        let compressor = |name: &str| runs(Command::new(name).arg("--version"));
+        note(Need::Compressors, compressor("zstd") && compressor("lz4"));
         note(Need::Qemu, qemu_major().is_some_and(|major| major >= 10));
         Facts {
             root: effective_user() == Some(0),

@@ -23,10 +23,12 @@ pub(crate) enum Need {
     Clippy,
     /// `qemu-system-x86_64`, version 10 or later.
     Qemu,
+    /// The programs `zstd` and `lz4`, which decode what the tests compressed.
+    Compressors,
 }
 
 impl Need {
-    const ALL: [Need; 5] = [Need::Libclang, Need::Cxx, Need::Rustfmt, Need::Clippy, Need::Qemu];
+    const ALL: [Need; 6] = [Need::Libclang, Need::Cxx, Need::Rustfmt, Need::Clippy, Need::Qemu, Need::Compressors];
 
     fn name(self) -> &'static str {
         match self {
@@ -35,6 +37,7 @@ impl Need {
             Need::Rustfmt => "rustfmt",
             Need::Clippy => "clippy",
             Need::Qemu => "QEMU 10 or later (qemu-system-x86_64)",
+            Need::Compressors => "zstd and lz4 (for the tests)",
         }
     }
 }

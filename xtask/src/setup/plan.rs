@@ -40,7 +40,7 @@ pub(crate) fn make(facts: &Facts, needs: &[Need]) -> Plan {
             .push(format!("LIBCLANG_PATH is \"{path}\", where there is no libclang; please unset it, or mend it"));
         missing.retain(|need| *need != Need::Libclang);
     }
-    let in_packages = |need: &Need| matches!(need, Need::Libclang | Need::Cxx | Need::Qemu);
+    let in_packages = |need: &Need| matches!(need, Need::Libclang | Need::Cxx | Need::Qemu | Need::Compressors);
     let (system, toolchain): (Vec<Need>, Vec<Need>) = missing.into_iter().partition(in_packages);
     if !system.is_empty() {
         if facts.os.is_debian() && facts.apt_get {
@@ -73,6 +73,9 @@ impl Plan {
         }
         if missing.contains(&Need::Cxx) {
             own.push("g++");
+        }
+        if missing.contains(&Need::Compressors) {
+            own.extend(["zstd", "lz4"]);
         }
         if missing.contains(&Need::Qemu) {
             if facts.os.has_own_qemu() { &mut own } else { &mut from_backports }.push("qemu-system-x86");
@@ -218,7 +221,7 @@ mod tests {
             plan.shell(true),
             "printf %s 'deb [signed-by=/k.gpg] http://mirror.test/debian bookworm-backports main\n' > \
              /etc/apt/sources.list.d/fastload-backports.list && apt-get update && \
-             apt-get install -y --no-install-recommends libclang-dev g++ && \
+             apt-get install -y --no-install-recommends libclang-dev g++ zstd lz4 && \
              apt-get install -y --no-install-recommends -t bookworm-backports qemu-system-x86"
         );
         let mut configured = fresh(12, "bookworm");
@@ -235,14 +238,14 @@ mod tests {
         let plan = make(&fresh(13, "trixie"), &Need::ALL);
         assert_eq!(
             plan.shell(false),
-            "sudo sh -c 'apt-get update && apt-get install -y --no-install-recommends libclang-dev g++ qemu-system-x86'"
+            "sudo sh -c 'apt-get update && apt-get install -y --no-install-recommends libclang-dev g++ zstd lz4 qemu-system-x86'"
         );
     }
 
     #[test]
     fn toolchain_parts_need_no_root() {
-        let facts =
-            Facts { present: vec![Need::Libclang, Need::Cxx, Need::Qemu], root: false, ..fresh(12, "bookworm") };
+        let present = vec![Need::Libclang, Need::Cxx, Need::Qemu, Need::Compressors];
+        let facts = Facts { present, root: false, ..fresh(12, "bookworm") };
         let plan = make(&facts, &Need::ALL);
         assert!(!plan.needs_root());
         assert_eq!(plan.shell(false), "rustup component add rustfmt clippy");
