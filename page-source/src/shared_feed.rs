@@ -1,9 +1,7 @@
 //! A feed that several threads ask.
 
-use std::sync::OnceLock;
-
 use page_units::PageRun;
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 
 use crate::{Answer, Feed, SourceError, Urgency};
 
@@ -14,19 +12,19 @@ use crate::{Answer, Feed, SourceError, Urgency};
 pub struct SharedFeed {
     /// Held for reading while somebody asks.
     feed: RwLock<Option<Box<dyn Feed>>>,
-    finished: OnceLock<Result<(), SourceError>>,
+    finished: Mutex<Option<Result<(), SourceError>>>,
 }
 
 impl SharedFeed {
     /// Takes over `feed`.
     #[must_use]
     pub fn new(feed: Box<dyn Feed>) -> SharedFeed {
-        SharedFeed { feed: RwLock::new(Some(feed)), finished: OnceLock::new() }
+        SharedFeed { feed: RwLock::new(Some(feed)), finished: Mutex::default() }
     }
 
     /// [`Feed::request`]; `None` if it was finished.
     pub fn request(&self, run: PageRun, urgency: Urgency) -> Option<Answer> {
-        // Not held up by one who waits to finish: a request may take long, and others must not wait for it.
+        // Recursive, so that nobody is held up by one who waits to finish until a slow request has returned.
         self.feed.read_recursive().as_ref().map(|feed| feed.request(run, urgency))
     }
 
@@ -35,18 +33,22 @@ impl SharedFeed {
     /// # Errors
     /// As [`Feed::finish`].
     pub fn finish(&self) -> Result<(), SourceError> {
-        let mut feed = self.feed.write();
-        self.take(&mut feed)
+        let mut finished = self.finished.lock();
+        if finished.is_none() {
+            // In two steps: who asks meanwhile is told, and does not wait.
+            let feed = self.feed.write().take();
+            *finished = Some(feed.map_or(Ok(()), Feed::finish));
+        }
+        finished.clone().unwrap_or(Ok(()))
     }
 
-    /// The same, but `None` if somebody is asking just now.
+    /// The same, but `None` if somebody is asking just now, or finishing it.
     pub fn try_finish(&self) -> Option<Result<(), SourceError>> {
-        let mut feed = self.feed.try_write()?;
-        Some(self.take(&mut feed))
-    }
-
-    fn take(&self, feed: &mut Option<Box<dyn Feed>>) -> Result<(), SourceError> {
-        let finish = || feed.take().map_or(Ok(()), Feed::finish);
-        self.finished.get_or_init(finish).clone()
+        let mut finished = self.finished.try_lock()?;
+        if finished.is_none() {
+            let feed = self.feed.try_write()?.take();
+            *finished = Some(feed.map_or(Ok(()), Feed::finish));
+        }
+        finished.clone()
     }
 }

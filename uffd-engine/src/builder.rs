@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::thread::{Builder as Thread, JoinHandle};
 
-use page_source::{PageSink, PageSource};
+use page_source::{PageSink, SharedFeed, Source};
 use page_units::PageCount;
 
 use crate::load::background::{self, Plan};
@@ -30,7 +30,7 @@ use crate::{Engine, StartError};
 #[derive(Debug)]
 pub struct Builder {
     regions: Vec<Region>,
-    source: Option<Arc<dyn PageSource>>,
+    source: Option<Source>,
     descriptor: Option<Descriptor>,
     handlers: Handlers,
     background: Background,
@@ -88,8 +88,8 @@ impl Builder {
 
     /// Where the pages come from.
     #[must_use]
-    pub fn source(mut self, source: Arc<dyn PageSource>) -> Builder {
-        self.source = Some(source);
+    pub fn source(mut self, source: impl Into<Source>) -> Builder {
+        self.source = Some(source.into());
         self
     }
 
@@ -196,7 +196,8 @@ impl Builder {
         if self.regions.is_empty() {
             return Err(StartError::Incomplete("an engine needs a region to serve"));
         }
-        region::check(&self.regions, source.layout())?;
+        let (pages, again) = (source.pages(), source.repeatable().cloned());
+        region::check(&self.regions, pages.layout())?;
         if self.descriptor.is_none() {
             region::check_unseen(&self.regions)?;
         }
@@ -207,7 +208,7 @@ impl Builder {
         };
         let staging = Staging::new(self.staging.max(asked_for(&self.background)));
         let staging = staging.map_err(system("memory for huge pages"))?;
-        let (layout, window) = (source.layout(), self.background.window);
+        let (layout, window) = (pages.layout(), self.background.window);
         let core = Memory::new(descriptor, self.regions, layout, staging, self.policy, window, self.pauses);
         let core = Arc::new(core.map_err(system("memory for the page states"))?);
         let waiter = waiter(&core, &self.handlers)?;
@@ -219,13 +220,19 @@ impl Builder {
         let feed = match source.start(sink) {
             Ok(feed) => feed,
             Err(error) => {
-                core.give_up(&*source);
+                core.give_up(&*pages);
                 stay_open(&core);
                 return Err(error.into());
             }
         };
         // From here on an engine exists, and its drop does what is right.
-        let origin = Arc::new(Origin { source, feed: Arc::from(feed), around: self.around });
+        let origin = Arc::new(Origin {
+            pages,
+            again,
+            feed: SharedFeed::new(feed),
+            wanted: AtomicBool::new(false),
+            around: self.around,
+        });
         let plan = Arc::new(Plan::new(&self.background));
         let mut engine = Engine {
             core,
@@ -238,7 +245,7 @@ impl Builder {
         match engine.spawn(&origin, &self.handlers, &self.background, (self.serving, self.observer)) {
             Ok(()) => Ok(engine),
             Err(error) => {
-                engine.core.give_up(&*origin.source);
+                engine.core.give_up(&*origin.pages);
                 Err(error)
             }
         }

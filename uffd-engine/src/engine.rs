@@ -119,7 +119,7 @@ impl Engine {
         let areas = self.core.areas.iter();
         let granules = |area: &Area| {
             let missing = |granule: &usize| matches!(area.states.get(*granule).state, State::Missing | State::InFlight);
-            let spans = area.stored(&*origin.source);
+            let spans = area.stored(&*origin.pages);
             spans.map(|(first, granules)| (first..first + granules).filter(missing).count()).sum::<usize>()
         };
         PageCount(areas.map(|area| granules(area) as u64 * area.granule.0).sum())

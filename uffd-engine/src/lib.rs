@@ -26,7 +26,9 @@ mod sys;
 pub use builder::Builder;
 pub use engine::{Completion, DiscardError, Engine};
 pub use error::{EngineError, OpenError, StartError};
-pub use freeze::{FreezeError, FreezeOptions, FreezeStats, Freezer, Frozen, FrozenError, HugeFile, PageTable};
+pub use freeze::{
+    FreezeError, FreezeHandle, FreezeOptions, FreezeStats, Freezer, Frozen, FrozenError, HugeFile, PageTable,
+};
 pub use measure::Measured;
 pub use memory::descriptor::Descriptor;
 pub use memory::region::{Backing, Region};

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mapped_ram::Writer;
-use page_source::{PageSink, PageSource};
+use page_source::{OneShot, PageSink};
 use page_units::{ByteLen, PageCount, PageRun};
 use uffd_engine::{Engine, FreezeError, Freezer, Frozen};
 use vmstate::{Configuration, DeviceWriter};
@@ -123,8 +123,6 @@ pub(crate) fn take(
     if options.check_space {
         check::space(ram, &existing, &writer, engine.map_or(PageCount(0), Engine::missing))?;
     }
-    let sink = Arc::new(LiveSink::new(writer, claim));
-
     let Taken { state, frozen, mut populated, blackout } = match freeze(vcpus, host, freezer, &existing, options) {
         // The last page came just before the freeze point: the memory is complete, and frozen without the engine.
         Err(LiveError::Freeze(FreezeError::EngineEnded)) => {
@@ -138,15 +136,15 @@ pub(crate) fn take(
         frozen.set_populated(&populated.concat());
     }
 
-    let frozen = Arc::new(frozen);
     for section in state.sections()? {
         devices.push(section);
     }
     let state = devices.finish(&options.machine)?;
     let length = ByteLen::of(state.len());
-    sink.set_device_state(state);
-    let feed = frozen.start(Arc::clone(&sink) as Arc<dyn PageSink>).map_err(LiveError::Begin)?;
-    Ok(LiveSnapshot::new(feed, frozen, sink, Arc::clone(ram), handle::Begun { begun, blackout, state: length }))
+    let sink = Arc::new(LiveSink::new(writer, claim, state));
+    let handle = frozen.handle();
+    let feed = Box::new(frozen).start(Arc::clone(&sink) as Arc<dyn PageSink>).map_err(LiveError::Begin)?;
+    Ok(LiveSnapshot::new(feed, handle, sink, Arc::clone(ram), handle::Begun { begun, blackout, state: length }))
 }
 
 /// Everything a freeze needs: with the engine, as long as that is loading.

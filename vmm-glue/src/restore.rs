@@ -210,7 +210,7 @@ impl SavedVm {
         let load = launch.load();
         let pages = || {
             let pumping = PumpOptions { threads: options.eager_threads, ..PumpOptions::default() };
-            let done = pump(&*self.source, sink, &pumping)?;
+            let done = pump(Arc::clone(&self.source), sink, &pumping)?;
             load();
             Ok((Mode::Eager { stored: done.stored, zero: done.zero }, None))
         };

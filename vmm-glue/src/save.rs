@@ -102,9 +102,8 @@ pub fn save(vcpus: &Vcpus, host: &Host, path: &Path, options: &SaveOptions) -> R
     let source = RamSource::new(Arc::clone(vcpus.ram())).map_err(SaveError::Populated)?;
     let configuration = Configuration::new(options.machine.clone());
     let sink = Arc::new(MappedRamSink::new(Writer::create(path, &configuration, vcpus.ram().layout().clone())?));
-    sink.set_device_state(state);
     let pumping = PumpOptions { threads: options.threads, find_zeros: true, ..PumpOptions::default() };
-    let done = pump(&source, Arc::clone(&sink) as Arc<dyn page_source::PageSink>, &pumping)?;
-    sink.outcome()?;
+    let done = pump(Arc::new(source), Arc::clone(&sink) as Arc<dyn page_source::PageSink>, &pumping)?;
+    sink.publish(&state)?;
     Ok(Saved { stored: done.stored, zero: done.zero, state: length, took: begun.elapsed() })
 }

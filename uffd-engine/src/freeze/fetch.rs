@@ -3,7 +3,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use page_source::{End, Feed, Flow, PageBytes, PageSink, PageSource, SinkError, SourceError, Urgency};
+use page_source::{
+    End, Feed, PageBytes, PageSink, PageSource, Reply, SinkError, SourceError, SourceErrorKind, Subject, Urgency,
+};
 use page_units::{BlockId, ByteLen, PageCount, PageIndex, PageRun};
 use parking_lot::{Condvar, Mutex};
 
@@ -40,12 +42,16 @@ struct Wanted {
 impl Fetch {
     /// `most`: so much is fetched at a time at most.
     pub(crate) fn start(source: &dyn PageSource, most: ByteLen) -> Result<Fetch, SourceError> {
-        let bytes =
-            Scratch::new(most).map_err(|error| SourceError::Stopped { reason: format!("no buffer: {error}") })?;
+        let bytes = Scratch::new(most).map_err(|error| SourceError::stopped("no buffer").with_cause(error))?;
         let nothing = PageRun::new(BlockId(0), PageIndex(0), PageCount(0));
         let wanted = Wanted { run: nothing, seen: Vec::new(), left: 0, bytes, error: None };
         let tap = Arc::new(Tap { wanted: Mutex::new(wanted), arrived: Condvar::new() });
         Ok(Fetch { feed: source.start(Arc::clone(&tap) as Arc<dyn PageSink>)?, tap })
+    }
+
+    /// Ends the flow: is what was taken still true?
+    pub(crate) fn finish(self) -> Result<(), SourceError> {
+        self.feed.finish()
     }
 
     /// The content of `run`, which lies in one block. Waits for it, but not when `over`.
@@ -60,8 +66,7 @@ impl Fetch {
         self.feed.request(run, Urgency::Background);
         let mut wanted = self.tap.wanted.lock();
         loop {
-            let gone = !self.feed.alive() && wanted.left > 0;
-            if let Some(error) = wanted.error.take().or_else(|| gone.then(silent)) {
+            if let Some(error) = wanted.error.take() {
                 return Err(FrozenError::Source { run, error });
             }
             if wanted.left == 0 {
@@ -76,13 +81,9 @@ impl Fetch {
     }
 }
 
-fn silent() -> SourceError {
-    SourceError::Peer { peer: "the source of the pages".into(), reason: "it has stopped answering".into() }
-}
-
 impl Tap {
     /// Takes what of `run` is wanted and has not come yet.
-    fn take(&self, run: PageRun, bytes: Option<PageBytes<'_>>) -> Flow {
+    fn take(&self, run: PageRun, bytes: Option<PageBytes<'_>>) -> Reply {
         let mut wanted = self.wanted.lock();
         let here = run.intersect(wanted.run);
         for page in here.iter() {
@@ -96,7 +97,7 @@ impl Tap {
             match bytes.map(|bytes| bytes.slice((page - run.first).to_bytes(), one.len()).copy_to(to)) {
                 None => to.fill(0),
                 Some(Ok(())) => {}
-                Some(Err(_)) => return Flow::Break(SinkError::Unreadable(one)),
+                Some(Err(_)) => return Reply::Unreadable(one),
             }
             wanted.seen[number] = true;
             wanted.left -= 1;
@@ -104,7 +105,7 @@ impl Tap {
         if wanted.left == 0 {
             self.arrived.notify_all();
         }
-        Flow::Continue(())
+        Reply::Taken
     }
 
     fn fail(&self, error: SourceError) {
@@ -114,24 +115,29 @@ impl Tap {
 }
 
 impl PageSink for Tap {
-    fn data(&self, run: PageRun, bytes: PageBytes<'_>) -> Flow {
+    fn data(&self, run: PageRun, bytes: PageBytes<'_>) -> Reply {
         if bytes.len() != run.len() {
             let reason = format!("{} bytes were delivered for {run}", bytes.len());
-            self.fail(SourceError::Stopped { reason: reason.clone() });
-            return Flow::Break(SinkError::Stopped { reason });
+            self.fail(SourceError::new(SourceErrorKind::Protocol, Subject::none().run(run), reason.clone()));
+            return SinkError::Stopped { reason }.into();
         }
         self.take(run, Some(bytes))
     }
 
-    fn zero(&self, run: PageRun) -> Flow {
+    fn zero(&self, run: PageRun) -> Reply {
         self.take(run, None)
     }
 
-    fn failed(&self, run: PageRun, error: SourceError) -> Flow {
+    fn absent(&self, run: PageRun) -> Reply {
+        let error = SinkError::Absent(run);
+        self.failed(run, SourceError::new(SourceErrorKind::Corrupt, Subject::none().run(run), error.to_string()))
+    }
+
+    fn failed(&self, run: PageRun, error: SourceError) -> Reply {
         if !self.wanted.lock().run.intersect(run).is_empty() {
             self.fail(error);
         }
-        Flow::Continue(())
+        Reply::Taken
     }
 
     fn end(&self, end: End) {
@@ -141,6 +147,10 @@ impl PageSink for Tap {
                 let _ = self.take(rest, None);
             }
             End::Broken(error) => self.fail(error),
+            End::Stopped => {
+                let subject = Subject::peer("the source of the pages");
+                self.fail(SourceError::new(SourceErrorKind::PeerGone, subject, "it has stopped answering"));
+            }
         }
     }
 }

@@ -234,8 +234,8 @@ impl Drop for Freezer {
 impl Engine {
     /// As [`Freezer::prepare`], for memory that this engine is still loading. Its own handlers serve the writers then,
     /// those of the options are not used; what the engine brings from the freeze point on comes write-protected, and what
-    /// is missing is taken from its source as long as that is [repeatable](page_source::PageSource::repeatable): it is
-    /// not brought into the memory for it. Pages of another source are waited for.
+    /// is missing is taken from its source as long as that may be [asked again](page_source::PageSource): it is
+    /// not brought into the memory for it. Pages of a [one-shot](page_source::OneShot) source are waited for.
     ///
     /// `regions` are those of the engine, in any order, with the pages that `layout` gives them. While memory is frozen
     /// the engine does not become complete. Should it fail or be dropped, the freeze fails.
@@ -271,8 +271,8 @@ impl Engine {
         if let Some(region) = other.map(|(region, _)| region).or(longer) {
             return Err(FreezeError::OtherRegions { start: region.start });
         }
-        let source = Arc::clone(&origin.source);
-        let owner = Owner::Engine { core: Arc::clone(core), source, origin: Arc::downgrade(origin) };
+        let (pages, again) = (Arc::clone(&origin.pages), origin.again.clone());
+        let owner = Owner::Engine { core: Arc::clone(core), pages, again, origin: Arc::downgrade(origin) };
         Ok(Freezer { shared: shared(owner, regions, layout, options)?, threads: Vec::new() })
     }
 }

@@ -5,8 +5,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{Builder as Thread, JoinHandle};
 
 use nix::errno::Errno;
-use page_source::{Content, End, Feed, PageSink, PageSource, SinkError, SourceError, Span, Urgency};
-use page_units::{BlockId, HostAddr, Layout, PageCount, PageIndex, PageRun};
+use page_source::{
+    Answer, Content, End, EndGuard, Feed, OneShot, PageSink, Pages, SinkError, SourceError, Span, Urgency,
+};
+use page_units::{HostAddr, Layout, PageRun};
 
 use super::freeze::Shared;
 use super::saver;
@@ -75,28 +77,65 @@ pub enum FrozenError {
     /// The content of pages could not be loaded: they are poisoned.
     #[error("{0} could not be loaded, and has no content")]
     Poisoned(PageRun),
+    /// The thread that saves has died. This is a defect.
+    #[error("the thread that saves frozen memory has died")]
+    Died,
     /// It was cancelled.
     #[error("the snapshot was cancelled")]
     Cancelled,
 }
 
-/// Memory as it was at the freeze point. Delivers each page once: start it once.
+/// Memory as it was at the freeze point: a source that is started once and delivers each page once.
 ///
 /// # Dropping
-/// Dropping it takes the protection off; the guest goes on. What was not delivered by then never will be.
+/// Dropping it, or the feed of what was started, takes the protection off; the guest goes on. What was not delivered by
+/// then never will be.
 #[derive(Debug)]
 pub struct Frozen {
     pub(crate) shared: Arc<Shared>,
     pub(crate) threads: Vec<JoinHandle<()>>,
 }
 
-impl Frozen {
+/// Looks after frozen memory, also after it was started.
+#[derive(Clone, Debug)]
+pub struct FreezeHandle(Arc<Shared>);
+
+impl FreezeHandle {
     /// Waits until everything is delivered, or can't be.
     ///
     /// # Errors
     /// If something went wrong; the guest goes on all the same.
     pub fn wait(&self) -> Result<FreezeStats, FrozenError> {
-        self.shared.wait().map(|()| self.stats())
+        self.0.wait().map(|()| self.stats())
+    }
+
+    /// Takes the protection off and ends the delivery.
+    pub fn cancel(&self) {
+        self.0.end(Err(FrozenError::Cancelled));
+        // Somebody else may be at it.
+        let _ = self.0.wait();
+    }
+
+    /// What was done so far.
+    #[must_use]
+    pub fn stats(&self) -> FreezeStats {
+        let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        FreezeStats {
+            write_faults: of(&self.0.write_faults),
+            hole_faults: of(&self.0.hole_faults),
+            waits_for_pool: of(&self.0.waits),
+            pages: of(&self.0.pages),
+            zero_pages: of(&self.0.zero_pages),
+            pages_from_source: of(&self.0.from_source),
+        }
+    }
+}
+
+impl Frozen {
+    /// A handle that looks after it, also after it was started.
+    #[must_use]
+    pub fn handle(&self) -> FreezeHandle {
+        FreezeHandle(Arc::clone(&self.shared))
     }
 
     /// Names the pages of shared memory that its file holds, where [`Freezer::arm`](crate::Freezer::arm) was given more
@@ -112,29 +151,8 @@ impl Frozen {
         self.shared.is_loading()
     }
 
-    /// Takes the protection off and ends the delivery.
-    pub fn cancel(&self) {
-        self.shared.end(Err(FrozenError::Cancelled));
-        // Somebody else may be at it.
-        let _ = self.shared.wait();
-    }
-
-    /// What was done so far.
-    #[must_use]
-    pub fn stats(&self) -> FreezeStats {
-        let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        FreezeStats {
-            write_faults: of(&self.shared.write_faults),
-            hole_faults: of(&self.shared.hole_faults),
-            waits_for_pool: of(&self.shared.waits),
-            pages: of(&self.shared.pages),
-            zero_pages: of(&self.shared.zero_pages),
-            pages_from_source: of(&self.shared.from_source),
-        }
-    }
-
     pub(crate) fn release(&mut self) {
-        self.cancel();
+        self.handle().cancel();
         for thread in self.threads.drain(..) {
             if thread.join().is_err() {
                 log::error!("a write-fault handler had panicked");
@@ -150,61 +168,85 @@ impl Drop for Frozen {
     }
 }
 
-impl PageSource for Frozen {
+/// The layout of frozen memory, of whose pages nothing is known before they come.
+#[derive(Debug)]
+struct FrozenPages(Layout);
+
+impl Pages for FrozenPages {
     fn layout(&self) -> &Layout {
-        &self.shared.layout
+        &self.0
     }
 
-    fn run_at(&self, block: BlockId, first: PageIndex) -> Span {
-        let pages = self.shared.layout.get(block).map_or(0, |block| block.pages().0);
-        Span { content: Content::Unknown, pages: PageCount(pages.saturating_sub(first.0)) }
+    fn content(&self, run: PageRun) -> Span {
+        Span::new(Content::Unknown, self.0.clip(run).pages)
+    }
+}
+
+impl OneShot for Frozen {
+    fn pages(&self) -> Arc<dyn Pages> {
+        Arc::new(FrozenPages(self.shared.layout.clone()))
     }
 
-    fn repeatable(&self) -> bool {
-        false
-    }
-
-    fn start(&self, sink: Arc<dyn PageSink>) -> Result<Box<dyn Feed>, SourceError> {
-        let stopped = |reason: String| SourceError::Stopped { reason };
-        if self.shared.started.swap(true, Ordering::AcqRel) {
-            return Err(stopped("frozen memory is delivered once".into()));
-        }
+    fn start(self: Box<Self>, sink: Arc<dyn PageSink>) -> Result<Box<dyn Feed>, SourceError> {
         let shared = Arc::clone(&self.shared);
         let thread = Thread::new().name("uffd-save".into()).spawn(move || {
-            shared.end(saver::run(&shared, &*sink));
+            let guard = EndGuard::new(sink);
+            let _dying = Dying(&shared);
+            shared.end(saver::run(&shared, guard.sink()));
             // The end that counts, which need not be that one: nothing is published that was cancelled.
-            let reason = match shared.wait() {
-                Ok(()) => return sink.end(End::Complete),
-                Err(error) => error.to_string(),
-            };
-            sink.end(End::Broken(SourceError::Stopped { reason }));
+            guard.end(match shared.wait() {
+                Ok(()) => End::Complete,
+                Err(FrozenError::Cancelled) => End::Stopped,
+                Err(error) => End::Broken(SourceError::stopped(error)),
+            });
         });
-        let thread = thread.map_err(|error| stopped(format!("no thread: {error}")))?;
-        Ok(Box::new(FrozenFeed { shared: Arc::clone(&self.shared), thread: Some(thread) }))
+        let thread = thread.map_err(|error| SourceError::stopped("no thread can be started").with_cause(error))?;
+        Ok(Box::new(FrozenFeed { frozen: *self, thread: Some(thread) }))
+    }
+}
+
+/// Ends the freeze if the thread dies that saves: writers wait for it.
+struct Dying<'a>(&'a Shared);
+
+impl Drop for Dying<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.end(Err(FrozenError::Died));
+        }
     }
 }
 
 /// The flow of frozen pages.
 #[derive(Debug)]
 struct FrozenFeed {
-    shared: Arc<Shared>,
+    frozen: Frozen,
     thread: Option<JoinHandle<()>>,
+}
+
+impl FrozenFeed {
+    fn stop(&mut self) {
+        self.frozen.shared.end(Err(FrozenError::Cancelled));
+        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
+            log::error!("the thread that saves frozen memory had panicked");
+        }
+    }
 }
 
 impl Feed for FrozenFeed {
     /// Every page comes without being asked for, those that are written first.
-    fn request(&self, _: PageRun, _: Urgency) {}
+    fn request(&self, _: PageRun, _: Urgency) -> Answer {
+        Answer::Later
+    }
 
-    fn alive(&self) -> bool {
-        self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
+    /// What was delivered is what memory was at the freeze point; what it was loaded from was asked before the end.
+    fn finish(mut self: Box<Self>) -> Result<(), SourceError> {
+        self.stop();
+        Ok(())
     }
 }
 
 impl Drop for FrozenFeed {
     fn drop(&mut self) {
-        self.shared.end(Err(FrozenError::Cancelled));
-        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
-            log::error!("the thread that saves frozen memory had panicked");
-        }
+        self.stop();
     }
 }

@@ -1,6 +1,6 @@
 //! Where the content of a granule at the freeze point is to be had.
 
-use page_source::{Content, PageSource};
+use page_source::{Content, Pages};
 use page_units::{ByteLen, PageCount};
 
 use super::freeze::{Shared, Zone};
@@ -37,13 +37,13 @@ impl Shared {
                 let of = |exists| if exists { ContentAt::Memory } else { ContentAt::Zero };
                 Ok(self.existing(zone, granules)?.into_iter().map(of).collect())
             }
-            Owner::Engine { core, source, origin } => {
+            Owner::Engine { core, pages, again, origin } => {
                 let ask = |place| {
                     if let Some(origin) = origin.upgrade() {
                         background::request_granule(core, &origin, place);
                     }
                 };
-                self.in_engine(zone, number, granules, core, &**source, ask)
+                self.in_engine(zone, number, granules, core, (&**pages, again.is_some()), ask)
             }
         }
     }
@@ -56,7 +56,7 @@ impl Shared {
         number: usize,
         granules: std::ops::Range<usize>,
         core: &Memory,
-        source: &dyn PageSource,
+        (source, repeatable): (&dyn Pages, bool),
         ask: impl Fn(Place),
     ) -> Result<Vec<ContentAt>, FrozenError> {
         let area = &core.areas[number];
@@ -77,7 +77,7 @@ impl Shared {
         let mut known = (Content::Unknown, granules.start);
         let mut content = |granule: usize| {
             if known.1 <= granule {
-                let span = source.run_at(area.block(), area.page(granule));
+                let span = source.content(area.pages(granule, granules.end - granule));
                 let whole = ByteLen(span.pages.0 / area.granule.0).get();
                 known = if whole == 0 { (Content::Unknown, granule + 1) } else { (span.content, granule + whole) };
             }
@@ -97,7 +97,7 @@ impl Shared {
                     State::Poisoned => return Err(FrozenError::Poisoned(zone.pages(granule, 1))),
                     State::Missing if in_file[at] && !core.staging.gathering(place) => map(core, place),
                     State::Missing if content(granule) == Content::Zero => ContentAt::Zero,
-                    State::Missing if source.repeatable() => ContentAt::Source,
+                    State::Missing if repeatable => ContentAt::Source,
                     State::Missing => {
                         ask(place);
                         ContentAt::Soon

@@ -3,7 +3,7 @@
 //! [`Freezer::prepare`] makes everything that can fail before the guest is stopped. [`Freezer::arm`] write-protects
 //! what is populated, while no vCPU runs; that is the freeze point. From then on a page that is about to be written is
 //! copied away first and its writer let go at once; the other pages are copied in the background and released in large
-//! pieces. [`Frozen`] is a [`PageSource`](page_source::PageSource) that pushes each page exactly once, those that are
+//! pieces. [`Frozen`] is a [source](page_source::OneShot) that pushes each page exactly once, those that are
 //! written first.
 //!
 //! Memory that an engine is still loading is frozen with the engine ([`Engine::freezer`](crate::Engine::freezer)): its
@@ -27,6 +27,6 @@ mod writers;
 
 pub(crate) use freeze::Shared;
 pub use freezer::{FreezeError, FreezeOptions, Freezer};
-pub use frozen::{FreezeStats, Frozen, FrozenError};
+pub use frozen::{FreezeHandle, FreezeStats, Frozen, FrozenError};
 pub use huge_file::HugeFile;
 pub use page_table::PageTable;

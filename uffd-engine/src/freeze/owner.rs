@@ -6,7 +6,7 @@ use std::sync::{Arc, Weak};
 
 use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use page_source::PageSource;
+use page_source::{PageSource, Pages};
 use page_units::{ByteLen, HostAddr};
 
 use super::freeze::Shared;
@@ -29,7 +29,9 @@ pub(crate) enum Owner {
     /// An engine whose regions are the zones, in the same order.
     Engine {
         core: Arc<Memory>,
-        source: Arc<dyn PageSource>,
+        pages: Arc<dyn Pages>,
+        /// The source, if it may be started again.
+        again: Option<Arc<dyn PageSource>>,
         /// The engine's own flow: it ends with the engine.
         origin: Weak<Origin>,
     },

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use std::vec::IntoIter;
 
 use nix::errno::Errno;
-use page_source::{Flow, PageBytes, PageSink, is_zero};
+use page_source::{PageBytes, PageSink, Reply, SourceError, SourceErrorKind, Subject, is_zero};
 use page_units::{ByteLen, HostAddr, PAGE_SIZE, PageCount, PageRun};
 
 use super::fetch::Fetch;
@@ -44,10 +44,13 @@ pub(crate) fn run(shared: &Shared, sink: &dyn PageSink) -> Outcome {
         }
     }
     saver.written()?;
-    match &shared.owner {
-        Owner::Freeze { .. } => Ok(()),
+    match (&shared.owner, saver.fetch.take()) {
         // What was loaded since the freeze point was not vouched for yet, nor what was taken here.
-        Owner::Engine { source, .. } => source.verify().map_err(FrozenError::Changed),
+        (_, Some(fetch)) => fetch.finish().map_err(FrozenError::Changed),
+        (Owner::Engine { again: Some(source), .. }, None) => {
+            Fetch::start(&**source, PIECE).and_then(Fetch::finish).map_err(FrozenError::Changed)
+        }
+        _ => Ok(()),
     }
 }
 
@@ -100,9 +103,9 @@ impl Saver<'_> {
         let shared = self.shared;
         for Copied { area, granule, buffer } in copies {
             let run = shared.zones[area].pages(granule, 1);
-            let flow = deliver(shared, self.sink, run, buffer.bytes());
+            let reply = deliver(shared, self.sink, run, buffer.bytes());
             shared.pool.give_back(buffer);
-            taken(flow)?;
+            taken(self.sink, reply)?;
         }
         Ok(())
     }
@@ -208,7 +211,7 @@ impl Saver<'_> {
             // What came from the pool is released already, which does no harm.
             release(shared, zone, first, end - first)?;
             let run = zone.pages(first, end - first);
-            taken(deliver(shared, self.sink, run, &self.buffer.bytes()[..run.len().get()]))?;
+            taken(self.sink, deliver(shared, self.sink, run, &self.buffer.bytes()[..run.len().get()]))?;
         }
         Ok(end)
     }
@@ -228,12 +231,12 @@ impl Saver<'_> {
             return zeros(shared, self.sink, run);
         }
         release(shared, zone, first, granules)?;
-        taken(deliver(shared, self.sink, run, &self.buffer.bytes()[..run.len().get()]))
+        taken(self.sink, deliver(shared, self.sink, run, &self.buffer.bytes()[..run.len().get()]))
     }
 
     /// From the source of the engine that loads the memory.
     fn fetch(&mut self, number: usize, first: usize, granules: usize) -> Outcome {
-        let Owner::Engine { core, source, .. } = &self.shared.owner else { return Ok(()) };
+        let Owner::Engine { core, again: Some(source), .. } = &self.shared.owner else { return Ok(()) };
         let run = core.areas[number].pages(first, granules);
         let fetch = match self.fetch.take() {
             Some(fetch) => fetch,
@@ -251,7 +254,7 @@ fn zeros(shared: &Shared, sink: &dyn PageSink, run: PageRun) -> Outcome {
         return Ok(());
     }
     shared.zero_pages.fetch_add(run.pages.0, Ordering::Relaxed);
-    taken(sink.zero(run))
+    taken(sink, sink.zero(run))
 }
 
 fn release(shared: &Shared, zone: &Zone, first: usize, granules: usize) -> Outcome {
@@ -266,7 +269,7 @@ fn release(shared: &Shared, zone: &Zone, first: usize, granules: usize) -> Outco
 }
 
 /// Delivers pages, the zero ones among them as such.
-fn deliver(shared: &Shared, sink: &dyn PageSink, run: PageRun, bytes: &[u8]) -> Flow {
+fn deliver(shared: &Shared, sink: &dyn PageSink, run: PageRun, bytes: &[u8]) -> Reply {
     let page = ByteLen(PAGE_SIZE).get();
     let mut rest = run;
     let mut bytes = bytes;
@@ -277,19 +280,32 @@ fn deliver(shared: &Shared, sink: &dyn PageSink, run: PageRun, bytes: &[u8]) -> 
         let (content, after) = bytes.split_at(now.len().get());
         if zero {
             shared.zero_pages.fetch_add(now.pages.0, Ordering::Relaxed);
-            sink.zero(now)?;
+            match sink.zero(now) {
+                Reply::Taken => {}
+                reply => return reply,
+            }
         } else {
             shared.pages.fetch_add(now.pages.0, Ordering::Relaxed);
-            sink.data(now, PageBytes::from_slice(content))?;
+            match sink.data(now, PageBytes::from_slice(content)) {
+                Reply::Taken => {}
+                reply => return reply,
+            }
         }
         (rest, bytes) = (later, after);
     }
-    Flow::Continue(())
+    Reply::Taken
 }
 
-fn taken(flow: Flow) -> Outcome {
-    match flow {
-        Flow::Continue(()) => Ok(()),
-        Flow::Break(error) => Err(error.into()),
+fn taken(sink: &dyn PageSink, reply: Reply) -> Outcome {
+    match reply {
+        Reply::Taken => Ok(()),
+        Reply::Stop(error) => Err(error.into()),
+        // Memory of our own: no sink has a reason to say so.
+        Reply::Unreadable(run) => {
+            let what = format!("{run}: the sink could not read the pages");
+            let error = SourceError::new(SourceErrorKind::Unreadable, Subject::none().run(run), what);
+            let _ = sink.failed(run, error.clone());
+            Err(FrozenError::Source { run, error })
+        }
     }
 }

@@ -18,6 +18,9 @@ use crate::options::Background;
 use crate::serve::placement::bind;
 use crate::stats::bump;
 
+/// How far the source is asked at a time what it knows: 1 GiB.
+const LOOK_AHEAD: PageCount = PageCount(1 << 18);
+
 /// After a fault, so many pages from there on come next, and at least so many granules.
 const AFTER_FAULT: PageCount = PageCount(512);
 const GRANULES_AFTER_FAULT: u64 = 8;
@@ -120,7 +123,8 @@ impl Plan {
                 continue;
             }
             let page = area.page(cursor.granule);
-            let span = origin.source.run_at(area.block(), page);
+            let ahead = area.pages(cursor.granule, area.states.len() - cursor.granule).split_at(LOOK_AHEAD).0;
+            let span = origin.pages.content(ahead);
             let granules = ByteLen(span.pages.0 / area.granule.0).get().min(area.states.len() - cursor.granule);
             match span.content {
                 Content::Zero if granules > 0 => {
@@ -136,7 +140,7 @@ impl Plan {
                     let ask = || self.unknown_stays_unknown(core, origin, number, one);
                     asked = Some(MutexGuard::unlocked(&mut cursor, ask));
                 }
-                Content::Zero | Content::Stored | Content::Unknown => {
+                Content::Zero | Content::Stored | Content::Absent | Content::Unknown => {
                     // With the page that was asked for before, one turn: also where that has told of no other page.
                     let most = match (asked, span.content) {
                         (Some(false), Content::Unknown) => 1,
@@ -154,7 +158,7 @@ impl Plan {
     /// Asks for one page; `true` if the source does not know more after that than before.
     fn unknown_stays_unknown(&self, core: &Memory, origin: &Origin, area: usize, one: PageRun) -> bool {
         self.request(core, origin, area, one);
-        origin.source.run_at(one.block, one.first).content == Content::Unknown
+        origin.pages.content(one).content == Content::Unknown
     }
 
     /// One turn of a loader, in granules.
@@ -197,7 +201,7 @@ fn request(core: &Memory, origin: &Origin, number: usize, run: PageRun, piece: P
         }
         let pages = area.pages(at, count);
         core.window.requested(pages.pages.0);
-        origin.feed.request(pages, Urgency::Background);
+        origin.request(&core.status, pages, Urgency::Background);
         asked += pages.len();
         at += count;
     }

@@ -1,14 +1,16 @@
 //! Serving one page fault.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use nix::errno::Errno;
-use page_source::{Feed, PageSource, Urgency};
+use page_source::{PageSource, Pages, SharedFeed, SourceError, Urgency};
 use page_units::{ByteLen, HostAddr, PageCount, PageRun};
 
 use crate::EngineError;
 use crate::load::install::{Content, frozen};
-use crate::load::status::Task;
+use crate::load::status::{Status, Task};
 use crate::memory::gate::Gate;
 use crate::memory::states::State;
 use crate::memory::{Memory, Place};
@@ -20,10 +22,35 @@ use crate::sys::ops::{self, Done};
 /// Where content comes from, as a handler sees it.
 #[derive(Debug)]
 pub(crate) struct Origin {
-    pub(crate) source: std::sync::Arc<dyn PageSource>,
-    pub(crate) feed: std::sync::Arc<dyn Feed>,
+    pub(crate) pages: Arc<dyn Pages>,
+    /// The source, if it may be started again.
+    pub(crate) again: Option<Arc<dyn PageSource>>,
+    pub(crate) feed: SharedFeed,
+    /// The supervisor waits until nobody is asking, in order to finish the flow.
+    pub(crate) wanted: AtomicBool,
     /// So many pages are asked for at a time, around the fault.
     pub(crate) around: PageCount,
+}
+
+impl Origin {
+    /// Asks the source.
+    pub(crate) fn request(&self, status: &Status, run: PageRun, urgency: Urgency) {
+        if self.feed.request(run, urgency).is_none() {
+            let error = SourceError::stopped(format_args!("{run} is needed, after everything had come"));
+            status.fail(EngineError::Broken(error));
+        }
+        if self.wanted.load(Ordering::SeqCst) {
+            status.tell(Task::Check);
+        }
+    }
+
+    /// Ends the flow: is what was delivered still true? `None` if somebody is asking for pages just now, who has it all
+    /// checked again.
+    pub(crate) fn finish(&self, status: &Status) -> Option<Result<(), SourceError>> {
+        status.finishing_source();
+        self.wanted.store(true, Ordering::SeqCst);
+        self.feed.try_finish()
+    }
 }
 
 /// Zeros are installed in ranges of up to so many 4 KiB pages around a fault: one costs little more than the other.
@@ -131,7 +158,7 @@ impl Memory {
                         self.window.requested(area.granule.0);
                     }
                     self.recent_faults.push(place);
-                    origin.feed.request(self.around(origin, place), Urgency::Demand);
+                    origin.request(&self.status, self.around(origin, place), Urgency::Demand);
                     area.states.get(place.granule).state == State::Present
                 }
             };
@@ -150,7 +177,7 @@ impl Memory {
 
     fn is_zero(&self, origin: &Origin, place: Place) -> bool {
         let area = &self.areas[place.area];
-        let span = origin.source.run_within(area.block(), area.page(place.granule), area.granule);
+        let span = origin.pages.content(area.pages(place.granule, 1));
         span.content == page_source::Content::Zero && span.pages >= area.granule
     }
 

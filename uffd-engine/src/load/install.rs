@@ -1,9 +1,10 @@
 //! Bringing content into the guest's memory: claims, and what the kernel says to them.
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use nix::errno::Errno;
-use page_source::{Flow, PageBytes, SinkError};
+use page_source::{PageBytes, Reply, SinkError};
 use page_units::ByteLen;
 
 use crate::EngineError;
@@ -17,6 +18,9 @@ use crate::pause::PausePoint;
 use crate::stats::bump;
 use crate::sys::ops::{self, Done};
 
+/// Whether there is a next step.
+pub(crate) type Flow = ControlFlow<Reply>;
+
 /// Where an install of claimed granules stands after one call to the kernel.
 #[derive(Debug)]
 enum Step {
@@ -27,7 +31,7 @@ enum Step {
     /// The file does not hold the page (any more).
     Hole,
     /// No more: why.
-    Stop(SinkError),
+    Stop(Reply),
 }
 
 /// What installs: content, or zeros.
@@ -79,7 +83,7 @@ impl Memory {
         place: Place,
         claimed: usize,
         content: Content<'_>,
-    ) -> Result<usize, SinkError> {
+    ) -> Result<usize, Reply> {
         let mut claim = Claim { core: self, place, left: claimed };
         self.pauses.at(PausePoint::Claimed);
         let area = &self.areas[place.area];
@@ -180,7 +184,7 @@ impl Memory {
         match (errno, content) {
             _ if !self.status.running() => Step::Stop(stopped()),
             (Errno::EFAULT, Content::Cached) => Step::Hole,
-            (Errno::EFAULT, Content::Bytes(_)) => Step::Stop(SinkError::Unreadable(run)),
+            (Errno::EFAULT, Content::Bytes(_)) => Step::Stop(Reply::Unreadable(run)),
             (Errno::ESRCH, _) => {
                 self.status.fail(EngineError::OwnerGone);
                 Step::Stop(stopped())
@@ -256,7 +260,7 @@ impl Memory {
     }
 
     /// Zeros for claimed granules, on demand.
-    pub(crate) fn install_zeros(&self, gate: &Gate<'_>, place: Place, claimed: usize) -> Result<usize, SinkError> {
+    pub(crate) fn install_zeros(&self, gate: &Gate<'_>, place: Place, claimed: usize) -> Result<usize, Reply> {
         self.install(gate, place, claimed, Content::Zeros)
     }
 }
@@ -293,6 +297,6 @@ pub(crate) fn frozen<'a>(gate: &'a Gate<'_>) -> Option<&'a Arc<Shared>> {
     gate.as_ref().filter(|shared| !shared.has_ended())
 }
 
-pub(crate) fn stopped() -> SinkError {
-    SinkError::Stopped { reason: "the engine has ended".into() }
+pub(crate) fn stopped() -> Reply {
+    SinkError::stopped("the engine has ended").into()
 }

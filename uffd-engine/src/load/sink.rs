@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use page_source::{End, Flow, PageBytes, PageSink, SinkError, SourceError};
+use page_source::{End, PageBytes, PageSink, Reply, SinkError, SourceError, SourceErrorKind, Subject};
 use page_units::{PageCount, PageRun};
 
 use crate::EngineError;
 use crate::load::huge::{Added, NotAdded, Whole};
-use crate::load::install::{Claim, Content, stopped};
+use crate::load::install::{Claim, Content, Flow, stopped};
 use crate::load::status::Task;
 use crate::memory::states::State;
 use crate::memory::{Memory, Place};
@@ -16,12 +16,51 @@ use crate::pause::PausePoint;
 use crate::stats::bump;
 
 impl PageSink for Memory {
-    fn data(&self, run: PageRun, bytes: PageBytes<'_>) -> Flow {
+    fn data(&self, run: PageRun, bytes: PageBytes<'_>) -> Reply {
+        self.take_data(run, bytes).into()
+    }
+
+    fn zero(&self, run: PageRun) -> Reply {
+        self.take_zero(run).into()
+    }
+
+    /// There is nothing below.
+    fn absent(&self, run: PageRun) -> Reply {
+        let error = SinkError::Absent(run);
+        let what = error.to_string();
+        let absent = SourceError::new(SourceErrorKind::Corrupt, Subject::none().run(run), what);
+        match self.take_failed(run, &absent) {
+            Flow::Continue(()) => Reply::Taken,
+            Flow::Break(_) => error.into(),
+        }
+    }
+
+    fn failed(&self, run: PageRun, error: SourceError) -> Reply {
+        self.take_failed(run, &error).into()
+    }
+
+    fn end(&self, end: End) {
+        match end {
+            End::Complete => self.rest_is_zero(),
+            End::Broken(error) => self.status.fail(EngineError::Broken(error)),
+            // By us, when all is there.
+            End::Stopped if self.status.source_finishes() => {}
+            End::Stopped => {
+                let subject = Subject::peer("the source of the pages");
+                let error = SourceError::new(SourceErrorKind::PeerGone, subject, "it ended before everything had come");
+                self.status.fail(EngineError::Broken(error));
+            }
+        }
+    }
+}
+
+impl Memory {
+    fn take_data(&self, run: PageRun, bytes: PageBytes<'_>) -> Flow {
         if bytes.len() != run.len() {
             let reason = format!("{} bytes were delivered for {run}", bytes.len());
-            let error = SourceError::Stopped { reason: reason.clone() };
+            let error = SourceError::new(SourceErrorKind::Protocol, Subject::none().run(run), reason.clone());
             self.status.fail(self.source_error(run, error));
-            return Flow::Break(SinkError::Stopped { reason });
+            return Flow::Break(SinkError::Stopped { reason }.into());
         }
         for (number, part) in self.parts(run) {
             if !self.status.running() {
@@ -38,7 +77,7 @@ impl PageSink for Memory {
         Flow::Continue(())
     }
 
-    fn zero(&self, run: PageRun) -> Flow {
+    fn take_zero(&self, run: PageRun) -> Flow {
         for (number, part) in self.parts(run) {
             if !self.status.running() {
                 return Flow::Break(stopped());
@@ -54,7 +93,7 @@ impl PageSink for Memory {
         Flow::Continue(())
     }
 
-    fn failed(&self, run: PageRun, error: SourceError) -> Flow {
+    fn take_failed(&self, run: PageRun, error: &SourceError) -> Flow {
         for (number, part) in self.parts(run) {
             if !self.status.running() {
                 return Flow::Break(stopped());
@@ -77,15 +116,6 @@ impl PageSink for Memory {
         Flow::Continue(())
     }
 
-    fn end(&self, end: End) {
-        match end {
-            End::Complete => self.rest_is_zero(),
-            End::Broken(error) => self.status.fail(EngineError::Broken(error)),
-        }
-    }
-}
-
-impl Memory {
     /// An error that the source gave for some pages.
     fn source_error(&self, run: PageRun, error: SourceError) -> EngineError {
         let area = self.areas.iter().find(|area| area.block() == run.block);
@@ -207,7 +237,7 @@ impl Memory {
                 self.not_taken(number, granule);
                 Flow::Continue(())
             }
-            Err(NotAdded::Unreadable) => Flow::Break(SinkError::Unreadable(here)),
+            Err(NotAdded::Unreadable) => Flow::Break(Reply::Unreadable(here)),
             Err(NotAdded::NoRoom(error)) => {
                 let (block, error) = (Arc::clone(&area.name), Arc::new(error));
                 self.status.fail(EngineError::Staging { block, run: here, error });

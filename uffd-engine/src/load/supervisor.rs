@@ -67,7 +67,6 @@ impl Supervisor {
             }
             Task::PagesFailed(error) => self.tell(&Event::PagesFailed(error)),
             Task::Check => return self.check(),
-            Task::LookUp => self.look_up(),
             Task::Thaw => self.thaw(),
             Task::Fail(error) => {
                 self.fail(error);
@@ -84,14 +83,6 @@ impl Supervisor {
             self.core.thaw(&shared);
         }
         self.core.status.tell(Task::Check);
-    }
-
-    /// A source that has died without a word would leave its pages outstanding for ever.
-    fn look_up(&self) {
-        if !self.core.window.none() && !self.origin.feed.alive() {
-            let (peer, reason) = ("the source of the pages".into(), "it has stopped answering".into());
-            self.core.status.fail(EngineError::Broken(SourceError::Peer { peer, reason }));
-        }
     }
 
     /// An observer that panics is not told anything any more: what this thread has to do must still be done.
@@ -131,13 +122,18 @@ impl Supervisor {
             // Whoever is at it tells.
             return false;
         }
-        if let Err(error) = self.origin.source.verify() {
-            self.core.status.fail(EngineError::Broken(error));
-            return false;
+        match self.origin.finish(&self.core.status) {
+            Some(Ok(())) => {}
+            Some(Err(error)) => {
+                self.core.status.fail(EngineError::Broken(error));
+                return false;
+            }
+            // A thread is asking for something just now, and tells when it has.
+            None => return false,
         }
         if self.core.staging.cannot_poison.load(Ordering::Acquire) {
-            let reason = "this kernel can't poison the pages that could not be had".into();
-            self.core.status.fail(EngineError::Broken(SourceError::Stopped { reason }));
+            let reason = "this kernel can't poison the pages that could not be loaded";
+            self.core.status.fail(EngineError::Broken(SourceError::stopped(reason)));
             return false;
         }
         if !self.begin_completion() {
@@ -165,7 +161,7 @@ impl Supervisor {
     fn lack(&self, number: usize) -> Lack {
         let area = &self.core.areas[number];
         let mut lack = Lack::Nothing;
-        for granule in area.stored(&*self.origin.source).flat_map(|(first, granules)| first..first + granules) {
+        for granule in area.stored(&*self.origin.pages).flat_map(|(first, granules)| first..first + granules) {
             loop {
                 match area.states.get(granule).state {
                     State::Missing => return Lack::Content,
@@ -191,7 +187,7 @@ impl Supervisor {
         if let Some(frozen) = self.core.frozen() {
             frozen.end(Err(FrozenError::Engine(Box::new(error.clone()))));
         }
-        self.core.fail_closed(&*self.origin.source);
+        self.core.fail_closed(&*self.origin.pages);
         stay_open(&self.core);
         self.core.status.end(Outcome::Failed(error.clone()));
         self.tell(&Event::Failed(error));

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use nix::errno::Errno;
-use page_source::PageSource;
+use page_source::Pages;
 use page_units::ByteLen;
 
 use super::descriptor::Descriptor;
@@ -81,7 +81,7 @@ pub(crate) fn stay_open(core: &Arc<Memory>) {
 impl Memory {
     /// Ends what could not start whole, and has no supervisor. Memory of this process is let go as it is, since its owner
     /// is told at once; for that of another process, which would go on with zeros, what is missing is poisoned.
-    pub(crate) fn give_up(&self, source: &dyn PageSource) {
+    pub(crate) fn give_up(&self, source: &dyn Pages) {
         // Nothing is installed from here on. If it has failed before, that is so already.
         self.status.begin_completion();
         if self.descriptor.foreign() {
@@ -93,7 +93,7 @@ impl Memory {
     }
 
     /// Poisons what is missing of the source's content, and then lets the memory go.
-    pub(crate) fn fail_closed(&self, source: &dyn PageSource) {
+    pub(crate) fn fail_closed(&self, source: &dyn Pages) {
         for number in 0..self.areas.len() {
             let area = &self.areas[number];
             let stored = || self.poison_missing(number, area.stored(source));
