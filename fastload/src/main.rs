@@ -2,9 +2,11 @@
 
 mod commands;
 mod contents;
+mod flat;
 mod offset;
 mod output;
 mod parse;
+mod recognise;
 mod rewrite;
 
 use std::io::Write as _;

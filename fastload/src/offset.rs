@@ -2,10 +2,13 @@
 
 use std::path::Path;
 
-use mapped_ram::{OpenError, Options, Snapshot};
+use mapped_ram::{OpenErrorKind, Options, Snapshot};
 use page_units::FileOffset;
 
+use crate::commands::Failure;
+use crate::commands::serving::quoted;
 use crate::parse;
+use crate::recognise::{self, Known};
 
 /// The argument, and what it means for opening the file.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -18,17 +21,41 @@ pub(crate) struct Offset {
 
 impl Offset {
     /// Opens a file that has to be complete.
-    pub(crate) fn open(&self, path: &Path) -> Result<Snapshot, OpenError> {
+    pub(crate) fn open(&self, path: &Path) -> Result<Snapshot, Failure> {
         self.open_with(path, false)
     }
 
     /// Opens a file to look into it, also if it is damaged.
-    pub(crate) fn open_damaged(&self, path: &Path) -> Result<Snapshot, OpenError> {
+    pub(crate) fn open_damaged(&self, path: &Path) -> Result<Snapshot, Failure> {
         self.open_with(path, true)
     }
 
-    fn open_with(&self, path: &Path, damaged: bool) -> Result<Snapshot, OpenError> {
-        Snapshot::open_with(path, &Options { base: self.offset.map(FileOffset), damaged })
+    fn open_with(&self, path: &Path, damaged: bool) -> Result<Snapshot, Failure> {
+        let known = recognise::at(path).map_err(|error| format!("{}: {error}", path.display()))?;
+        let base = match (self.offset, &known) {
+            // Who names an offset knows what is in front of it.
+            (Some(offset), _) => Some(FileOffset(offset)),
+            (None, Known::Libvirt(_, stream)) => Some(*stream),
+            (None, Known::Other(what)) => return Err(format!("{}: {what}", path.display()).into()),
+            (None, Known::Perhaps) => None,
+        };
+        Snapshot::open_with(path, &Options { base, damaged }).map_err(|error| match (&error.kind, known) {
+            (OpenErrorKind::NotAStream { .. }, Known::Libvirt(..)) if self.offset.is_none() => {
+                format!("{error}, where the header of this image of libvirt's says that it begins: it is damaged")
+                    .into()
+            }
+            (OpenErrorKind::NotAStream { .. }, Known::Other(what)) => format!("{error}; {what}").into(),
+            (OpenErrorKind::NotAStream { .. }, Known::Perhaps) => format!("{error}{}", recognise::unknown(path)).into(),
+            (OpenErrorKind::PlainStream { .. }, _) => {
+                let file = format!("file:{}", path.display());
+                format!(
+                    "{error}; or start QEMU with -incoming {}, then: fastload capture --qmp SOCKET OUT",
+                    quoted(file.as_ref())
+                )
+                .into()
+            }
+            _ => error.into(),
+        })
     }
 
     /// The words of a command line that say the same, after a space; nothing if there is nothing to say.

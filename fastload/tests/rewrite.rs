@@ -233,7 +233,7 @@ fn what_can_not_be_converted_is_refused() {
     fs::write(&flat, vec![1; 8192]).unwrap();
     let template = ["convert", "--template", plain.to_str().unwrap()];
     assert!(refused(&["convert"], &[&flat, &out]).contains("--template"));
-    assert!(refused(&template, &[&flat, &out]).contains("/flat: RAM block \"pc.ram\" needs bytes"));
+    assert!(refused(&template, &[&flat, &out]).contains("/flat has 8192 bytes, but the RAM blocks of"));
     fs::write(&flat, vec![1; (64 << 20) + 4096]).unwrap();
     assert!(refused(&template, &[&flat, &out]).contains("but the RAM blocks of"));
     assert!(refused(&["convert"], &[&plain, &plain]).contains("the same file"));

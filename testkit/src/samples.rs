@@ -81,6 +81,15 @@ pub fn full() -> Vec<Sample> {
     load(&root().join("../shared/samples"))
 }
 
+/// Unpacks what `testkit/samples/libvirt` has under this name into a directory: files of a real libvirt.
+///
+/// # Errors
+/// If a file can't be read or written.
+pub fn libvirt(name: &str, directory: &Path) -> io::Result<PathBuf> {
+    let packed = root().join("testkit/samples/libvirt").join(format!("{name}.zst"));
+    Sample { name: name.to_owned(), golden: serde_json::Value::Null, packed }.unpack(directory)
+}
+
 fn root() -> PathBuf {
     let mut at = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
     while !at.join("testkit/samples").is_dir() {

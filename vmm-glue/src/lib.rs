@@ -15,6 +15,7 @@
 //! The parts can be used one by one; `examples/restore.rs` shows them together.
 
 mod blueprint;
+mod host_check;
 mod live;
 mod machine;
 mod memory;
@@ -29,6 +30,7 @@ mod sys;
 mod vcpu;
 mod vm;
 
+pub use host_check::host_check;
 pub use live::{Blackout, LiveError, LiveEvent, LiveOptions, LiveProgress, LiveReport, LiveSnapshot, snapshot_live};
 pub use machine::{Machine, MachineConfig, MachineError};
 pub use memory::{Discard, GuestRam, Memory, MemoryError, Piece, RamSpec};
@@ -36,7 +38,7 @@ pub use ram_source::RamSource;
 pub use report::{Mode, RestoreReport, Step};
 pub use restore::{Observer, RestoreError, RestoreOptions, SavedVm, resume_on_demand};
 pub use save::{SaveError, SaveOptions, Saved, save};
-pub use state::{Host, MachineState, StateError, VcpuState, VmState};
+pub use state::{ClockPolicy, Host, Lack, MachineState, Restored, StateError, TscMethod, VcpuState, VmState};
 pub use uffd_engine::{Backing, FreezeOptions, FreezeStats, Handlers};
 pub use vcpu::{Bus, FailedPage, Next, StopError, StopHandle, VcpuError, VcpuOptions, Vcpus};
 pub use vm::{Vm, VmError, VmStopError};

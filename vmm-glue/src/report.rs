@@ -5,7 +5,7 @@ use std::time::Duration;
 use page_units::{BlockId, GuestAddr, Layout, PageCount, PageRun};
 use uffd_engine::Backing;
 
-use crate::GuestRam;
+use crate::{GuestRam, Restored};
 
 /// How memory came.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,6 +32,8 @@ pub struct RestoreReport {
     pub backing: Backing,
     /// From the call until the vCPUs were let go (or were ready to be).
     pub took: Duration,
+    /// How time goes on.
+    pub time: Restored,
     /// The steps, each with the time it took. The machine is made on a thread of its own meanwhile, so together they
     /// take longer than all.
     pub steps: Vec<(Step, Duration)>,

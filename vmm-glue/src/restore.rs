@@ -15,7 +15,7 @@ use uffd_engine::{Backing, Builder, Engine, Event, Handlers, StartError};
 use crate::memory::{GuestRam, MemoryError, RamSpec};
 use crate::ram_sink::RamSink;
 use crate::report::{Mode, RestoreReport, Step};
-use crate::state::{Host, MachineState, StateError};
+use crate::state::{ClockPolicy, Host, MachineState, StateError};
 use crate::vcpu::Launch;
 use crate::{Bus, MachineError, StopHandle, VcpuOptions, Vm, blueprint};
 
@@ -70,6 +70,8 @@ pub struct RestoreOptions {
     pub vcpus: VcpuOptions,
     /// How many threads load, when all is loaded before.
     pub eager_threads: usize,
+    /// What time it is for the guest.
+    pub clock: ClockPolicy,
     /// Told what the engine tells.
     pub observer: Option<Observer>,
 }
@@ -87,7 +89,13 @@ impl fmt::Debug for Observer {
 impl Default for RestoreOptions {
     /// Anonymous memory, running at once, one thread.
     fn default() -> RestoreOptions {
-        RestoreOptions { backing: Backing::Anonymous, vcpus: VcpuOptions::default(), eager_threads: 1, observer: None }
+        RestoreOptions {
+            backing: Backing::Anonymous,
+            vcpus: VcpuOptions::default(),
+            eager_threads: 1,
+            clock: ClockPolicy::GoOn,
+            observer: None,
+        }
     }
 }
 
@@ -110,6 +118,13 @@ impl RestoreOptions {
     #[must_use]
     pub fn with_observer(mut self, observer: impl Fn(&Event) + Send + Sync + 'static) -> RestoreOptions {
         self.observer = Some(Observer(Arc::new(observer)));
+        self
+    }
+
+    /// The guest's clocks go on where they stood, or catch up.
+    #[must_use]
+    pub fn with_clock(mut self, clock: ClockPolicy) -> RestoreOptions {
+        self.clock = clock;
         self
     }
 
@@ -204,7 +219,7 @@ impl SavedVm {
         let launch = Launch::begin(kvm, host, bus, options.vcpus.clone())?;
         let mut clock = Clock::going_on(&self.steps);
         let ram = memory(&launch, &self.memory, options)?;
-        launch.machine(Arc::clone(&self.state))?;
+        launch.machine(Arc::clone(&self.state), options.clock)?;
         let sink = Arc::new(RamSink::new(Arc::clone(&ram), self.source.layout())?);
         clock.done(Step::Memory);
         let load = launch.load();
@@ -252,7 +267,7 @@ impl SavedVm {
         configure: impl FnOnce(Builder) -> Builder,
         mut clock: Clock,
     ) -> Result<Vm, RestoreError> {
-        launch.machine(Arc::clone(&self.state))?;
+        launch.machine(Arc::clone(&self.state), options.clock)?;
         ram.check_untouched()?;
         let regions = ram.regions(self.source.layout())?;
         clock.done(Step::Memory);
@@ -301,7 +316,14 @@ impl SavedVm {
         let mut steps = clock.steps;
         steps.extend([(Step::Machine, times.machine), (Step::Load, times.load), (Step::Threads, times.threads)]);
         let source = self.source.layout().clone();
-        let report = RestoreReport { mode, backing: options.backing, took: begun.elapsed(), steps, source };
+        let report = RestoreReport {
+            mode,
+            backing: options.backing,
+            took: begun.elapsed(),
+            time: times.restored,
+            steps,
+            source,
+        };
         Ok(Vm::new(vcpus, engine, report, self.file))
     }
 }

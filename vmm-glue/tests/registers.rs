@@ -12,8 +12,8 @@ use proptest::prelude::*;
 use testkit::guest::{GuestConfig, GuestImage, Privilege};
 use testkit::require;
 use vmm_glue::{
-    Backing, GuestRam, Host, Machine, MachineConfig, MachineState, RestoreOptions, SaveOptions, SavedVm, StateError,
-    VcpuOptions, VcpuState, Vcpus, VmState,
+    Backing, GuestRam, Host, Machine, MachineConfig, MachineState, RestoreOptions, Restored, SaveOptions, SavedVm,
+    StateError, VcpuOptions, VcpuState, Vcpus, VmState,
 };
 use vmstate::{Section, VmDesc, walk};
 
@@ -34,7 +34,7 @@ fn save(machine: &Machine, host: &Host) -> MachineState {
     MachineState::save(machine.vm(), &vcpus, host, config.irqchip, config.pit).unwrap()
 }
 
-fn restore(state: &MachineState, machine: &Machine, host: &Host) -> Result<(), StateError> {
+fn restore(state: &MachineState, machine: &Machine, host: &Host) -> Result<Restored, StateError> {
     let vcpus: Vec<_> = machine.vcpus().iter().collect();
     state.restore(machine.vm(), &vcpus, host)
 }

@@ -1,13 +1,16 @@
 //! `fastload convert`: the same snapshot in another file.
 
-use std::path::PathBuf;
+use std::fs::File;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use mapped_ram::{OpenErrorKind, Snapshot};
+use mapped_ram::Snapshot;
 use page_files::{FlatBlock, FlatFile, MappedRam};
 
 use crate::commands::Failure;
+use crate::flat::{self, Hole};
 use crate::offset::Offset;
+use crate::recognise::{self, Known};
 use crate::rewrite;
 
 /// Write a snapshot again: as a clean mapped-ram file, as flat memory, or flat memory as mapped-ram.
@@ -32,6 +35,13 @@ pub(crate) struct Convert {
     /// A mapped-ram file. The input is then flat memory: the template's RAM blocks, one after the other.
     #[arg(long, value_name = "SNAPSHOT", conflicts_with = "offset")]
     template: Option<PathBuf>,
+    /// Flat memory of the same size that the input is a diff of: where the input has a hole, the page is taken from
+    /// here. Of several, the oldest comes first.
+    #[arg(long, value_name = "MEMORY", requires = "template")]
+    base: Vec<PathBuf>,
+    /// Take the holes of flat memory for zero pages, also where the template has content.
+    #[arg(long, requires = "template")]
+    holes_are_zero: bool,
     #[command(flatten)]
     offset: Offset,
     /// Print JSON, and no progress bar.
@@ -56,12 +66,12 @@ impl Convert {
             }
             Some(template) => {
                 rewrite::refuse_same(template, &self.output)?;
-                let template = Snapshot::open(template)?;
+                let template = Offset::default().open(template)?;
                 let source = self.flat(&template)?;
                 rewrite::to_mapped_ram(&source, &template, &self.output, self.json)?
             }
             None => {
-                let snapshot = Arc::new(self.snapshot()?);
+                let snapshot = Arc::new(self.offset.open(&self.input)?);
                 refuse_left_out(&snapshot)?;
                 let source = MappedRam::new(Arc::clone(&snapshot))?;
                 match self.to {
@@ -73,26 +83,52 @@ impl Convert {
         written.print(self.json)
     }
 
-    fn snapshot(&self) -> Result<Snapshot, Failure> {
-        self.offset.open(&self.input).map_err(|error| match error.kind {
-            OpenErrorKind::NotAStream { .. } => {
-                format!("{error}; if it is flat memory, name a --template for the rest of the snapshot").into()
-            }
-            _ => error.into(),
-        })
-    }
-
     /// The input as flat memory with the blocks of `template`, exactly.
     fn flat(&self, template: &Snapshot) -> Result<FlatFile, Failure> {
         let layout = template.layout();
-        let source = FlatFile::open(&self.input, FlatBlock::concatenated(layout.blocks().to_vec())?)?;
-        let meta = std::fs::metadata(&self.input).map_err(|error| format!("{}: {error}", self.input.display()))?;
-        let (size, total) = (meta.len(), layout.total().0);
+        let blocks = FlatBlock::concatenated(layout.blocks().to_vec())?;
+        let file = self.memory()?;
+        let (size, total) = (file.metadata()?.len(), layout.total().0);
         if size != total {
             let (input, template) = (self.input.display(), template.path().display());
-            return Err(format!("{input} has {size} bytes, but the RAM blocks of {template} have {total}").into());
+            let known = match recognise::at(&self.input) {
+                Ok(Known::Other(what)) => format!("; {what}"),
+                _ => String::new(),
+            };
+            return Err(
+                format!("{input} has {size} bytes, but the RAM blocks of {template} have {total}{known}").into()
+            );
         }
-        Ok(source)
+        if !self.holes_are_zero
+            && let Some(hole) = flat::hole(&file, &blocks, template)?
+        {
+            return Err(self.doubtful(&hole, template).into());
+        }
+        Ok(FlatFile::from_file(file, &self.input, blocks)?)
+    }
+
+    /// The input, with what it is a diff of.
+    fn memory(&self) -> Result<File, Failure> {
+        for base in &self.base {
+            rewrite::refuse_same(base, &self.output)?;
+        }
+        let layers: Vec<&Path> = self.base.iter().chain([&self.input]).map(PathBuf::as_path).collect();
+        match layers.as_slice() {
+            [input] => Ok(File::open(input).map_err(|error| format!("{}: {error}", input.display()))?),
+            layers => flat::merge(layers, &self.output),
+        }
+    }
+
+    fn doubtful(&self, hole: &Hole, template: &Snapshot) -> String {
+        let Hole { block, page, holes, pages } = hole;
+        format!(
+            "{}: {holes} of its {pages} pages are holes, and {} has content where one is (RAM block \"{block}\", page \
+             {}): it is a diff, perhaps, whose holes mean that nothing changed; name the memory that it is a diff of \
+             with --base; if its holes are zero pages, say --holes-are-zero",
+            self.input.display(),
+            template.path().display(),
+            page.0
+        )
     }
 }
 

@@ -2,6 +2,8 @@
 
 use kvm_bindings::kvm_cpuid_entry2;
 
+use super::Lack;
+
 /// One register of feature bits. (Intel SDM volume 2, CPUID; AMD APM volume 3, appendix E.)
 struct Features {
     leaf: u32,
@@ -80,8 +82,8 @@ const FEATURES: &[Features] = &[
     Features { leaf: 0x4000_0001, subleaf: 0, register: "eax", of: |entry| entry.eax, names: "" },
 ];
 
-/// The names of the features in `wanted` that are not in `host`.
-pub(super) fn missing(wanted: &[kvm_cpuid_entry2], host: &[kvm_cpuid_entry2]) -> Vec<String> {
+/// The features in `wanted` that are not in `host`.
+pub(super) fn missing(wanted: &[kvm_cpuid_entry2], host: &[kvm_cpuid_entry2]) -> Vec<Lack> {
     let mut missing = Vec::new();
     for features in FEATURES {
         let matches = |entry: &&kvm_cpuid_entry2| entry.function == features.leaf && entry.index == features.subleaf;
@@ -93,14 +95,12 @@ pub(super) fn missing(wanted: &[kvm_cpuid_entry2], host: &[kvm_cpuid_entry2]) ->
             continue;
         }
         let names: Vec<&str> = features.names.split_whitespace().collect();
-        for bit in (0..32).filter(|bit| lacking >> bit & 1 == 1) {
-            match names.get(bit) {
-                Some(name) if name.starts_with('!') => {}
-                Some(&name) if name != "-" => missing.push(format!("CPU feature {name}")),
-                _ => missing.push(format!(
-                    "CPU feature CPUID[{:#x}.{}].{} bit {bit}",
-                    features.leaf, features.subleaf, features.register
-                )),
+        for (bit, name) in (0..32).map(|bit| (bit, names.get(bit as usize))).filter(|(bit, _)| lacking >> bit & 1 == 1)
+        {
+            let name = name.copied().filter(|name| *name != "-");
+            if !name.is_some_and(|name| name.starts_with('!')) {
+                let &Features { leaf, subleaf, register, .. } = features;
+                missing.push(Lack::CpuFeature { leaf, subleaf, register, bit, name });
             }
         }
     }
@@ -140,11 +140,12 @@ mod tests {
         let entry = |ebx| kvm_cpuid_entry2 { function: 7, ebx, ..kvm_cpuid_entry2::default() };
         let host = [entry(1 << 3)];
         assert!(missing(&[entry(1 << 3)], &host).is_empty());
-        let names = missing(&[entry(1 << 16 | 1 << 22)], &host);
+        let named = |wanted| missing(&[wanted], &host).iter().map(Lack::to_string).collect::<Vec<_>>();
+        let names = named(entry(1 << 16 | 1 << 22));
         assert_eq!(names, ["CPU feature avx512f", "CPU feature CPUID[0x7.0].ebx bit 22"]);
         let switched_on = kvm_cpuid_entry2 { function: 1, ecx: 1 << 27, ..kvm_cpuid_entry2::default() };
         assert!(missing(&[switched_on], &host).is_empty());
         let speculation = kvm_cpuid_entry2 { function: 0x8000_0008, ebx: 1 << 14, ..kvm_cpuid_entry2::default() };
-        assert_eq!(missing(&[speculation], &host), ["CPU feature amd_ibrs"]);
+        assert_eq!(named(speculation), ["CPU feature amd_ibrs"]);
     }
 }

@@ -37,14 +37,14 @@ fn check_members(value: &Value<'_>, section: &str, subsections: &[&str]) -> Resu
     Ok(())
 }
 
-/// Refuses devices that nobody here would restore.
-fn no_others(snapshot: &Snapshot, vcpus: usize) -> Result<(), StateError> {
+/// Refuses devices that nothing here would restore, but for those that are the caller's `own`.
+fn no_others(snapshot: &Snapshot, vcpus: usize, own: &dyn Fn(&str, u32) -> bool) -> Result<(), StateError> {
     for section in snapshot.sections().iter().filter(|section| section.kind == SectionKind::Full) {
         let (name, instance) = (section.name.as_str(), section.instance as usize);
         let known = match name {
             VCPU => instance < vcpus,
             VM | blueprint::NAME => instance == 0,
-            _ => false,
+            _ => own(name, section.instance),
         };
         if !known {
             return Err(StateError::Unsupported(format!("device \"{name}\" (instance {instance})")));
@@ -172,7 +172,7 @@ impl VmState {
     /// # Errors
     /// If something is missing, of another kind, or not known here.
     pub fn from_section(value: &Value<'_>) -> Result<VmState, StateError> {
-        check(value, VM, &["kvm-vm/irqchip", "kvm-vm/pit", "kvm-vm/clock"])?;
+        check(value, VM, &["kvm-vm/irqchip", "kvm-vm/pit", "kvm-vm/clock", "kvm-vm/realtime"])?;
         let chips = |value: &Value<'_>| {
             let chip = |name| -> Result<Vec<u8>, StateError> {
                 let bytes = value.field(name)?.bytes();
@@ -192,7 +192,8 @@ impl VmState {
             return Err(StateError::Invalid("the subsection \"kvm-vm/irqchip\" is missing".into()));
         }
         let pit = value.get("kvm-vm/pit").map(Record::read).transpose()?;
-        Ok(VmState { interrupts, pit, clock: optional(value, "kvm-vm/clock", "clock")? })
+        let clock = optional(value, "kvm-vm/clock", "clock")?;
+        Ok(VmState { interrupts, pit, clock, realtime: optional(value, "kvm-vm/realtime", "realtime")? })
     }
 }
 
@@ -202,6 +203,14 @@ impl MachineState {
     /// # Errors
     /// If the file has no such state (one that QEMU wrote has none), or it is not what it should be.
     pub fn load(snapshot: &Snapshot) -> Result<MachineState, StateError> {
+        MachineState::load_with_devices(snapshot, |_, _| false)
+    }
+
+    /// The same, of a file that has device sections of the caller's `own` besides: told by name and instance.
+    ///
+    /// # Errors
+    /// As [`load`](MachineState::load): devices that are not the caller's own are refused by name.
+    pub fn load_with_devices(snapshot: &Snapshot, own: impl Fn(&str, u32) -> bool) -> Result<MachineState, StateError> {
         let read = |name, instance| snapshot.device(name, instance).call("reading the device state", None);
         let vm = read(VM, 0)?.ok_or_else(|| {
             let machine = &snapshot.configuration().machine;
@@ -213,7 +222,7 @@ impl MachineState {
             let Some(device) = read(VCPU, id)? else { break };
             vcpus.push(VcpuState::from_section(id, &device.decode()?)?);
         }
-        no_others(snapshot, vcpus.len())?;
+        no_others(snapshot, vcpus.len(), &own)?;
         let state = MachineState { vm, vcpus };
         state.coherent()?;
         Ok(state)

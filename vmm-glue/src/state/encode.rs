@@ -72,6 +72,9 @@ fn vm(state: &VmState) -> Result<Section, StateError> {
     if let Some(clock) = state.clock {
         section = section.subsection("kvm-vm/clock", 1, |to| to.u64("clock", clock));
     }
+    if let Some(realtime) = state.realtime {
+        section = section.subsection("kvm-vm/realtime", 1, |to| to.u64("realtime", realtime));
+    }
     Ok(section.build()?)
 }
 

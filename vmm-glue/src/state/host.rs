@@ -2,11 +2,14 @@
 
 use std::sync::{Arc, OnceLock};
 
-use kvm_bindings::{CpuId, KVM_CAP_SREGS2, KVM_CAP_VM_TSC_CONTROL, KVM_CAP_XSAVE2, KVM_MAX_CPUID_ENTRIES};
+use kvm_bindings::{CpuId, KVM_CAP_SREGS2, KVM_CAP_VM_TSC_CONTROL, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Cap, Kvm};
 
 use super::error::Call;
-use super::{MachineState, StateError, cpuid, msrs};
+use super::lack::{self, Lack};
+use super::tsc::{self, TscMethod};
+use super::{MachineState, StateError, VcpuState, cpuid, msrs};
+use crate::sys;
 
 /// The abilities of a host that matter for a guest's state. Cloning it is cheap.
 #[derive(Clone, Debug)]
@@ -29,8 +32,10 @@ pub(super) struct Abilities {
     pub(super) tsc_control: bool,
     /// A VM tells how fast the counters of its vCPUs will run.
     pub(super) vm_tsc: bool,
-    /// Bytes of extended state, 0 if only the classic 4096 are there.
-    pub(super) xsave_len: usize,
+    /// How a vCPU's time stamp counter is put back.
+    pub(super) tsc: TscMethod,
+    /// To ask what may have changed since.
+    pub(super) kvm: Kvm,
     /// How many vCPUs a VM can have.
     max_vcpus: usize,
     /// What else a VM can have: interrupt controllers, timer, clock.
@@ -45,7 +50,8 @@ pub(super) fn close(wanted: u32, has: u32) -> bool {
 }
 
 impl Host {
-    /// Asks KVM.
+    /// Asks KVM. It makes a vCPU for that, after which the process can't ask for more extended state: a VMM that wants AMX
+    /// calls `arch_prctl(ARCH_REQ_XCOMP_GUEST_PERM)` before (arch_prctl(2)).
     ///
     /// # Errors
     /// If it does not answer.
@@ -66,6 +72,9 @@ impl Host {
         let vm = kvm.create_vm().call("KVM_CREATE_VM", None)?;
         let vcpu = vm.create_vcpu(0).call("KVM_CREATE_VCPU", None)?;
         let tsc_khz = vcpu.get_tsc_khz().ok();
+        // Some MSRs are there only if CPUID says so.
+        let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).call("KVM_GET_SUPPORTED_CPUID", None)?;
+        vcpu.set_cpuid2(&supported).call("KVM_SET_CPUID2", None)?;
         let mut unlisted = msrs::get(&vcpu, 0, &msrs::unlisted().collect::<Vec<_>>())?;
         unlisted.sort_unstable();
         let there = unlisted.iter().map(|&(index, _)| index);
@@ -73,7 +82,7 @@ impl Host {
         msrs.sort_unstable();
         msrs.dedup();
         let has = Abilities {
-            supported: kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).call("KVM_GET_SUPPORTED_CPUID", None)?,
+            supported,
             shown: OnceLock::new(),
             msrs,
             unlisted,
@@ -81,13 +90,20 @@ impl Host {
             sregs2: has(KVM_CAP_SREGS2) > 0,
             tsc_control: kvm.check_extension(Cap::TscControl),
             vm_tsc: has(KVM_CAP_VM_TSC_CONTROL) > 0,
-            xsave_len: usize::try_from(has(KVM_CAP_XSAVE2)).unwrap_or(0),
+            tsc: tsc::method(&vcpu)?,
+            kvm: sys::same_kvm(kvm).call("duplicating the descriptor of KVM", None)?,
             max_vcpus: kvm.get_max_vcpus(),
             irqchip: kvm.check_extension(Cap::Irqchip),
             pit: kvm.check_extension(Cap::Pit2) && kvm.check_extension(Cap::PitState2),
             clock: kvm.check_extension(Cap::AdjustClock),
         };
         Ok(Host { has: Arc::new(has) })
+    }
+
+    /// How the time stamp counters of a guest that is restored here are put back.
+    #[must_use]
+    pub fn tsc_method(&self) -> TscMethod {
+        self.has.tsc
     }
 
     /// Whether a vCPU that was just created has this value in an MSR that KVM does not list.
@@ -111,46 +127,59 @@ impl Host {
     /// # Errors
     /// [`StateError::Unsupported`] with everything that is missing.
     pub fn check(&self, kvm: &Kvm, state: &MachineState) -> Result<(), StateError> {
-        let mut missing = Vec::new();
+        let lacks = self.lacks(kvm, state)?;
+        if lacks.is_empty() { Ok(()) } else { Err(StateError::Unsupported(lack::list(&lacks))) }
+    }
+
+    /// Lists everything that the state needs and this host does not have, sorted, each thing once.
+    ///
+    /// # Errors
+    /// If KVM does not answer.
+    pub fn lacks(&self, kvm: &Kvm, state: &MachineState) -> Result<Vec<Lack>, StateError> {
         let (wanted, has) = (&state.vm, &self.has);
-        for (lacks, what) in [
-            (wanted.interrupts.is_some() && !has.irqchip, "KVM_CAP_IRQCHIP (interrupt controllers)"),
-            (wanted.pit.is_some() && !has.pit, "KVM_CAP_PIT_STATE2 (the 8254 timer)"),
-            (wanted.clock.is_some() && !has.clock, "KVM_CAP_ADJUST_CLOCK (kvmclock)"),
-        ] {
-            missing.extend(lacks.then(|| what.to_owned()));
-        }
+        let sregs2 = |vcpu: &VcpuState| vcpu.sregs2.is_some_and(|sregs| sregs.flags != 0);
+        let capabilities = [
+            (wanted.interrupts.is_some() && !has.irqchip, "KVM_CAP_IRQCHIP", "interrupt controllers"),
+            (wanted.pit.is_some() && !has.pit, "KVM_CAP_PIT_STATE2", "the 8254 timer"),
+            (wanted.clock.is_some() && !has.clock, "KVM_CAP_ADJUST_CLOCK", "kvmclock"),
+            (state.vcpus.iter().any(sregs2) && !has.sregs2, "KVM_CAP_SREGS2", "page directory pointers of PAE paging"),
+        ];
+        let lacking = capabilities.into_iter().filter(|(lacks, ..)| *lacks);
+        let mut missing: Vec<Lack> = lacking.map(|(_, name, what)| Lack::Capability { name, what }).collect();
         if state.vcpus.len() > has.max_vcpus {
-            missing.push(format!("{} vCPUs (this host allows {})", state.vcpus.len(), has.max_vcpus));
+            missing.push(Lack::Vcpus { wanted: state.vcpus.len(), most: has.max_vcpus });
         }
-        let possible = cpuid::extended_state(has.supported.as_slice());
         for vcpu in &state.vcpus {
-            let lacking = vcpu.extended_state() & !possible;
-            let bits = (0..u64::BITS).filter(|bit| lacking >> bit & 1 == 1);
-            missing.extend(bits.map(|bit| format!("extended state (XSAVE) component {bit}")));
-            if !cpuid::missing(&vcpu.cpuid, self.has.supported.as_slice()).is_empty() {
-                let both = [self.has.supported.as_slice(), self.shown(kvm)?.as_slice()].concat();
-                missing.extend(cpuid::missing(&vcpu.cpuid, &both));
-            }
-            let words = vcpu.xsave.iter().rposition(|&word| word != 0).map_or(0, |last| last + 1);
-            if words * 4 > self.has.xsave_len.max(4096) {
-                missing.push(format!("extended state (XSAVE) of {} bytes", vcpu.xsave.len() * 4));
-            }
-            let unknown =
-                vcpu.msrs.iter().filter(|(index, value)| *value != 0 && self.has.msrs.binary_search(index).is_err());
-            missing.extend(unknown.map(|(index, _)| format!("MSR {index:#x}")));
-            if let (Some(wanted), Some(has)) = (vcpu.tsc_khz, self.has.tsc_khz)
-                && !(self.has.tsc_control || close(wanted, has))
-            {
-                missing.push(format!("a TSC of {wanted} kHz (this host's runs at {has} kHz)"));
-            }
-            if vcpu.sregs2.is_some_and(|sregs| sregs.flags != 0) && !self.has.sregs2 {
-                missing.push("KVM_CAP_SREGS2 (page directory pointers of PAE paging)".into());
-            }
+            self.vcpu_lacks(kvm, vcpu, &mut missing)?;
         }
         missing.sort_unstable();
         missing.dedup();
-        if missing.is_empty() { Ok(()) } else { Err(StateError::Unsupported(missing.join(", "))) }
+        Ok(missing)
+    }
+
+    fn vcpu_lacks(&self, kvm: &Kvm, vcpu: &VcpuState, missing: &mut Vec<Lack>) -> Result<(), StateError> {
+        let has = &self.has;
+        let lacking = vcpu.extended_state() & !cpuid::extended_state(has.supported.as_slice());
+        let bits = (0..u64::BITS).filter(|bit| lacking >> bit & 1 == 1);
+        missing.extend(bits.map(|component| Lack::ExtendedState { component }));
+        if !cpuid::missing(&vcpu.cpuid, has.supported.as_slice()).is_empty() {
+            let both = [has.supported.as_slice(), self.shown(kvm)?.as_slice()].concat();
+            missing.extend(cpuid::missing(&vcpu.cpuid, &both));
+        }
+        let words = vcpu.xsave.iter().rposition(|&word| word != 0).map_or(0, |last| last + 1);
+        if words * 4 > sys::xsave_len(kvm).max(sys::XSAVE_WORDS * 4) {
+            missing.push(Lack::ExtendedStateLength { bytes: vcpu.xsave.len() * 4 });
+        }
+        let unknown = vcpu.msrs.iter().filter(|(index, value)| {
+            *value != 0 && !msrs::is_history(*index) && has.msrs.binary_search(index).is_err()
+        });
+        missing.extend(unknown.map(|&(index, _)| Lack::Msr { index }));
+        if let (Some(wanted), Some(has_khz)) = (vcpu.tsc_khz, has.tsc_khz)
+            && !(has.tsc_control || close(wanted, has_khz))
+        {
+            missing.push(Lack::TscFrequency { wanted, has: has_khz });
+        }
+        Ok(())
     }
 }
 

@@ -18,15 +18,30 @@ pub(super) const TSC_DEADLINE: u32 = 0x6e0;
 pub(super) const KVM_SYSTEM_TIME: u32 = 0x12;
 pub(super) const KVM_SYSTEM_TIME_NEW: u32 = 0x4b56_4d01;
 
-/// What KVM keeps, but does not list (`KVM_GET_MSR_INDEX_LIST` of Linux 6.18): the memory type ranges (Intel SDM volume 3,
-/// 13.11), and machine checks: capabilities, status, and 32 banks, as many as KVM knows, each with whether corrected
-/// errors interrupt (volume 3, 17.3). Those that a vCPU does not have are passed by.
+/// `MSR_KVM_ASYNC_PF_EN`: whether KVM tells the guest of pages that are not there yet, instead of waiting for them.
+pub(super) const KVM_ASYNC_PF_EN: u32 = 0x4b56_4d02;
+/// `IA32_DEBUGCTL`. Some KVMs answer that they have set it, and have not.
+const DEBUGCTL: u32 = 0x1d9;
+
+/// Which branches were taken last (Intel SDM volume 3, 19.13; AMD APM volume 2, 13.1.1.6), which most kernels tell and do
+/// not take: history, which a debugger inside the guest loses. (The stack of branches of Intel's processors is read by
+/// nobody.)
+pub(super) fn is_history(index: u32) -> bool {
+    (0x1db..=0x1de).contains(&index)
+}
+
+/// What KVM keeps, but does not list (`KVM_GET_MSR_INDEX_LIST` of Linux 6.18, or of older kernels): the memory type ranges
+/// (Intel SDM volume 3, 13.11); machine checks: capabilities, status, and 32 banks, as many as KVM knows, each with whether
+/// corrected errors interrupt (volume 3, 17.3); `IA32_DEBUGCTL`; whose SGX enclaves may be launched; `TSC_AUX` where the
+/// host's processor has no `RDTSCP`; and which errata the guest's system works around (AMD APM volume 2, appendix A: OSVW).
+/// Those that a vCPU does not have are passed by.
 ///
 /// The capabilities can't be written: a guest that was given others than a new vCPU has (`KVM_X86_SETUP_MCE`) is refused.
 pub(super) fn unlisted() -> impl Iterator<Item = u32> {
     let ranges = (0x200..=0x20f).chain([0x250, 0x258, 0x259]).chain(0x268..=0x26f).chain([0x2ff]);
     // Control, status, address and miscellany of each bank.
-    ranges.chain([0x179, 0x17a]).chain(0x280..0x2a0).chain(0x400..0x480)
+    let checks = ranges.chain([0x179, 0x17a]).chain(0x280..0x2a0).chain(0x400..0x480);
+    checks.chain([DEBUGCTL, 0xc000_0103, 0xc001_0140, 0xc001_0141]).chain(0x8c..=0x8f)
 }
 
 /// KVM takes fewer than 256 at once (`MAX_IO_MSRS` in arch/x86/kvm/x86.c): a processor with many performance counters has
@@ -71,11 +86,15 @@ pub(super) fn set(vcpu: &VcpuFd, number: u32, values: impl Iterator<Item = (u32,
         if let Some((&(index, value), others)) = rest.split_first().filter(|_| done < now.len()) {
             let has = get(vcpu, number, &[index])?;
             // Writing 0 to what does not exist changes nothing.
-            if has.first().map_or(0, |&(_, has)| has) != value {
+            if has.first().map_or(0, |&(_, has)| has) != value && !is_history(index) {
                 return Err(StateError::Msr { index, vcpu: number, value });
             }
             rest = others;
         }
+    }
+    let debug = ordered.iter().rev().find(|(index, _)| *index == DEBUGCTL).map_or(0, |&(_, value)| value);
+    if debug != 0 && get(vcpu, number, &[DEBUGCTL])?.first().is_none_or(|&(_, has)| has != debug) {
+        return Err(StateError::Msr { index: DEBUGCTL, vcpu: number, value: debug });
     }
     Ok(())
 }
@@ -88,7 +107,7 @@ mod tests {
 
     const SYSENTER_CS: u32 = 0x174;
     const PAT: u32 = 0x277;
-    /// Nobody has this one.
+    /// No vCPU has this one.
     const NONE: u32 = 0xdead_beef;
 
     fn vcpu() -> (VmFd, VcpuFd) {

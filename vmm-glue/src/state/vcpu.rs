@@ -9,6 +9,7 @@ use kvm_ioctls::VcpuFd;
 use super::created::{self, Created};
 use super::error::Call;
 use super::host::close;
+use super::tsc::Counters;
 use super::{Host, StateError, cpuid, msrs};
 use crate::sys;
 
@@ -99,6 +100,8 @@ impl VcpuState {
         if let Some(what) = not_saved(&sregs, &events, cpuid.as_slice()) {
             return Err(StateError::Unsupported(format!("saving {what} (vCPU {id})")));
         }
+        // Before the local APIC: a deadline that passes in between is then an interrupt in the APIC and not lost.
+        let msrs = msrs::get(vcpu, id, &host.has.msrs)?;
         let lapic = if irqchip { Some(vcpu.get_lapic().call("KVM_GET_LAPIC", id)?) } else { None };
         let sregs2 = if host.has.sregs2 { Some(sys::get_sregs2(vcpu).call("KVM_GET_SREGS2", id)?) } else { None };
         Ok(VcpuState {
@@ -110,9 +113,9 @@ impl VcpuState {
             sregs,
             sregs2,
             xcrs: vcpu.get_xcrs().call("KVM_GET_XCRS", id)?,
-            xsave: sys::get_xsave(vcpu, host.has.xsave_len).call("KVM_GET_XSAVE", id)?,
+            xsave: sys::get_xsave(&host.has.kvm, vcpu).call("KVM_GET_XSAVE", id)?,
             debug: vcpu.get_debug_regs().call("KVM_GET_DEBUGREGS", id)?,
-            msrs: msrs::get(vcpu, id, &host.has.msrs)?,
+            msrs,
             lapic,
             ssp: shadow_stack(vcpu, cpuid.as_slice(), sregs.cr4, id)?,
             events,
@@ -131,11 +134,18 @@ impl VcpuState {
     /// # Errors
     /// If KVM refuses something: the vCPU is then useless.
     pub fn restore(&self, vcpu: &VcpuFd, host: &Host) -> Result<(), StateError> {
-        self.put(vcpu, host, None)
+        self.put(vcpu, host, None, |state| Counters::new(host.has.tsc).put(vcpu, state, 0))
     }
 
-    /// The same; what a vCPU that was just created has anyway is left out.
-    pub(super) fn put(&self, vcpu: &VcpuFd, host: &Host, created: Option<Created>) -> Result<(), StateError> {
+    /// The same; what a vCPU that was just created has anyway is left out. `tsc` puts the time stamp counter back, or says
+    /// what is to be written for that.
+    pub(super) fn put(
+        &self,
+        vcpu: &VcpuFd,
+        host: &Host,
+        created: Option<Created>,
+        tsc: impl FnOnce(&VcpuState) -> Result<Vec<(u32, u64)>, StateError>,
+    ) -> Result<(), StateError> {
         let id = self.id;
         let fresh = created.is_some();
         let cpuid = CpuId::from_entries(&self.cpuid)
@@ -154,17 +164,19 @@ impl VcpuState {
         if !(fresh && created::only_x87(&self.xcrs)) {
             vcpu.set_xcrs(&self.xcrs).call("KVM_SET_XCRS", id)?;
         }
-        let mut xsave = self.xsave.clone();
-        xsave.resize(host.has.xsave_len.div_ceil(4).max(sys::XSAVE_WORDS).max(xsave.len()), 0);
-        sys::set_xsave(vcpu, host.has.xsave_len, &xsave).call("KVM_SET_XSAVE", id)?;
+        sys::set_xsave(&host.has.kvm, vcpu, &self.xsave).call("KVM_SET_XSAVE", id)?;
         if !(fresh && self.debug == created::DEBUG) {
             vcpu.set_debug_regs(&self.debug).call("KVM_SET_DEBUGREGS", id)?;
         }
         if let Some(lapic) = &self.lapic {
             vcpu.set_lapic(lapic).call("KVM_SET_LAPIC", id)?;
         }
-        let wanted = self.msrs.iter().filter(|&&(index, value)| !(fresh && host.creates_msr(index, value)));
-        msrs::set(vcpu, id, wanted.copied())?;
+        let others = self.msrs.iter().copied().filter(|(index, _)| *index != msrs::TSC);
+        let wanted = others.filter(|&(index, value)| !(fresh && host.creates_msr(index, value)));
+        // What was to be told to the guest of pages that it waits for belongs to another time: off, and on again.
+        let forgotten = self.msrs.iter().filter(|(index, _)| !fresh && *index == msrs::KVM_ASYNC_PF_EN);
+        let forgotten = forgotten.map(|&(index, _)| (index, 0));
+        msrs::set(vcpu, id, tsc(self)?.into_iter().chain(forgotten).chain(wanted))?;
         vcpu.set_regs(&self.regs).call("KVM_SET_REGS", id)?;
         if let Some(ssp) = self.ssp.filter(|&ssp| !(fresh && ssp == 0)) {
             vcpu.set_one_reg(SSP, &ssp.to_le_bytes()).call("KVM_SET_ONE_REG (shadow stack pointer)", id)?;
@@ -176,10 +188,8 @@ impl VcpuState {
             vcpu.set_mp_state(self.mp_state).call("KVM_SET_MP_STATE", id)?;
         }
         // Tells a guest that uses kvmclock that it was stopped, so that it raises no lockup alarm; others have none.
-        if self.has_kvmclock()
-            && let Err(error) = vcpu.kvmclock_ctrl()
-        {
-            log::debug!("the kvmclock of vCPU {id} can't be told that it was stopped: {error}");
+        if self.has_kvmclock() {
+            tell_stopped(vcpu);
         }
         Ok(())
     }
@@ -224,17 +234,20 @@ impl VcpuState {
     }
 }
 
-/// Brings the time stamp counters of several vCPUs, which were set one after the other, back into step.
-pub(super) fn align_tsc(states: &[VcpuState], vcpus: &[&VcpuFd]) -> Result<(), StateError> {
-    let (Some(first), Some(vcpu), 2..) = (states.first(), vcpus.first(), vcpus.len()) else { return Ok(()) };
-    let (Some(saved), Ok(now)) = (first.tsc_offset, sys::get_tsc_offset(vcpu)) else { return Ok(()) };
-    for (state, vcpu) in states.iter().zip(vcpus).skip(1) {
-        if let Some(offset) = state.tsc_offset {
-            let moved = now.wrapping_add(offset.wrapping_sub(saved));
-            sys::set_tsc_offset(vcpu, moved).call("KVM_SET_DEVICE_ATTR(KVM_VCPU_TSC_OFFSET)", state.id)?;
+/// Tells the guest of a vCPU that it was stopped, so that it does not take that for a lockup (`PVCLOCK_GUEST_STOPPED`):
+/// to be called after each stop, before the vCPU runs again. `false` if the guest has no kvmclock. Linux
+/// Documentation/virt/kvm/api.rst, 4.71.
+pub fn tell_stopped(vcpu: &VcpuFd) -> bool {
+    match vcpu.kvmclock_ctrl() {
+        Ok(()) => true,
+        // EINVAL: it has none.
+        Err(error) => {
+            if error.errno() != libc::EINVAL {
+                log::debug!("the kvmclock of a vCPU can't be told that it was stopped: {error}");
+            }
+            false
         }
     }
-    Ok(())
 }
 
 #[cfg(test)]

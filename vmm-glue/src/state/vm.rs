@@ -1,14 +1,15 @@
 //! What belongs to the VM and to no vCPU: interrupt controllers, timer, clock.
 
-use kvm_bindings::{
-    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip, kvm_pit_state2,
-};
-use kvm_ioctls::{Cap, VcpuFd, VmFd};
+use std::time::Duration;
 
+use kvm_bindings::{KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip, kvm_pit_state2};
+use kvm_ioctls::{VcpuFd, VmFd};
+
+use super::clock::{self, Passing};
 use super::created::Created;
 use super::error::Call;
-use super::vcpu::align_tsc;
-use super::{Host, MachineState, StateError, VcpuState};
+use super::tsc::Counters;
+use super::{ClockPolicy, Host, MachineState, StateError, TscMethod, VcpuState};
 
 /// The chips of a VM whose interrupt controllers are in the kernel. The bytes are `union { ... } chip` of
 /// `struct kvm_irqchip`.
@@ -32,6 +33,18 @@ pub struct VmState {
     pub pit: Option<kvm_pit_state2>,
     /// The guest's kvmclock in nanoseconds, if KVM has one.
     pub clock: Option<u64>,
+    /// The host's time then, in nanoseconds since 1970 (UTC).
+    pub realtime: Option<u64>,
+}
+
+/// How time goes on in a machine that was restored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Restored {
+    /// How the time stamp counters were put back.
+    pub tsc: TscMethod,
+    /// How much time the guest's clocks have caught up.
+    pub caught_up: Duration,
 }
 
 /// How many bytes the union of `struct kvm_irqchip` has.
@@ -66,19 +79,21 @@ impl VmState {
             None
         };
         let pit = if pit { Some(vm.get_pit2().call("KVM_GET_PIT2", None)?) } else { None };
-        let clock = if vm.check_extension(Cap::AdjustClock) {
-            Some(vm.get_clock().call("KVM_GET_CLOCK", None)?.clock)
-        } else {
-            None
-        };
-        Ok(VmState { interrupts, pit, clock })
+        let clocks = clock::get(vm)?;
+        let (clock, realtime) = (clocks.map(|both| both.clock), clocks.and_then(|both| both.realtime));
+        Ok(VmState { interrupts, pit, clock, realtime })
     }
 
-    /// Puts the state into a fresh VM that has the same chips.
+    /// Puts the state into a fresh VM that has the same chips, whose vCPUs have theirs already. The clock goes on.
     ///
     /// # Errors
     /// If KVM refuses a call.
     pub fn restore(&self, vm: &VmFd) -> Result<(), StateError> {
+        self.put_chips(vm)?;
+        self.clock.map_or(Ok(()), |clock| clock::set(vm, clock))
+    }
+
+    fn put_chips(&self, vm: &VmFd) -> Result<(), StateError> {
         if let Some(chips) = &self.interrupts {
             set_chip(vm, KVM_IRQCHIP_PIC_MASTER, &chips.pic_master)?;
             set_chip(vm, KVM_IRQCHIP_PIC_SLAVE, &chips.pic_slave)?;
@@ -86,9 +101,6 @@ impl VmState {
         }
         if let Some(pit) = &self.pit {
             vm.set_pit2(pit).call("KVM_SET_PIT2", None)?;
-        }
-        if let Some(clock) = self.clock {
-            vm.set_clock(&kvm_clock_data { clock, ..kvm_clock_data::default() }).call("KVM_SET_CLOCK", None)?;
         }
         Ok(())
     }
@@ -106,28 +118,59 @@ impl MachineState {
         Ok(MachineState { vm: VmState::save(vm, irqchip, pit)?, vcpus })
     }
 
-    /// Puts the state into a fresh machine of as many vCPUs and the same chips.
+    /// Puts the state into a machine of as many vCPUs and the same chips: a fresh one, or a stopped one that is reset to
+    /// where it was saved. Time goes on where it was.
     ///
     /// # Errors
     /// If the machine is another one, or KVM refuses something: the machine is then useless.
-    pub fn restore(&self, vm: &VmFd, vcpus: &[&VcpuFd], host: &Host) -> Result<(), StateError> {
-        self.put(vm, vcpus, host, None)
+    pub fn restore(&self, vm: &VmFd, vcpus: &[&VcpuFd], host: &Host) -> Result<Restored, StateError> {
+        self.put(vm, vcpus, host, ClockPolicy::GoOn, None)
+    }
+
+    /// The same, and says what time it is then.
+    ///
+    /// # Errors
+    /// As [`restore`](MachineState::restore); and if time has to catch up and the snapshot does not say when it was taken.
+    pub fn restore_with_clock(
+        &self,
+        vm: &VmFd,
+        vcpus: &[&VcpuFd],
+        host: &Host,
+        clock: ClockPolicy,
+    ) -> Result<Restored, StateError> {
+        self.put(vm, vcpus, host, clock, None)
     }
 
     /// The same, for a machine that was just created and never touched.
-    pub(crate) fn restore_created(&self, vm: &VmFd, vcpus: &[&VcpuFd], host: &Host) -> Result<(), StateError> {
-        self.put(vm, vcpus, host, Some(Created::of(vm, host)))
+    pub(crate) fn restore_created(
+        &self,
+        vm: &VmFd,
+        vcpus: &[&VcpuFd],
+        host: &Host,
+        clock: ClockPolicy,
+    ) -> Result<Restored, StateError> {
+        self.put(vm, vcpus, host, clock, Some(Created::of(vm, host)))
     }
 
-    fn put(&self, vm: &VmFd, vcpus: &[&VcpuFd], host: &Host, created: Option<Created>) -> Result<(), StateError> {
+    fn put(
+        &self,
+        vm: &VmFd,
+        vcpus: &[&VcpuFd],
+        host: &Host,
+        clock: ClockPolicy,
+        created: Option<Created>,
+    ) -> Result<Restored, StateError> {
         if vcpus.len() != self.vcpus.len() {
             let (here, there) = (vcpus.len(), self.vcpus.len());
             return Err(StateError::Mismatch(format!("it has {here} vCPUs, and {there} were saved")));
         }
+        let passing = Passing::begin(&self.vm, vm, clock)?;
+        let mut counters = Counters::new(host.has.tsc);
         for (state, vcpu) in self.vcpus.iter().zip(vcpus) {
-            state.put(vcpu, host, created)?;
+            state.put(vcpu, host, created, |state| counters.put(vcpu, state, passing.ahead(vm, state.tsc_khz)?))?;
         }
-        align_tsc(&self.vcpus, vcpus)?;
-        self.vm.restore(vm)
+        self.vm.put_chips(vm)?;
+        passing.end(&self.vm, vm)?;
+        Ok(Restored { tsc: host.has.tsc, caught_up: passing.passed(vm)? })
     }
 }

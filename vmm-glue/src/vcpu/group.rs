@@ -12,7 +12,7 @@ use parking_lot::{Mutex, MutexGuard};
 use super::run::{self, Place, Seat, Started};
 use super::table::{Group, Hold, StopHandle, Wanted, failure, stopped};
 use super::{Bus, VcpuError};
-use crate::{GuestRam, Host, Machine, MachineConfig, MachineState, StateError};
+use crate::{GuestRam, Host, Machine, MachineConfig, MachineState, Restored, StateError};
 
 /// No time limit: as long as nobody waits, and still a time that can be counted.
 pub(crate) const FOR_EVER: Duration = Duration::from_secs(1 << 32);
@@ -251,11 +251,11 @@ impl Vcpus {
         MachineState::save(&self.vm, &vcpus, host, self.config.irqchip, self.config.pit)
     }
 
-    /// Puts state into the stopped machine: a reset to where it was saved.
+    /// Puts state into the stopped machine: a reset to where it was saved. Time goes on where it was.
     ///
     /// # Errors
     /// If the state is of another machine, or KVM refuses a call.
-    pub fn restore_state(&self, state: &MachineState, host: &Host) -> Result<(), StateError> {
+    pub fn restore_state(&self, state: &MachineState, host: &Host) -> Result<Restored, StateError> {
         let guards: Vec<_> = self.fds.iter().map(|fd| fd.lock()).collect();
         let vcpus: Vec<&VcpuFd> = guards.iter().map(|guard| &**guard).collect();
         state.restore(&self.vm, &vcpus, host)

@@ -17,6 +17,7 @@ use parking_lot::Mutex;
 use super::group::Seats;
 use super::run::{self, Place, Started};
 use super::table::Wanted;
+use crate::state::{ClockPolicy, Restored};
 use crate::{
     Bus, GuestRam, Host, Machine, MachineConfig, MachineError, MachineState, RestoreError, StateError, VcpuOptions,
     Vcpus, sys,
@@ -37,7 +38,7 @@ pub(crate) struct Launch {
 /// What the thread waits for, in this order.
 enum Order {
     Memory(Arc<GuestRam>),
-    Machine(Arc<MachineState>),
+    Machine(Arc<MachineState>, ClockPolicy),
     Load,
     Run,
 }
@@ -82,6 +83,7 @@ struct Made {
     machine: Duration,
     load: Duration,
     loaded: Instant,
+    restored: Restored,
 }
 
 /// How long the parts took.
@@ -93,6 +95,8 @@ pub(crate) struct Times {
     pub(crate) load: Duration,
     /// What the threads cost: until the first begins, and from when it is about to run its vCPU.
     pub(crate) threads: Duration,
+    /// How time goes on.
+    pub(crate) restored: Restored,
 }
 
 impl Launch {
@@ -130,7 +134,7 @@ impl Launch {
     }
 
     /// The state is known: makes the chips and vCPUs that it needs.
-    pub(crate) fn machine(&self, state: Arc<MachineState>) -> Result<(), RestoreError> {
+    pub(crate) fn machine(&self, state: Arc<MachineState>, clock: ClockPolicy) -> Result<(), RestoreError> {
         if state.vcpus.is_empty() {
             return Err(StateError::Invalid("the state of a machine without vCPUs".into()).into());
         }
@@ -139,7 +143,7 @@ impl Launch {
         let wanted = if alone && !self.seats.paused() { Wanted::Run } else { Wanted::Pause };
         self.seats.group.prepare(state.vcpus.len(), wanted);
         if let Some(orders) = &self.orders {
-            let _ = orders.send(Order::Machine(state));
+            let _ = orders.send(Order::Machine(state, clock));
         }
         Ok(())
     }
@@ -160,11 +164,12 @@ impl Launch {
             let _ = orders.send(Order::Run);
         }
         let Some(first) = &self.first else { return Err(given_up()) };
-        let Made { vm, fds, config, ram, begun, machine, load, loaded } = receive(&first.ready).ok_or_else(ended)??;
+        let made = receive(&first.ready).ok_or_else(ended)??;
+        let Made { vm, fds, config, ram, begun, machine, load, loaded, restored } = made;
         let mut vcpus = Vcpus::of(&self.seats, fds, config, vm, ram);
         vcpus.start_others(&self.seats, self.first.take().map(|first| first.thread))?;
         let threads = begun.duration_since(self.begun) + loaded.elapsed();
-        Ok((vcpus, Times { machine, load, threads }))
+        Ok((vcpus, Times { machine, load, threads, restored }))
     }
 }
 
@@ -193,20 +198,20 @@ impl Work {
         let mapping = Instant::now();
         ram.set_slots(&vm).map_err(MachineError::from)?;
         let mapped = mapping.elapsed();
-        let Some(Order::Machine(state)) = receive(&self.orders) else { return Err(given_up()) };
+        let Some(Order::Machine(state, clock)) = receive(&self.orders) else { return Err(given_up()) };
         let furnishing = Instant::now();
         // The last of these is dropped first: the memory goes after all that knows it by address.
         let Machine { ram, vm, vcpus, config } = Machine::furnish(vm, ram, MachineConfig::of(&state))?;
         let machine = created + mapped + furnishing.elapsed();
         let Some(Order::Load) = receive(&self.orders) else { return Err(given_up()) };
         let loading = Instant::now();
-        state.restore_created(&vm, &vcpus.iter().collect::<Vec<_>>(), &self.host)?;
+        let restored = state.restore_created(&vm, &vcpus.iter().collect::<Vec<_>>(), &self.host, clock)?;
         let load = loading.elapsed();
         let fds: Vec<_> = vcpus.into_iter().map(|fd| Arc::new(Mutex::new(fd))).collect();
         let fd = Arc::clone(fds.first().ok_or_else(given_up)?);
         let Some(Order::Run) = receive(&self.orders) else { return Err(given_up()) };
         let place = Place { fd, ram: Arc::clone(&ram) };
-        Ok((place, Made { vm, fds, config, ram, begun, machine, load, loaded: Instant::now() }))
+        Ok((place, Made { vm, fds, config, ram, begun, machine, load, loaded: Instant::now(), restored }))
     }
 }
 

@@ -16,6 +16,7 @@ use super::exit::{Outcome, failed_page, run_once};
 use super::table::{Group, Phase, Wanted};
 use super::{Bus, FailedPage, VcpuError};
 use crate::GuestRam;
+use crate::state::tell_stopped;
 use crate::sys::{self, Signals};
 
 /// What the thread of a vCPU has before there is a vCPU.
@@ -138,7 +139,12 @@ impl Runner<'_> {
 
     /// Runs and pauses as it is told, until the end.
     fn serve(&self) {
+        let mut ran = false;
         while self.wait_for_work() {
+            if std::mem::replace(&mut ran, true) {
+                // It stood still, for however long. (What was restored has told its guest.)
+                tell_stopped(&self.place.fd.lock());
+            }
             let result = self.run();
             let mut table = self.group.table.lock();
             let failed = result.is_err();

@@ -12,6 +12,7 @@ use vmstate::SectionKind;
 use super::devices;
 use crate::commands::Failure;
 use crate::contents;
+use crate::recognise::{self, Known};
 
 /// What is compared beside machine type and RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,6 +57,12 @@ pub(super) fn fits(
 
 /// Whether the guest was running when it was saved. QEMU itself does not look, with postcopy.
 pub(super) fn ran(snapshot: &Snapshot) -> Result<bool, Failure> {
+    // libvirt stops every guest before it saves it, and keeps in its own header whether it ran.
+    if let Ok(Known::Libvirt(header, stream)) = recognise::at(snapshot.path())
+        && stream == snapshot.base()
+    {
+        return Ok(header.was_running);
+    }
     let state = snapshot.sections().iter().find(|s| s.kind == SectionKind::Full && s.name == "globalstate");
     let Some(state) = state else { return Ok(true) };
     // QEMU migration/global_state.c: length (4 bytes), then the name of the run state.
