@@ -139,6 +139,47 @@ impl FaultySink {
     }
 }
 
+/// A source that says at the end of a flow that what it has delivered is not true any more.
+#[derive(Clone, Debug)]
+pub struct Altered<S>(S);
+
+impl<S: PageSource> Altered<S> {
+    /// `source`, otherwise as it is.
+    pub fn new(source: S) -> Altered<S> {
+        Altered(source)
+    }
+}
+
+impl<S: PageSource> Pages for Altered<S> {
+    fn layout(&self) -> &Layout {
+        self.0.layout()
+    }
+
+    fn content(&self, run: PageRun) -> Span {
+        self.0.content(run)
+    }
+}
+
+impl<S: PageSource> PageSource for Altered<S> {
+    fn start(&self, sink: Arc<dyn PageSink>) -> Result<Box<dyn Feed>, SourceError> {
+        Ok(Box::new(AlteredFeed(self.0.start(sink)?)))
+    }
+}
+
+#[derive(Debug)]
+struct AlteredFeed(Box<dyn Feed>);
+
+impl Feed for AlteredFeed {
+    fn request(&self, run: PageRun, urgency: Urgency) -> Answer {
+        self.0.request(run, urgency)
+    }
+
+    fn finish(self: Box<Self>) -> Result<(), SourceError> {
+        self.0.finish()?;
+        Err(SourceError::new(SourceErrorKind::Changed, Subject::none(), "injected failure: altered"))
+    }
+}
+
 /// The error of an injected failure.
 #[must_use]
 pub fn injected(why: &str) -> SourceError {

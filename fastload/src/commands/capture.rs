@@ -4,7 +4,6 @@ mod check;
 mod interrupt;
 mod output;
 mod session;
-mod sink;
 mod take;
 
 use std::path::PathBuf;

@@ -51,7 +51,7 @@ impl FlatBlock {
 /// what is delivered from then on, and [`finish`](Feed::finish).
 ///
 /// A flow from it ends as [`End::Stopped`](page_source::End::Stopped): what was delivered is what was asked for.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct FlatFile {
     inner: Arc<Inner>,
     scan_for_zeros: bool,

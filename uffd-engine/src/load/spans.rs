@@ -43,7 +43,6 @@ impl Area {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
 
     use page_source::Span;
     use page_units::{BlockId, HostAddr, Layout, PageIndex, PageRun, PageSize, RamBlock};

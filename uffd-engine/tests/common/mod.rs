@@ -9,13 +9,12 @@ pub(crate) mod scripted;
 
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
-use page_source::PageSource;
+use page_source::Source;
 use page_units::{BlockId, ByteLen, HostAddr, Layout, PageIndex, PageRun};
 use testkit::oracle::Oracle;
 use uffd_engine::{Backing, Builder, Descriptor, Engine, Features, Region, Stats};
@@ -118,7 +117,7 @@ impl Memory {
         HostAddr(self.maps[block.0 as usize].as_ptr() as u64)
     }
 
-    pub(crate) fn engine(&self, source: Arc<dyn PageSource>) -> Builder {
+    pub(crate) fn engine(&self, source: impl Into<Source>) -> Builder {
         Engine::builder().regions(self.regions()).source(source)
     }
 

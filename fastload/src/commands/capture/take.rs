@@ -9,15 +9,15 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use mapped_ram::Writer;
-use page_source::{End, Feed, PageSink, PageSource};
+use page_files::MappedRamSink;
+use page_source::{End, OneShot, PageSink};
 use page_units::ByteLen;
-use qemu_pages::receive::QemuStream;
+use qemu_pages::receive::{DeviceState, QemuStream};
 
 use super::check::Guest;
 use super::interrupt::Interrupts;
 use super::output::{self, Captured};
 use super::session::{Freeze, Session, Stage};
-use super::sink::Held;
 use crate::commands::Failure;
 
 /// What the other side is called.
@@ -31,8 +31,8 @@ const EXPLANATION: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(super) struct Taken {
     output: PathBuf,
-    source: QemuStream,
-    sink: Arc<Held>,
+    device_state: DeviceState,
+    sink: Arc<MappedRamSink>,
     freeze: Option<Freeze>,
     sent: Instant,
 }
@@ -40,10 +40,10 @@ pub(super) struct Taken {
 impl Taken {
     /// Gives the file its name.
     pub(super) fn publish(self, begun: Instant) -> Result<Captured, Failure> {
-        let device_state = self.source.device_state().ok_or("the device state has not come")?;
-        let writer = self.sink.file.writer();
-        writer.finish(device_state)?;
-        let ((stored, zero), ram) = (self.sink.pages(), self.source.layout().total());
+        let device_state = self.device_state.get().ok_or("the device state has not come")?;
+        self.sink.publish(device_state)?;
+        let writer = self.sink.writer();
+        let ((stored, zero), ram) = (self.sink.received(), writer.layout().total());
         let meta = std::fs::metadata(&self.output).map_err(|error| format!("{}: {error}", self.output.display()))?;
         let allocated = meta.blocks().saturating_mul(512);
         Ok(Captured {
@@ -73,12 +73,13 @@ pub(super) fn take(
     let socket = watch.session.socket()?;
     let source = watch.open(socket, guest.most_ram)?;
     let writer = Writer::create(output, source.configuration(), source.layout().clone())?;
-    let sink = Arc::new(Held::new(writer));
-    let feed = source.start(Arc::clone(&sink) as Arc<dyn PageSink>)?;
-    watch.pages(&source, &sink, &*feed)?;
+    let (device_state, sink) = (source.device_state(), Arc::new(MappedRamSink::new(writer)));
+    let feed = Box::new(source).start(Arc::clone(&sink) as Arc<dyn PageSink>)?;
+    watch.pages(&sink)?;
+    feed.finish()?;
     let sent = Instant::now();
     watch.last_word()?;
-    Ok(Taken { output: output.to_owned(), sink, freeze: watch.freeze, sent, source })
+    Ok(Taken { output: output.to_owned(), sink, freeze: watch.freeze, sent, device_state })
 }
 
 /// What is looked after meanwhile.
@@ -129,18 +130,16 @@ impl Watch<'_, '_> {
     }
 
     /// Waits for the end of the stream.
-    fn pages(&mut self, source: &QemuStream, sink: &Held, feed: &dyn Feed) -> Result<(), Failure> {
-        let bar = output::progress_bar(source.layout().total(), self.json);
+    fn pages(&mut self, sink: &MappedRamSink) -> Result<(), Failure> {
+        let bar = output::progress_bar(sink.writer().layout().total(), self.json);
         let ended = loop {
-            // In this order: a thread that is gone has told its end.
-            let alive = feed.alive();
             match sink.ended() {
                 Some(End::Complete) => break Ok(()),
                 Some(End::Broken(error)) => break Err(self.explained(&error.to_string())),
-                None if !alive => break Err("the stream can't be read: its thread has ended".into()),
+                Some(End::Stopped) => break Err("the stream can't be read: it was stopped".into()),
                 None => {}
             }
-            let (stored, zero) = sink.pages();
+            let (stored, zero) = sink.received();
             bar.set_position(stored.to_bytes().0.saturating_add(zero.to_bytes().0));
             if let Err(failure) = self.look() {
                 break Err(failure);

@@ -2,10 +2,11 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use mapped_ram::{CreateError, Writer};
 use page_source::{End, PageBytes, PageSink, Reply, SinkError, SourceError};
-use page_units::{FileOffset, PageRun};
+use page_units::{FileOffset, PageCount, PageRun};
 
 use super::outcome::Outcome;
 
@@ -15,19 +16,39 @@ use super::outcome::Outcome;
 pub struct MappedRamSink {
     writer: Writer,
     outcome: Outcome,
+    stored: AtomicU64,
+    zero: AtomicU64,
 }
 
 impl MappedRamSink {
     /// A sink that writes through `writer`, whose layout the source must have.
     #[must_use]
     pub fn new(writer: Writer) -> MappedRamSink {
-        MappedRamSink { writer, outcome: Outcome::default() }
+        MappedRamSink { writer, outcome: Outcome::default(), stored: AtomicU64::new(0), zero: AtomicU64::new(0) }
     }
 
     /// The writer: which pages are stored so far.
     #[must_use]
     pub fn writer(&self) -> &Writer {
         &self.writer
+    }
+
+    /// How many pages have come so far: with content, and zero. What comes twice counts twice.
+    #[must_use]
+    pub fn received(&self) -> (PageCount, PageCount) {
+        (PageCount(self.stored.load(Ordering::Relaxed)), PageCount(self.zero.load(Ordering::Relaxed)))
+    }
+
+    /// How the flow ended, if it has.
+    #[must_use]
+    pub fn ended(&self) -> Option<End> {
+        self.outcome.ended()
+    }
+
+    /// Why the file could not be written, if so, whatever the source did.
+    #[must_use]
+    pub fn refused(&self) -> Option<SinkError> {
+        self.outcome.refused()
     }
 
     /// Writes what follows RAM, as [`Writer::finish`] wants it, makes the file durable and gives it its name: once the
@@ -63,6 +84,7 @@ impl PageSink for MappedRamSink {
         match bytes.write_to(self.writer.file(), offset) {
             Ok(()) => {
                 self.writer.mark_stored(run);
+                self.stored.fetch_add(run.pages.0, Ordering::Relaxed);
                 Reply::Taken
             }
             Err(error) if error.raw_os_error() == Some(libc::EFAULT) => Reply::Unreadable(run),
@@ -73,7 +95,10 @@ impl PageSink for MappedRamSink {
     fn zero(&self, run: PageRun) -> Reply {
         // What was never marked as stored is zero.
         match self.writer.data_offset(run) {
-            Some(_) => Reply::Taken,
+            Some(_) => {
+                self.zero.fetch_add(run.pages.0, Ordering::Relaxed);
+                Reply::Taken
+            }
             None => self.no_place(run),
         }
     }

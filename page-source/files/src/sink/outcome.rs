@@ -42,6 +42,16 @@ impl Outcome {
         state.end.get_or_insert(end);
     }
 
+    /// How the flow ended, if it has.
+    pub(crate) fn ended(&self) -> Option<End> {
+        self.state.lock().end.clone()
+    }
+
+    /// Why the file could not be written, if so, whatever the source did.
+    pub(crate) fn refused(&self) -> Option<SinkError> {
+        self.state.lock().wrong.clone().filter(|error| !matches!(error, SinkError::Source { .. }))
+    }
+
     /// Calls `publish` if the flow has ended well, the first time.
     pub(crate) fn publish(&self, publish: impl FnOnce() -> Result<(), SinkError>) -> Result<(), SinkError> {
         let mut state = self.state.lock();
