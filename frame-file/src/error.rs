@@ -30,6 +30,15 @@ pub enum EncodeError {
         /// The most frames that a file may have.
         limit: u64,
     },
+    /// What is to be compressed can't be read.
+    #[error("reading the input at offset {at} failed: {error}")]
+    Input {
+        /// Where in the input.
+        at: FileOffset,
+        /// What the system said.
+        #[source]
+        error: io::Error,
+    },
     /// Writing failed.
     #[error("writing at offset {at} failed: {error}")]
     Write {

@@ -8,6 +8,7 @@
 //!
 //! - [`Encoder`] turns bytes into an [`Encoded`] frame; each thread has its own.
 //! - [`FrameWriter`] appends frames in the order of the file, then the index.
+//! - [`compress`] does both on several threads, and [`decompress`] is its inverse.
 //! - [`FrameFile`] opens a file in O(index pieces touched), finds the frame of an offset and decodes it.
 //!
 //! `docs/frame-file.md` describes the layout byte by byte.
@@ -36,12 +37,15 @@
 //! ```
 
 mod codec;
+mod compress;
 mod decode;
+mod decompress;
 mod digest;
 mod encode;
 mod error;
 mod format;
 mod index;
+mod input;
 mod lz4;
 mod piece;
 mod reader;
@@ -50,11 +54,14 @@ mod writer;
 mod zeros;
 
 pub use codec::{Codec, UnknownCodec};
+pub use compress::compress;
 pub use decode::Decoder;
+pub use decompress::{DecompressError, Output, decompress};
 pub use digest::{Digest, InvalidDigest};
 pub use encode::{Encoded, Encoder};
 pub use error::{EncodeError, OpenError, ReadError};
 pub use format::{MAX_FRAME, MAX_FRAMES, MAX_ZEROS};
 pub use index::Frame;
+pub use input::{Cuts, Input};
 pub use reader::FrameFile;
 pub use writer::{FrameWriter, Summary};

@@ -15,8 +15,8 @@ use crate::index::{Frame, Index, read};
 use crate::piece::{At, Piece};
 use crate::{Codec, Decoder, Digest, OpenError, ReadError};
 
-/// The most decoders that are kept for [`FrameFile::read_exact_at`].
-const KEPT_DECODERS: usize = 4;
+/// The most decoders that are kept for [`FrameFile::read_exact_at`], each with the last frame that it decoded.
+const KEPT: usize = 4;
 
 /// An open file of frames. Opening reads the end of the file; pieces of the index are read when they are first needed.
 /// All methods may be called from several threads.
@@ -25,7 +25,15 @@ pub struct FrameFile {
     file: File,
     index: Index,
     root: Digest,
-    decoders: Mutex<Vec<Decoder>>,
+    kept: Mutex<Vec<Kept>>,
+}
+
+/// A decoder, and what it has decoded last: metadata is read in small pieces, one behind the other.
+#[derive(Debug)]
+struct Kept {
+    decoder: Decoder,
+    frame: Option<u64>,
+    content: Vec<u8>,
 }
 
 impl FrameFile {
@@ -54,7 +62,7 @@ impl FrameFile {
         }
         let top = top(&file, &places, &trailer)?;
         let index = Index::new(trailer, places, top);
-        Ok(FrameFile { file, index, root, decoders: Mutex::default() })
+        Ok(FrameFile { file, index, root, kept: Mutex::default() })
     }
 
     /// Whether a file ends as one of ours does: a cheap look that reads a few bytes.
@@ -162,15 +170,18 @@ impl FrameFile {
     /// decoded.
     ///
     /// # Errors
-    /// If the content has not so many bytes, or a frame can't be read or is corrupt.
+    /// If the content is shorter, or a frame can't be read or is corrupt.
     pub fn read_exact_at(&self, to: &mut [u8], offset: FileOffset) -> Result<(), ReadError> {
         let end = FileOffset(self.len().0);
         let asked = offset.checked_add(ByteLen::of(to.len())).unwrap_or(FileOffset(u64::MAX));
         if asked > end {
             return Err(ReadError::BeyondEnd { end, asked });
         }
-        let mut decoder = self.decoders.lock().pop().unwrap_or_else(|| self.decoder());
-        let mut content = Vec::new();
+        let mut kept = self.kept.lock().pop().unwrap_or_else(|| Kept {
+            decoder: self.decoder(),
+            frame: None,
+            content: Vec::new(),
+        });
         let mut done = 0;
         while done < to.len() {
             let at = offset + ByteLen::of(done);
@@ -180,15 +191,19 @@ impl FrameFile {
             if frame.is_zero() {
                 place.fill(0);
             } else {
-                self.decode(&frame, &mut decoder, &mut content)?;
+                if kept.frame != Some(frame.number) {
+                    kept.frame = None;
+                    self.decode(&frame, &mut kept.decoder, &mut kept.content)?;
+                    kept.frame = Some(frame.number);
+                }
                 let from = (at - frame.decoded.start).get();
-                place.copy_from_slice(&content[from..from + now]);
+                place.copy_from_slice(&kept.content[from..from + now]);
             }
             done += now;
         }
-        let mut decoders = self.decoders.lock();
-        if decoders.len() < KEPT_DECODERS {
-            decoders.push(decoder);
+        let mut all = self.kept.lock();
+        if all.len() < KEPT {
+            all.push(kept);
         }
         Ok(())
     }

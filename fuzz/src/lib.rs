@@ -31,7 +31,7 @@ pub fn seed(seeds: impl FnOnce() -> Vec<Vec<u8>>) {
     }
 }
 
-/// A two-byte length, so many bytes, and the rest.
+/// Splits off what a two-byte length in front announces.
 fn split(data: &[u8]) -> Option<(&[u8], &[u8])> {
     let (length, rest) = data.split_first_chunk()?;
     rest.split_at_checked(usize::from(u16::from_le_bytes(*length)))

@@ -235,12 +235,12 @@ pub enum CreateError {
     /// The file can't be made, or not be given its name.
     #[error(transparent)]
     File(#[from] WholeFileError),
-    /// The stream has no room for a name.
+    /// A name is too long for the stream.
     #[error("{}: {error}", path.display())]
     Encode {
         /// The file.
         path: PathBuf,
-        /// What does not fit.
+        /// Which one.
         #[source]
         error: WriteError,
     },

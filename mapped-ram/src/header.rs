@@ -48,7 +48,7 @@ impl BlockHeader {
     }
 }
 
-/// Bytes of the bitmap of so many pages: whole words of 64 bits.
+/// The length of a bitmap for that many pages: whole words of 64 bits.
 pub(crate) fn bitmap_len(pages: PageCount) -> ByteLen {
     ByteLen(pages.0.div_ceil(64).saturating_mul(8))
 }

@@ -11,7 +11,6 @@
 //! The format is QEMU's (`docs/devel/migration/mapped-ram.rst`): a migration stream whose list of RAM blocks has, for
 //! each block, a header with the place of a bitmap and of the block's pages.
 
-mod behind;
 mod bitmap;
 mod blocks;
 mod cursor;
@@ -20,13 +19,14 @@ mod diagnose;
 mod error;
 mod header;
 mod identity;
-mod marks;
 mod open;
 mod parse;
 mod snapshot;
 mod sys;
 mod warning;
+mod writeback;
 mod writer;
+mod written_bitmap;
 
 pub use device::Device;
 pub use error::{CreateError, OpenError, OpenErrorKind, PageError};

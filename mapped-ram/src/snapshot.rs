@@ -128,8 +128,8 @@ impl Snapshot {
         self.known_run_within(block, first, PageCount(u64::MAX))
     }
 
-    /// As [`known_run_at`](Snapshot::known_run_at), but at most so many pages: what it costs does not depend on how many
-    /// there are.
+    /// As [`known_run_at`](Snapshot::known_run_at), but looks at no more than `most` pages, so that its cost does not grow
+    /// with RAM.
     #[must_use]
     pub fn known_run_within(&self, block: BlockId, first: PageIndex, most: PageCount) -> Option<(bool, PageCount)> {
         if self.no_bitmaps {

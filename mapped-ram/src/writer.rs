@@ -11,9 +11,9 @@ use vmstate::ram::{self, RecordWriter};
 use vmstate::{Configuration, ConfigurationSubsection, Event, MAPPED_RAM, SectionHeader, StreamWriter, WriteError};
 use whole_file::WholeFile;
 
-use crate::behind::Behind;
 use crate::header::{BlockHeader, bitmap_len};
-use crate::marks::Marks;
+use crate::writeback::Writeback;
+use crate::written_bitmap::WrittenBitmap;
 use crate::{BlockFile, CreateError, OpenError, Snapshot};
 
 /// The number of the RAM section. Not 0, which QEMU gives to what has none yet.
@@ -31,15 +31,15 @@ pub struct Writer {
     machine: String,
     layout: Layout,
     blocks: Vec<BlockFile>,
-    marks: Vec<Marks>,
-    /// Where the stream goes on behind the last block's pages.
+    written: Vec<WrittenBitmap>,
+    /// Where the stream continues after the last block's pages.
     ram_end: FileOffset,
-    behind: Behind,
+    writeback: Writeback,
     unpublished: Mutex<Option<WholeFile>>,
 }
 
 impl Writer {
-    /// Begins a file that will be published as `path`. The capability mapped-ram is added to `configuration`, and
+    /// Begins a file that is going to be published as `path`. The capability mapped-ram is added to `configuration`, and
     /// x-ignore-shared is removed: every block of the layout is in the file.
     ///
     /// # Errors
@@ -82,7 +82,7 @@ impl Writer {
         // With no block at all, the stream goes on right there.
         pieces.push((at, std::mem::take(&mut bytes)));
         let ram_end = pieces.last().map(|(at, bytes)| FileOffset(at.0 + bytes.len() as u64)).unwrap_or_default();
-        let marks = layout.blocks().iter().map(|ram| Marks::new(ram.pages())).collect();
+        let written = layout.blocks().iter().map(|ram| WrittenBitmap::new(ram.pages())).collect();
 
         let unpublished = WholeFile::create(&path)?;
         let opening = |error| CreateError::Io { path: path.clone(), what: "opening it again", error };
@@ -93,7 +93,8 @@ impl Writer {
         }
         let machine = configuration.machine;
         let unpublished = Mutex::new(Some(unpublished));
-        Ok(Writer { path, file, machine, layout, blocks, marks, ram_end, behind: Behind::default(), unpublished })
+        let writeback = Writeback::default();
+        Ok(Writer { path, file, machine, layout, blocks, written, ram_end, writeback, unpublished })
     }
 
     /// The name it will have.
@@ -129,20 +130,21 @@ impl Writer {
         self.blocks.get(run.block.0 as usize)?.pages_offset.checked_add(run.first.byte_offset())
     }
 
-    /// Says that the content of a run was written: it starts on its way to the disk. Pages that do not exist are ignored.
+    /// Records that the content of a run was written, which starts on its way to the disk. Pages that do not exist are
+    /// ignored.
     pub fn mark_stored(&self, run: PageRun) {
-        if let Some(marks) = self.marks_of(run) {
-            marks.set(run.first, run.pages);
+        if let Some(written) = self.written(run) {
+            written.set(run.first, run.pages);
         }
         if let Some(offset) = self.data_offset(run) {
-            self.behind.written(&self.file, offset, run.len());
+            self.writeback.written(&self.file, offset, run.len());
         }
     }
 
-    /// Says that the pages of a run are zero, whatever was written before. Pages that do not exist are ignored.
+    /// Records that the pages of a run are zero, whatever was written before. Pages that do not exist are ignored.
     pub fn mark_zero(&self, run: PageRun) {
-        if let Some(marks) = self.marks_of(run) {
-            marks.clear(run.first, run.pages);
+        if let Some(written) = self.written(run) {
+            written.clear(run.first, run.pages);
         }
     }
 
@@ -158,20 +160,20 @@ impl Writer {
         Ok(())
     }
 
-    fn marks_of(&self, run: PageRun) -> Option<&Marks> {
-        self.marks.get(run.block.0 as usize).filter(|_| self.layout.contains(run))
+    fn written(&self, run: PageRun) -> Option<&WrittenBitmap> {
+        self.written.get(run.block.0 as usize).filter(|_| self.layout.contains(run))
     }
 
     /// How many pages of a block are marked as stored.
     #[must_use]
     pub fn stored_pages(&self, block: BlockId) -> PageCount {
-        self.marks.get(block.0 as usize).map_or(PageCount(0), Marks::count)
+        self.written.get(block.0 as usize).map_or(PageCount(0), WrittenBitmap::count)
     }
 
     /// Whether a page is marked as stored.
     #[must_use]
     pub fn is_stored(&self, block: BlockId, page: PageIndex) -> bool {
-        self.marks.get(block.0 as usize).is_some_and(|marks| marks.has(page))
+        self.written.get(block.0 as usize).is_some_and(|written| written.has(page))
     }
 
     /// Writes bitmaps and device state, makes the file durable and publishes it, replacing what had its name. Every
@@ -194,13 +196,13 @@ impl Writer {
         write(&end, self.ram_end.0, "ending the RAM section")?;
         let state_at = self.ram_end.0.saturating_add(end.len() as u64);
         write(device_state, state_at, "writing the device state")?;
-        // Where nothing was ever marked the file has a hole, which reads as zero.
-        for (block, marks) in self.blocks.iter().zip(&self.marks) {
-            for (at, bytes) in marks.parts() {
+        // Where no bit was ever set the file has a hole, which reads as zero.
+        for (block, written) in self.blocks.iter().zip(&self.written) {
+            for (at, bytes) in written.parts() {
                 write(&bytes, block.bitmap_offset.0.saturating_add(at.0), "writing a bitmap")?;
             }
         }
-        // What our own reader refuses, nobody should be given.
+        // A file that our own reader refuses is not published.
         Snapshot::open(unpublished.temporary_path())
             .map_err(|error| CreateError::Unreadable(OpenError { path: self.path.clone(), ..error }))?;
         Ok(unpublished.publish()?)

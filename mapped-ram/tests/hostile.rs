@@ -98,7 +98,7 @@ impl Drop for Original {
 
 /// Every truncation of the small file is refused, and looked into without harm.
 #[test]
-fn truncated_anywhere() {
+fn a_file_that_is_cut_off_anywhere_is_refused() {
     let directory = tempfile::tempdir().unwrap();
     let path = small(directory.path());
     let whole = std::fs::read(&path).unwrap();
@@ -250,7 +250,7 @@ fn a_change_under_us_is_seen() {
 }
 
 #[test]
-fn device_state_without_description() {
+fn device_state_without_description_is_refused() {
     let directory = tempfile::tempdir().unwrap();
     let path = small(directory.path());
     let snapshot = Snapshot::open(&path).unwrap();

@@ -56,9 +56,9 @@ fn many_sections_cost_no_more_each() {
     }
 }
 
-/// A terabyte of device state that takes no room in the file takes none in memory.
+/// A terabyte of device state that takes no space in the file takes none in memory.
 #[test]
-fn state_of_any_length_in_a_sparse_file() {
+fn state_of_any_length_in_a_sparse_file_takes_no_memory() {
     let directory = tempfile::tempdir().unwrap();
     let (small, path) = (directory.path().join("small"), directory.path().join("file"));
     let describe = |size: u64| format!(r#"{{"devices": [{{"name": "d", "fields": [{{"size": {size:20}}}]}}]}}"#);

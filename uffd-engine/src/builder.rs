@@ -6,23 +6,25 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::thread::{Builder as Thread, JoinHandle};
 
-use page_source::{PageSink, SharedFeed, Source};
+use page_source::{PageSink, Source};
 use page_units::PageCount;
 
-use crate::load::background::{self, Plan};
-use crate::load::fault::Origin;
+use crate::load::background;
+use crate::load::completion::give_up;
 use crate::load::huge::Staging;
+use crate::load::intake::Intake;
+use crate::load::load::Load;
+use crate::load::plan::Plan;
 use crate::load::supervisor::{Observer, Supervisor};
 use crate::memory::Memory;
 use crate::memory::descriptor::Descriptor;
-use crate::memory::poison::{PoisonOnAbort, stay_open};
+use crate::memory::poison::PoisonOnAbort;
 use crate::memory::region::{self, Region};
 use crate::options::{Background, Discards, Event, FailurePolicy, Handlers, Wait};
 use crate::pause::Pauses;
-use crate::serve::doorbell::Doorbell;
-use crate::serve::handler;
-use crate::serve::placement;
+use crate::serve::stop::StopPages;
 use crate::serve::wait::Waiter;
+use crate::serve::{handler, placement};
 use crate::sys::abi::Features;
 use crate::{Engine, StartError};
 
@@ -209,43 +211,37 @@ impl Builder {
         let staging = Staging::new(self.staging.max(asked_for(&self.background)));
         let staging = staging.map_err(system("memory for huge pages"))?;
         let (layout, window) = (pages.layout(), self.background.window);
-        let core = Memory::new(descriptor, self.regions, layout, staging, self.policy, window, self.pauses);
-        let core = Arc::new(core.map_err(system("memory for the page states"))?);
-        let waiter = waiter(&core, &self.handlers)?;
+        let memory = Memory::missing(descriptor, self.regions, layout, self.pauses);
+        let memory = Arc::new(memory.map_err(system("memory for the page states"))?);
+        let waiter = waiter(&memory, &self.handlers)?;
+        let intake = Arc::new(Intake::new(memory, staging, self.policy, window));
         // First of all: a source may begin to push at once.
         if made_here {
-            register(&core)?;
+            register(&intake.memory)?;
         }
-        let sink: Arc<dyn PageSink> = Arc::<Memory>::clone(&core);
+        let sink: Arc<dyn PageSink> = Arc::<Intake>::clone(&intake);
         let feed = match source.start(sink) {
             Ok(feed) => feed,
             Err(error) => {
-                core.give_up(&*pages);
-                stay_open(&core);
+                give_up(&intake, &*pages);
+                intake.memory.stay_open();
                 return Err(error.into());
             }
         };
         // From here on an engine exists, and its drop does what is right.
-        let origin = Arc::new(Origin {
-            pages,
-            again,
-            feed: SharedFeed::new(feed),
-            wanted: AtomicBool::new(false),
-            around: self.around,
-        });
-        let plan = Arc::new(Plan::new(&self.background));
+        let plan = Plan::new(&self.background);
+        let load = Arc::new(Load::new(Arc::clone(&intake), (pages, again), feed, self.around, plan));
         let mut engine = Engine {
-            core,
-            plan,
+            intake,
+            load: Some(Arc::clone(&load)),
             waiter: Arc::new(waiter),
             threads: Vec::new(),
             supervisor: None,
-            origin: Some(Arc::clone(&origin)),
         };
-        match engine.spawn(&origin, &self.handlers, &self.background, (self.serving, self.observer)) {
+        match engine.spawn(&load, &self.handlers, &self.background, (self.serving, self.observer)) {
             Ok(()) => Ok(engine),
             Err(error) => {
-                engine.core.give_up(&*origin.pages);
+                give_up(&engine.intake, &*load.pages);
                 Err(error)
             }
         }
@@ -279,26 +275,26 @@ fn open(regions: &[Region], discards: Discards, wait: Wait) -> Result<Descriptor
     Ok(Descriptor::create(features, welcome, nonblocking)?)
 }
 
-fn waiter(core: &Memory, handlers: &Handlers) -> Result<Waiter, StartError> {
+fn waiter(memory: &Memory, handlers: &Handlers) -> Result<Waiter, StartError> {
     match handlers.wait {
         Wait::Spin => Ok(Waiter::Spin(AtomicBool::new(false))),
-        Wait::Block if core.descriptor.foreign() => {
+        Wait::Block if memory.view.descriptor.foreign() => {
             Waiter::event().map_err(|errno| system("an event descriptor")(errno.into()))
         }
         Wait::Block => {
-            let bell = Doorbell::new(&core.descriptor, handlers.cores.len());
-            Ok(Waiter::Bell(bell.map_err(system("the doorbell of the fault handlers"))?))
+            let pages = StopPages::new(&memory.view.descriptor, handlers.cores.len());
+            Ok(Waiter::Read(pages.map_err(system("the pages that stop fault handlers"))?))
         }
     }
 }
 
 /// Registers every region, or none.
-fn register(core: &Memory) -> Result<(), StartError> {
-    for (done, area) in core.areas.iter().enumerate() {
+fn register(memory: &Memory) -> Result<(), StartError> {
+    for (done, area) in memory.view.areas.iter().enumerate() {
         let (start, length) = (area.region.start, area.region.len());
-        if let Err(error) = core.descriptor.register(start, length, area.region.mode()) {
-            for earlier in &core.areas[..done] {
-                let _ = core.descriptor.unregister(earlier.region.start, earlier.region.len());
+        if let Err(error) = memory.view.descriptor.register(start, length, area.region.mode()) {
+            for earlier in &memory.view.areas[..done] {
+                let _ = memory.view.descriptor.unregister(earlier.region.start, earlier.region.len());
             }
             return Err(StartError::Register { start, length, error });
         }
@@ -307,25 +303,30 @@ fn register(core: &Memory) -> Result<(), StartError> {
 }
 
 impl Engine {
+    /// An engine to be configured.
+    #[must_use]
+    pub fn builder() -> Builder {
+        Builder::default()
+    }
+
     /// The supervisor last: what it is told before waits for it, and each thread takes its time to begin. A guest that is
     /// resumed gets on sooner when the loaders have brought what it touches first.
     fn spawn(
         &mut self,
-        origin: &Arc<Origin>,
+        load: &Arc<Load>,
         handlers: &Handlers,
         background: &Background,
         (serving, observer): (Option<Serving>, Option<Observer>),
     ) -> Result<(), StartError> {
         let alone = handlers.cores.len() == 1;
         for (number, &cpu) in handlers.cores.iter().enumerate() {
-            let (core, waiter, origin) = (Arc::clone(&self.core), Arc::clone(&self.waiter), Arc::clone(origin));
-            self.waiter.joining(&self.core);
-            let thread =
-                spawn(format!("uffd-fault-{number}"), move || handler::run(&core, &waiter, &origin, cpu, alone));
+            let (load, waiter) = (Arc::clone(load), Arc::clone(&self.waiter));
+            self.waiter.joining(&self.intake.memory);
+            let thread = spawn(format!("uffd-fault-{number}"), move || handler::run(&*load, &waiter, cpu, alone));
             match thread {
                 Ok(thread) => self.threads.push(thread),
                 Err(error) => {
-                    self.waiter.left(&self.core);
+                    self.waiter.left(&self.intake.memory);
                     return Err(error);
                 }
             }
@@ -335,17 +336,12 @@ impl Engine {
         }
         for number in 0..background.threads {
             let cpu = background.cores.get(number % background.cores.len().max(1)).copied();
-            let (core, plan, origin) = (Arc::clone(&self.core), Arc::clone(&self.plan), Arc::clone(origin));
-            let thread = spawn(format!("uffd-load-{number}"), move || background::run(&core, &plan, &origin, cpu))?;
+            let load = Arc::clone(load);
+            let thread = spawn(format!("uffd-load-{number}"), move || background::run(&load, cpu))?;
             self.threads.push(thread);
         }
-        let supervisor = Supervisor {
-            core: Arc::clone(&self.core),
-            plan: Arc::clone(&self.plan),
-            origin: Arc::clone(origin),
-            observer,
-            reported: vec![false; self.core.areas.len()],
-        };
+        let supervisor =
+            Supervisor { load: Arc::clone(load), observer, reported: vec![false; self.intake.memory.view.areas.len()] };
         self.supervisor = Some(spawn("uffd-supervisor".into(), move || supervisor.run())?);
         Ok(())
     }

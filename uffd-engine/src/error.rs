@@ -152,3 +152,27 @@ pub enum EngineError {
     #[error("the engine was cancelled before all pages were there")]
     Cancelled,
 }
+
+/// Why a range could not be given back.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DiscardError {
+    /// Not (entirely) inside the engine's regions, or not whole granules.
+    #[error("{0} is not inside the regions of this engine, in whole granules")]
+    Outside(PageRun),
+    /// A live snapshot still needs what is there. Nothing has happened to it: try again when the snapshot is over.
+    #[error("a live snapshot that is being taken still needs the content of {0}")]
+    Frozen(PageRun),
+    /// The memory belongs to another process, which discards for itself.
+    #[error("the memory belongs to another process")]
+    Foreign,
+    /// The system call failed.
+    #[error("giving {run} back failed: {error}")]
+    System {
+        /// The pages.
+        run: PageRun,
+        /// What the system said.
+        #[source]
+        error: io::Error,
+    },
+}

@@ -24,8 +24,8 @@ mod stats;
 mod sys;
 
 pub use builder::Builder;
-pub use engine::{Completion, DiscardError, Engine};
-pub use error::{EngineError, OpenError, StartError};
+pub use engine::{Completion, Engine};
+pub use error::{DiscardError, EngineError, OpenError, StartError};
 pub use freeze::{
     FreezeError, FreezeHandle, FreezeOptions, FreezeStats, Freezer, Frozen, FrozenError, HugeFile, PageTable,
 };

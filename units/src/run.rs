@@ -116,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn intersections() {
+    fn runs_of_one_block_intersect() {
         assert_eq!(run(0, 10).intersect(run(5, 10)), run(5, 5));
         assert!(run(0, 5).intersect(run(5, 1)).is_empty());
         let other = PageRun::new(BlockId(1), PageIndex(0), PageCount(9));

@@ -85,7 +85,7 @@ moves_by!(PageIndex, PageCount);
 moves_by!(PageCount, PageCount);
 
 impl ByteLen {
-    /// How many pages it takes to hold so many bytes (the last may be partial).
+    /// How many pages it takes to hold these bytes (the last may be partial).
     #[must_use]
     pub const fn to_pages(self) -> PageCount {
         PageCount(self.0.div_ceil(PAGE_SIZE))
@@ -108,7 +108,7 @@ impl ByteLen {
 }
 
 impl PageCount {
-    /// The length of so many pages.
+    /// The length of these pages.
     #[must_use]
     pub const fn to_bytes(self) -> ByteLen {
         ByteLen(self.0 << PAGE_SHIFT)

@@ -43,9 +43,9 @@ pub enum Command {
         /// Start and length of each range.
         ranges: Vec<(ByteLen, ByteLen)>,
     },
-    /// So many bytes follow, a nested stream.
+    /// A nested stream follows.
     Packaged {
-        /// How many.
+        /// Its length in bytes.
         length: u32,
     },
     /// Continuous replication: not supported by anything here.

@@ -81,7 +81,7 @@ pub enum WriteError {
     #[error("writing the stream failed: {0}")]
     Io(#[from] io::Error),
     /// A name longer than the 255 bytes that a counted string can hold.
-    #[error("the name \"{name}\" is {} bytes long, the stream has room for 255", name.len())]
+    #[error("the name \"{name}\" is {} bytes long, the stream takes at most 255", name.len())]
     NameTooLong {
         /// The name.
         name: String,

@@ -23,7 +23,7 @@ pub struct Value<'a> {
 pub enum Content<'a> {
     /// One plain value: [`Value::bytes`].
     Plain,
-    /// So many plain values of equal size.
+    /// Plain values of equal size.
     Array {
         /// How many.
         count: u64,
@@ -225,7 +225,7 @@ impl<'a> Value<'a> {
     }
 }
 
-/// What an integer of so many bytes is if its highest bit is a sign.
+/// Extends the sign of an integer of that many bytes.
 fn signed(value: u64, bytes: u64) -> i64 {
     let unused = 64 - 8 * bytes.clamp(1, 8);
     (value << unused).cast_signed() >> unused

@@ -138,7 +138,7 @@ impl<R: Read> Wire<R> {
             .ok_or_else(|| StreamError::Invalid { at, what: format!("{what} is not text") })
     }
 
-    /// One byte of length and so many bytes of text.
+    /// Reads a text with its length in one byte before it.
     pub(crate) fn counted_string(&mut self, what: &'static str) -> Result<String, StreamError> {
         let length = self.u8(what)?;
         self.string(length.into(), 255, what)

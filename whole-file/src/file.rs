@@ -43,7 +43,7 @@ impl WholeFile {
     }
 
     fn create_by(path: &Path, nameless: impl FnOnce(&Path) -> Option<File>) -> Result<WholeFile, WholeFileError> {
-        let failed = |error| WholeFileError::io(path, "creating a file beside it", error);
+        let failed = |error| WholeFileError::io(path, "creating a temporary file next to it", error);
         let target = target(path)?;
         // `new/` and `new/.` can only be directories: told now, and not when all is written.
         let is_last = |name: &&OsStr| target.as_os_str().as_bytes().ends_with(name.as_bytes());
@@ -151,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn with_and_without_a_temporary_name() {
+    fn a_file_appears_whole_with_and_without_a_temporary_name() {
         for (make, visible) in BOTH {
             let directory = tempfile::tempdir().unwrap();
             let path = directory.path().join("snapshot");
@@ -182,7 +182,7 @@ mod tests {
             std::os::unix::fs::symlink("other/", at("link")).unwrap();
             for name in ["new/", "new/.", "link", "none/new"] {
                 let error = WholeFile::create_by(&at(name), make).unwrap_err();
-                assert!(error.to_string().contains("creating a file beside it"), "{name}: {error}");
+                assert!(error.to_string().contains("creating a temporary file next to it"), "{name}: {error}");
             }
             assert!(WholeFile::create_by(&at(&"x".repeat(256)), make).is_err());
             assert_eq!(files(directory.path()), 1);

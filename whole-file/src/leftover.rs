@@ -1,6 +1,6 @@
 //! Temporary names that a killed process left behind.
 //!
-//! Whoever makes one holds a lock (flock(2)) on the file while it lives; a lock that can be had tells a leftover.
+//! A living process holds a lock (flock(2)) on its own temporary file: a file that can be locked is left over.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, OpenOptions};
@@ -19,12 +19,12 @@ pub(crate) const SUFFIX: &str = ".part";
 /// The longest name of a file, in bytes (`NAME_MAX` of limits.h).
 const LONGEST: usize = 255;
 
-/// What the temporary names of a file begin with: its own name, as much of it as there is room for.
+/// What the temporary names of a file begin with: its own name, cut where it would be too long.
 pub(crate) fn prefix(name: &OsStr) -> OsString {
-    let room = LONGEST - 2 - RANDOM - SUFFIX.len();
+    let longest = LONGEST - 2 - RANDOM - SUFFIX.len();
     let name = name.as_bytes();
     let mut prefix = OsString::from(".");
-    prefix.push(OsStr::from_bytes(&name[..name.len().min(room)]));
+    prefix.push(OsStr::from_bytes(&name[..name.len().min(longest)]));
     prefix.push(".");
     prefix
 }
@@ -94,7 +94,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names() {
+    fn temporary_names_are_told_from_others() {
         let is = |name: &str| is_temporary(name.as_ref(), ".vm.snap.".as_ref());
         assert!(is(".vm.snap.aB3dE6gH9jK2.part"));
         for other in [".vm.snap.backup.part", ".vm.snap.old.aB3dE6g.part", ".vm.snap.aB3dE6gH9jK2", ".vm.snap.part"] {

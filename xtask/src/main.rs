@@ -14,6 +14,7 @@ mod bench;
 mod demo;
 mod e2e;
 mod hung;
+mod package;
 mod results;
 mod run;
 mod setup;
@@ -35,7 +36,7 @@ struct Cli {
 enum Task {
     /// Resume a real guest from a snapshot, eagerly and on demand, and compare the two
     Demo(demo::Args),
-    /// Run everything that CI runs: format, source rules, lints, tests, documentation, fuzz targets, QEMU
+    /// Run everything that CI runs: format, source rules, lints, tests, documentation, packages, fuzz targets, QEMU
     Test(test::Args),
     /// Run the tests against a real QEMU only
     E2e(e2e::Args),

@@ -87,7 +87,7 @@ pub(crate) fn run_counted(command: &mut Command, limits: Limits, counts: &mut Co
         match heard.recv_timeout(tick) {
             Ok(line) => {
                 let line = String::from_utf8_lossy(&line?).into_owned();
-                // Whoever read it may have left.
+                // The reader of our output may have left.
                 let _ = writeln!(to, "{line}");
                 counts.add_line(&line);
             }

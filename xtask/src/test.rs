@@ -5,6 +5,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use crate::e2e;
+use crate::package;
 use crate::results::{Counts, Limits, read_skips, run_counted};
 use crate::run::{Done, cargo, cargo_path, root, run as run_command, show, succeeded};
 use crate::setup::{self, Need};
@@ -22,7 +23,7 @@ pub(crate) struct Args {
     /// Also the long matrices (an hour or more)
     #[arg(long, conflicts_with = "quick")]
     full: bool,
-    /// Without documentation, fuzz targets and QEMU
+    /// Without documentation, packages, fuzz targets and QEMU
     #[arg(long)]
     quick: bool,
 }
@@ -55,6 +56,7 @@ pub(crate) fn run(args: &Args) -> Done {
         gate.step("documentation", |_| {
             run_command(cargo("doc").args(["--quiet", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings"))
         });
+        gate.step("packages", |_| package::run(root()));
         gate.step("fuzz targets", fuzz);
         gate.step("tests with QEMU", |gate| gate.e2e(&split.qemu));
     }

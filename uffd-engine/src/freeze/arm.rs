@@ -75,9 +75,9 @@ fn arm(shared: &Shared, number: usize, populated: &[PageRun]) -> Result<(), Free
     if !region.shared {
         return protect(region.start, region.len());
     }
-    if let Owner::Engine { core, .. } = &shared.owner {
+    if let Owner::Engine { memory, .. } = &shared.owner {
         // What it has installed since the caller looked at the file is there too.
-        let states = &core.areas[number].states;
+        let states = memory.states(number);
         for (first, granules) in states.present() {
             protect(zone.addr(first), zone.len_of(granules))?;
         }

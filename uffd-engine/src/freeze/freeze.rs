@@ -13,7 +13,6 @@ use super::page_table::PageTable;
 use super::pool::Pool;
 use super::saved::Saved;
 use crate::PausePoint;
-use crate::memory::Place;
 use crate::memory::region::Region;
 use crate::sys::memory::Scratch;
 
@@ -167,12 +166,6 @@ impl Shared {
     /// Whether nothing of it is needed any more: neither its protection nor its threads.
     pub(crate) fn has_ended(&self) -> bool {
         self.over.load(Ordering::SeqCst)
-    }
-
-    /// Whether an install of so many granules has to be write-protected, since not all of them are saved.
-    pub(crate) fn protects(&self, at: Place, granules: usize) -> bool {
-        let saved = &self.zones[at.area].saved;
-        (at.granule..at.granule + granules).any(|granule| !saved.may_change(granule))
     }
 
     pub(crate) fn wake_saver(&self) {

@@ -18,10 +18,11 @@ use super::saved::Saved;
 use super::writers;
 use crate::memory::Memory;
 use crate::memory::descriptor::Descriptor;
+use crate::memory::holder::Fetch;
 use crate::memory::region::{self, Backing, Region};
 use crate::serve::placement::check_cores;
 use crate::sys::abi::Features;
-use crate::{Engine, Handlers, OpenError, StartError};
+use crate::{Handlers, OpenError, StartError};
 
 /// How memory is frozen.
 #[derive(Clone, Debug)]
@@ -111,7 +112,7 @@ impl Freezer {
         Ok(freezer)
     }
 
-    /// Whether the memory is still being loaded, by an [engine](Engine::freezer).
+    /// Whether the memory is still being loaded, by an [engine](crate::Engine::freezer).
     #[must_use]
     pub fn is_loading(&self) -> bool {
         self.shared.is_loading()
@@ -141,7 +142,7 @@ impl Freezer {
         let mut frozen = Frozen { shared: Arc::clone(&self.shared), threads };
         let result = match &self.shared.owner {
             Owner::Freeze { .. } => arm_all(&self.shared, populated),
-            Owner::Engine { core, .. } => self.arm_with(core, populated),
+            Owner::Engine { memory, fetch } => self.arm_with(memory, &**fetch, populated),
         };
         match result {
             Ok(()) => Ok(frozen),
@@ -154,11 +155,11 @@ impl Freezer {
 
     /// Nothing is being installed at the freeze point, and no discard read: a page is either there, and protected, or
     /// its content is that of the source.
-    fn arm_with(&self, core: &Memory, populated: &[PageRun]) -> Result<(), FreezeError> {
-        let _no_discards = core.discarding.write();
+    fn arm_with(&self, memory: &Memory, fetch: &dyn Fetch, populated: &[PageRun]) -> Result<(), FreezeError> {
+        let _no_discards = memory.view.discarding.write();
         loop {
-            let mut gate = core.gate_alone();
-            if !core.status.running() {
+            let mut gate = memory.view.gate_alone();
+            if !fetch.running() {
                 return Err(FreezeError::EngineEnded);
             }
             if gate.as_ref().is_some_and(|other| !other.has_ended()) {
@@ -166,7 +167,7 @@ impl Freezer {
             }
             match arm_all(&self.shared, populated) {
                 Ok(()) => {
-                    *gate = Some(Arc::clone(&self.shared));
+                    *gate = Some(Arc::<Shared>::clone(&self.shared));
                     return Ok(());
                 }
                 // A discard waits for its event to be read, by whoever waits for us.
@@ -231,48 +232,37 @@ impl Drop for Freezer {
     }
 }
 
-impl Engine {
-    /// As [`Freezer::prepare`], for memory that this engine is still loading. Its own handlers serve the writers then,
-    /// those of the options are not used; what the engine brings from the freeze point on comes write-protected, and what
-    /// is missing is taken from its source as long as that may be [asked again](page_source::PageSource): it is
-    /// not brought into the memory for it. Pages of a [one-shot](page_source::OneShot) source are waited for.
-    ///
-    /// `regions` are those of the engine, in any order, with the pages that `layout` gives them. While memory is frozen
-    /// the engine does not become complete. Should it fail or be dropped, the freeze fails.
-    ///
-    /// # Errors
-    /// If anything is missing, the regions are others, or the kernel lacks write protection. Nothing has happened to the
-    /// memory then. [`FreezeError::EngineEnded`], here or from [`Freezer::arm`], says that the engine is not needed any
-    /// more, or has failed.
-    pub fn freezer(
-        &self,
+impl Freezer {
+    /// For memory that is being loaded: see [`Engine::freezer`](crate::Engine::freezer).
+    pub(crate) fn of_loading(
+        memory: &Arc<Memory>,
+        fetch: Arc<dyn Fetch>,
         mut regions: Vec<Region>,
         layout: Layout,
         options: &FreezeOptions,
     ) -> Result<Freezer, FreezeError> {
-        let core = &self.core;
-        if core.descriptor.foreign() {
+        let view = &memory.view;
+        if view.descriptor.foreign() {
             return Err(FreezeError::Foreign);
         }
-        let Some(origin) = self.origin.as_ref().filter(|_| core.status.running()) else {
+        if !fetch.running() {
             return Err(FreezeError::EngineEnded);
-        };
+        }
         region::check(&regions, &layout)?;
         let needed = regions.iter().map(needs).fold(Features::empty(), Features::union);
-        let available = core.descriptor.features();
+        let available = view.descriptor.features();
         if !available.contains(needed) {
             return Err(OpenError::Unsupported { missing: needed - available, available }.into());
         }
-        let number = |region: &Region| core.areas.iter().position(|area| area.region.start == region.start);
+        let number = |region: &Region| view.areas.iter().position(|area| area.region.start == region.start);
         regions.sort_by_key(number);
-        let mut pairs = regions.iter().zip(&core.areas);
+        let mut pairs = regions.iter().zip(&view.areas);
         let other = pairs.find(|(region, area)| region.start != area.region.start || region.len() != area.region.len());
-        let longer = regions.get(core.areas.len()).or(core.areas.get(regions.len()).map(|area| &area.region));
+        let longer = regions.get(view.areas.len()).or(view.areas.get(regions.len()).map(|area| &area.region));
         if let Some(region) = other.map(|(region, _)| region).or(longer) {
             return Err(FreezeError::OtherRegions { start: region.start });
         }
-        let (pages, again) = (Arc::clone(&origin.pages), origin.again.clone());
-        let owner = Owner::Engine { core: Arc::clone(core), pages, again, origin: Arc::downgrade(origin) };
+        let owner = Owner::Engine { memory: Arc::clone(memory), fetch };
         Ok(Freezer { shared: shared(owner, regions, layout, options)?, threads: Vec::new() })
     }
 }

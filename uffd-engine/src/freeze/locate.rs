@@ -1,13 +1,12 @@
 //! Where the content of a granule at the freeze point is to be had.
 
-use page_source::{Content, Pages};
 use page_units::{ByteLen, PageCount};
 
 use super::freeze::{Shared, Zone};
 use super::frozen::FrozenError;
 use super::owner::Owner;
 use super::saver::page_table_error;
-use crate::load::background;
+use crate::memory::holder::{Fetch, MissingContent};
 use crate::memory::region::Backing;
 use crate::memory::states::State;
 use crate::memory::{Memory, Place};
@@ -37,14 +36,7 @@ impl Shared {
                 let of = |exists| if exists { ContentAt::Memory } else { ContentAt::Zero };
                 Ok(self.existing(zone, granules)?.into_iter().map(of).collect())
             }
-            Owner::Engine { core, pages, again, origin } => {
-                let ask = |place| {
-                    if let Some(origin) = origin.upgrade() {
-                        background::request_granule(core, &origin, place);
-                    }
-                };
-                self.in_engine(zone, number, granules, core, (&**pages, again.is_some()), ask)
-            }
+            Owner::Engine { memory, fetch } => self.in_engine(zone, number, granules, memory, &**fetch),
         }
     }
 
@@ -55,12 +47,10 @@ impl Shared {
         zone: &Zone,
         number: usize,
         granules: std::ops::Range<usize>,
-        core: &Memory,
-        (source, repeatable): (&dyn Pages, bool),
-        ask: impl Fn(Place),
+        memory: &Memory,
+        fetch: &dyn Fetch,
     ) -> Result<Vec<ContentAt>, FrozenError> {
-        let area = &core.areas[number];
-        let states: Vec<State> = granules.clone().map(|granule| area.states.get(granule).state).collect();
+        let states: Vec<State> = granules.clone().map(|granule| memory.states(number).get(granule).state).collect();
         // A page that is Present can be missing all the same, if it was given back before the freeze point: see
         // `Memory::serve`. In this order: what is Present was mapped before.
         let exists = if zone.region.shared || !states.contains(&State::Present) {
@@ -74,15 +64,6 @@ impl Shared {
         } else {
             vec![false; granules.len()]
         };
-        let mut known = (Content::Unknown, granules.start);
-        let mut content = |granule: usize| {
-            if known.1 <= granule {
-                let span = source.content(area.pages(granule, granules.end - granule));
-                let whole = ByteLen(span.pages.0 / area.granule.0).get();
-                known = if whole == 0 { (Content::Unknown, granule + 1) } else { (span.content, granule + whole) };
-            }
-            known.0
-        };
         granules
             .clone()
             .zip(states)
@@ -95,13 +76,12 @@ impl Shared {
                     State::Present | State::Zero | State::Removed => ContentAt::Zero,
                     State::InFlight => ContentAt::Soon,
                     State::Poisoned => return Err(FrozenError::Poisoned(zone.pages(granule, 1))),
-                    State::Missing if in_file[at] && !core.staging.gathering(place) => map(core, place),
-                    State::Missing if content(granule) == Content::Zero => ContentAt::Zero,
-                    State::Missing if repeatable => ContentAt::Source,
-                    State::Missing => {
-                        ask(place);
-                        ContentAt::Soon
-                    }
+                    State::Missing => match fetch.missing(place, in_file[at]) {
+                        MissingContent::Zero => ContentAt::Zero,
+                        MissingContent::Source => ContentAt::Source,
+                        MissingContent::Mapped => ContentAt::Memory,
+                        MissingContent::Soon => ContentAt::Soon,
+                    },
                 })
             })
             .collect()
@@ -120,12 +100,6 @@ impl Shared {
         };
         Ok(pages.chunks(per).map(|pages| pages.iter().any(|&there| there)).collect())
     }
-}
-
-/// Maps what the file behind shared memory holds.
-fn map(core: &Memory, place: Place) -> ContentAt {
-    let mapped = core.map_cached(&core.installing(), place);
-    if mapped == Some(true) { ContentAt::Memory } else { ContentAt::Soon }
 }
 
 /// So much is taken from a source at a time: its pages can't be written to meanwhile.

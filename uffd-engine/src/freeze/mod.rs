@@ -11,7 +11,6 @@
 //! from the engine's source without being brought into the memory.
 
 mod arm;
-mod fetch;
 mod freeze;
 mod freezer;
 mod frozen;
@@ -25,7 +24,6 @@ mod saved;
 mod saver;
 mod writers;
 
-pub(crate) use freeze::Shared;
 pub use freezer::{FreezeError, FreezeOptions, Freezer};
 pub use frozen::{FreezeHandle, FreezeStats, Frozen, FrozenError};
 pub use huge_file::HugeFile;

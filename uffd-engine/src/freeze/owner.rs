@@ -1,19 +1,17 @@
 //! Who reads the page faults of frozen memory: the freeze itself, or the engine that is still loading it.
 
 use std::fmt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
-use std::sync::{Arc, Weak};
 
 use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use page_source::{PageSource, Pages};
 use page_units::{ByteLen, HostAddr};
 
 use super::freeze::Shared;
-use crate::load::fault::Origin;
-use crate::load::status::Task;
 use crate::memory::Memory;
 use crate::memory::descriptor::Descriptor;
+use crate::memory::holder::{Fetch, Holder};
 use crate::sys::ops;
 
 /// Who reads the page faults.
@@ -27,19 +25,12 @@ pub(crate) enum Owner {
         turns: Box<[AtomicU64]>,
     },
     /// An engine whose regions are the zones, in the same order.
-    Engine {
-        core: Arc<Memory>,
-        pages: Arc<dyn Pages>,
-        /// The source, if it may be started again.
-        again: Option<Arc<dyn PageSource>>,
-        /// The engine's own flow: it ends with the engine.
-        origin: Weak<Origin>,
-    },
+    Engine { memory: Arc<Memory>, fetch: Arc<dyn Fetch> },
 }
 
 impl fmt::Debug for Owner {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // No more: an engine's core knows who freezes it.
+        // No more: an engine's memory knows what freezes it.
         f.write_str(match self {
             Owner::Freeze { .. } => "Freeze",
             Owner::Engine { .. } => "Engine",
@@ -57,7 +48,7 @@ impl Owner {
     pub(crate) fn descriptor(&self) -> &Descriptor {
         match self {
             Owner::Freeze { descriptor, .. } => descriptor,
-            Owner::Engine { core, .. } => &core.descriptor,
+            Owner::Engine { memory, .. } => &memory.view.descriptor,
         }
     }
 
@@ -85,7 +76,7 @@ impl Owner {
                     }
                 }
             }
-            Owner::Engine { core, .. } => drop(core.installing()),
+            Owner::Engine { memory, .. } => drop(memory.view.installing()),
         }
     }
 
@@ -102,32 +93,26 @@ impl Owner {
     /// completion.
     pub(crate) fn let_go(&self, shared: &Shared, all_released: bool) {
         match self {
-            // After it too: see `Memory::unregister`.
             Owner::Freeze { descriptor, .. } => {
                 for zone in shared.zones.iter().filter(|zone| zone.registered.load(Ordering::Acquire)) {
-                    let (start, len) = (zone.region.start, zone.region.len());
-                    if let Err(error) = descriptor.unregister(start, len) {
-                        log::debug!("unregistering {start} failed: {error}");
-                    }
-                    if let Err(error) = descriptor.wake(start, len) {
-                        log::debug!("waking the waiters of {start} failed: {error}");
-                    }
+                    descriptor.let_go(zone.region.start, zone.region.len());
                 }
             }
             // Where events are read nothing may wait for one: the supervisor does it.
-            Owner::Engine { core, .. } if all_released => core.status.tell(Task::Check),
-            Owner::Engine { core, .. } if core.on_reader_thread() => core.status.tell(Task::Thaw),
-            Owner::Engine { core, .. } => {
-                core.thaw(shared);
-                core.status.tell(Task::Check);
+            Owner::Engine { fetch, .. } if all_released => fetch.freeze_ended(false),
+            Owner::Engine { memory, fetch } if memory.view.on_reader_thread() => fetch.freeze_ended(true),
+            Owner::Engine { memory, fetch } => {
+                thaw(memory, &**fetch, shared);
+                fetch.freeze_ended(false);
             }
         }
     }
 
     /// Forgets the frozen memory, so that neither keeps the other alive.
     pub(crate) fn forget(&self, shared: &Arc<Shared>) {
-        if let Owner::Engine { core, .. } = self {
-            core.forget_freeze(shared);
+        if let Owner::Engine { memory, .. } = self {
+            let holder: Arc<dyn Holder> = Arc::<Shared>::clone(shared);
+            memory.view.forget_freeze(&holder);
         }
     }
 }
@@ -135,41 +120,39 @@ impl Owner {
 /// So much is released by one call.
 const STRIDE: ByteLen = ByteLen(1 << 30);
 
-impl Memory {
-    /// Takes the protection off, after a freeze has ended. What is protected all the same (an install that was under
-    /// way) is released when it is written to.
-    pub(crate) fn thaw(&self, shared: &Shared) {
-        // Whoever serves a write for the freeze has seen by then that it has ended, or parked its writer, who is woken.
-        drop(self.gate_alone());
-        for zone in &shared.zones {
-            let (mut at, end) = (zone.region.start.0, zone.region.range().end.0);
-            while at < end {
-                let next = (at + 1).next_multiple_of(STRIDE.0).min(end);
-                if !self.release(shared, HostAddr(at), ByteLen(next - at)) {
-                    return;
-                }
-                at = next;
+/// Takes the protection off, after a freeze has ended. What is protected all the same (an install that was under way) is
+/// released when it is written to.
+pub(super) fn thaw(memory: &Memory, fetch: &dyn Fetch, shared: &Shared) {
+    // A handler that serves a write for the freeze has seen by then that it has ended, or parked its writer, who is woken.
+    drop(memory.view.gate_alone());
+    for zone in &shared.zones {
+        let (mut at, end) = (zone.region.start.0, zone.region.range().end.0);
+        while at < end {
+            let next = (at + 1).next_multiple_of(STRIDE.0).min(end);
+            if !release(memory, fetch, shared, HostAddr(at), ByteLen(next - at)) {
+                return;
             }
+            at = next;
         }
     }
+}
 
-    /// `false` if the memory is not to be released any more: it is frozen again, or no longer this engine's.
-    fn release(&self, shared: &Shared, start: HostAddr, len: ByteLen) -> bool {
-        loop {
-            let gate = self.installing();
-            if gate.as_deref().is_some_and(|now| !std::ptr::eq(now, shared)) {
+/// `false` if the memory is not to be released any more: it is frozen again, or no longer this engine's.
+fn release(memory: &Memory, fetch: &dyn Fetch, shared: &Shared, start: HostAddr, len: ByteLen) -> bool {
+    loop {
+        let gate = memory.view.installing();
+        if gate.as_deref().is_some_and(|now| !std::ptr::addr_eq(now, shared)) {
+            return false;
+        }
+        match ops::write_protect(memory.view.descriptor.fd(), start.0, len.0, false) {
+            Ok(()) => return true,
+            Err(Errno::EAGAIN) if fetch.running() => {}
+            Err(errno) => {
+                log::debug!("releasing {len} bytes at {start} failed: {errno}");
                 return false;
             }
-            match ops::write_protect(self.descriptor.fd(), start.0, len.0, false) {
-                Ok(()) => return true,
-                Err(Errno::EAGAIN) if self.status.running() => {}
-                Err(errno) => {
-                    log::debug!("releasing {len} bytes at {start} failed: {errno}");
-                    return false;
-                }
-            }
-            drop(gate);
-            std::thread::yield_now();
         }
+        drop(gate);
+        std::thread::yield_now();
     }
 }

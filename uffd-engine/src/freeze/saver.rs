@@ -9,7 +9,6 @@ use nix::errno::Errno;
 use page_source::{PageBytes, PageSink, Reply, SourceError, SourceErrorKind, Subject, is_zero};
 use page_units::{ByteLen, HostAddr, PAGE_SIZE, PageCount, PageRun};
 
-use super::fetch::Fetch;
 use super::freeze::{Shared, Zone};
 use super::frozen::FrozenError;
 use super::locate::{ContentAt, fetched_at_a_time};
@@ -17,6 +16,7 @@ use super::order::{Order, PIECE};
 use super::owner::Owner;
 use super::pool::Copied;
 use crate::PausePoint;
+use crate::memory::holder::FetchError;
 use crate::sys::memory::{Scratch, read_granule};
 use crate::sys::ops;
 
@@ -25,7 +25,7 @@ type Outcome = Result<(), FrozenError>;
 /// Delivers everything. Returns when each page was delivered, or at the first error.
 pub(crate) fn run(shared: &Shared, sink: &dyn PageSink) -> Outcome {
     let buffer = Scratch::new(PIECE).map_err(|error| kernel("a buffer", HostAddr(0), errno_of(&error)))?;
-    let mut saver = Saver { shared, sink, buffer, fetch: None };
+    let mut saver = Saver { shared, sink, buffer };
     let mut order = Order::new(&shared.zones);
     while let Some((number, piece)) = saver.written_first(&mut order)?.or_else(|| order.next()) {
         saver.sweep(number, piece)?;
@@ -44,13 +44,10 @@ pub(crate) fn run(shared: &Shared, sink: &dyn PageSink) -> Outcome {
         }
     }
     saver.written()?;
-    match (&shared.owner, saver.fetch.take()) {
+    match &shared.owner {
+        Owner::Freeze { .. } => Ok(()),
         // What was loaded since the freeze point was not vouched for yet, nor what was taken here.
-        (_, Some(fetch)) => fetch.finish().map_err(FrozenError::Changed),
-        (Owner::Engine { again: Some(source), .. }, None) => {
-            Fetch::start(&**source, PIECE).and_then(Fetch::finish).map_err(FrozenError::Changed)
-        }
-        _ => Ok(()),
+        Owner::Engine { fetch, .. } => fetch.vouch().map_err(FrozenError::Changed),
     }
 }
 
@@ -70,7 +67,6 @@ struct Saver<'a> {
     shared: &'a Shared,
     sink: &'a dyn PageSink,
     buffer: Scratch,
-    fetch: Option<Fetch>,
 }
 
 impl Saver<'_> {
@@ -236,14 +232,13 @@ impl Saver<'_> {
 
     /// From the source of the engine that loads the memory.
     fn fetch(&mut self, number: usize, first: usize, granules: usize) -> Outcome {
-        let Owner::Engine { core, again: Some(source), .. } = &self.shared.owner else { return Ok(()) };
-        let run = core.areas[number].pages(first, granules);
-        let fetch = match self.fetch.take() {
-            Some(fetch) => fetch,
-            None => Fetch::start(&**source, PIECE).map_err(|error| FrozenError::Source { run, error })?,
-        };
+        let Owner::Engine { memory, fetch } = &self.shared.owner else { return Ok(()) };
+        let run = memory.area(number).pages(first, granules);
         let to = self.buffer.bytes_mut(0, run.len().get());
-        self.fetch.insert(fetch).fetch(run, to, || self.shared.has_ended())?;
+        fetch.fetch(run, to, &|| self.shared.has_ended()).map_err(|error| match error {
+            FetchError::Over => FrozenError::Cancelled,
+            FetchError::Source(error) => FrozenError::Source { run, error },
+        })?;
         self.shared.from_source.fetch_add(run.pages.0, Ordering::Relaxed);
         Ok(())
     }

@@ -9,10 +9,12 @@ use page_units::{ByteLen, HostAddr};
 
 use super::freeze::{Shared, Zone};
 use super::frozen::FrozenError;
-use super::owner::Owner;
+use super::owner::{self, Owner};
 use super::pool::Copied;
+use crate::EngineError;
 use crate::PausePoint;
 use crate::memory::Place;
+use crate::memory::holder::Holder;
 use crate::memory::region::Backing;
 use crate::serve::placement::bind;
 use crate::sys::abi::{Message, UFFD_EVENT_PAGEFAULT, UFFD_EVENT_REMOVE, UFFD_EVENT_UNMAP, UFFD_PAGEFAULT_FLAG_WP};
@@ -71,11 +73,6 @@ impl Shared {
         }
     }
 
-    /// Whether something between two addresses is not saved yet.
-    pub(crate) fn needs(&self, start: HostAddr, end: HostAddr) -> bool {
-        self.unsaved(start, end).is_some()
-    }
-
     /// Which part of a range, that of the first zone, is not saved as a whole.
     fn unsaved(&self, start: HostAddr, end: HostAddr) -> Option<(HostAddr, HostAddr)> {
         self.zones.iter().find_map(|zone| {
@@ -90,28 +87,53 @@ impl Shared {
             (first..last).any(|granule| !zone.saved.may_change(granule)).then_some((from, to))
         })
     }
+}
 
-    /// An engine's handler, which holds its gate, serves a write. `false` if it has to be tried again after an event was
-    /// read.
-    pub(crate) fn write(&self, place: Place) -> bool {
-        write(self, place.area, place.granule)
+impl Holder for Shared {
+    fn has_ended(&self) -> bool {
+        Shared::has_ended(self)
     }
 
-    /// An engine, which holds its gate, is about to install zeros: the caller is the one who says what comes of it.
-    pub(crate) fn claim_hole(&self, at: Place) -> bool {
+    fn protects(&self, at: Place, granules: usize) -> bool {
+        let saved = &self.zones[at.area].saved;
+        (at.granule..at.granule + granules).any(|granule| !saved.may_change(granule))
+    }
+
+    fn claim_hole(&self, at: Place) -> bool {
         self.zones[at.area].saved.claim(at.granule)
     }
 
-    /// What came of it.
-    pub(crate) fn end_hole(&self, at: Place, installed: bool) {
+    fn end_hole(&self, at: Place, installed: bool) {
         let zone = &self.zones[at.area];
         if installed {
             self.hole_faults.fetch_add(1, Ordering::Relaxed);
             return zone.saved.hole(at.granule);
         }
         zone.saved.give_back(at.granule);
-        // Its writers may have been told meanwhile that whoever had claimed it would release them.
+        // Its writers may have been told meanwhile that the claimer would release them.
         drop(self.owner.descriptor().wake(zone.addr(at.granule), zone.len_of(1)));
+    }
+
+    fn write(&self, at: Place) -> bool {
+        write(self, at.area, at.granule)
+    }
+
+    fn needs(&self, start: HostAddr, end: HostAddr) -> bool {
+        self.unsaved(start, end).is_some()
+    }
+
+    fn given_back(&self, start: HostAddr, end: HostAddr) {
+        Shared::given_back(self, start, end);
+    }
+
+    fn engine_failed(&self, error: &EngineError) {
+        self.end(Err(FrozenError::Engine(Box::new(error.clone()))));
+    }
+
+    fn thaw(&self) {
+        if let Owner::Engine { memory, fetch } = &self.owner {
+            owner::thaw(memory, &**fetch, self);
+        }
     }
 }
 

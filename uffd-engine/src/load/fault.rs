@@ -1,151 +1,103 @@
 //! Serving one page fault.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
 
 use nix::errno::Errno;
-use page_source::{PageSource, Pages, SharedFeed, SourceError, Urgency};
-use page_units::{ByteLen, HostAddr, PageCount, PageRun};
+use page_source::Urgency;
+use page_units::{ByteLen, PageRun};
 
+use super::install::Content;
+use super::load::Load;
+use super::status::Task;
 use crate::EngineError;
-use crate::load::install::{Content, frozen};
-use crate::load::status::{Status, Task};
-use crate::memory::gate::Gate;
-use crate::memory::states::State;
-use crate::memory::{Memory, Place};
+use crate::memory::gate::holder;
+use crate::memory::states::{State, StateMap};
+use crate::memory::{Area, Memory, Place};
 use crate::pause::PausePoint;
+use crate::serve::served::{Discarded, Fault, Served};
 use crate::stats::bump;
-use crate::sys::abi::{UFFD_PAGEFAULT_FLAG_MINOR, UFFD_PAGEFAULT_FLAG_WP};
 use crate::sys::ops::{self, Done};
 
-/// Where content comes from, as a handler sees it.
-#[derive(Debug)]
-pub(crate) struct Origin {
-    pub(crate) pages: Arc<dyn Pages>,
-    /// The source, if it may be started again.
-    pub(crate) again: Option<Arc<dyn PageSource>>,
-    pub(crate) feed: SharedFeed,
-    /// The supervisor waits until nobody is asking, in order to finish the flow.
-    pub(crate) wanted: AtomicBool,
-    /// So many pages are asked for at a time, around the fault.
-    pub(crate) around: PageCount,
-}
-
-impl Origin {
-    /// Asks the source.
-    pub(crate) fn request(&self, status: &Status, run: PageRun, urgency: Urgency) {
-        if self.feed.request(run, urgency).is_none() {
-            let error = SourceError::stopped(format_args!("{run} is needed, after everything had come"));
-            status.fail(EngineError::Broken(error));
-        }
-        if self.wanted.load(Ordering::SeqCst) {
-            status.tell(Task::Check);
-        }
-    }
-
-    /// Ends the flow: is what was delivered still true? `None` if somebody is asking for pages just now, who has it all
-    /// checked again.
-    pub(crate) fn finish(&self, status: &Status) -> Option<Result<(), SourceError>> {
-        status.finishing_source();
-        self.wanted.store(true, Ordering::SeqCst);
-        self.feed.try_finish()
-    }
-}
-
-/// Zeros are installed in ranges of up to so many 4 KiB pages around a fault: one costs little more than the other.
+/// Zeros are installed in ranges of up to this many 4 KiB pages around a fault: one costs little more than the other.
 const ZERO_AROUND: usize = 16;
 
-impl Memory {
-    /// A fault that a handler has read at `since`.
-    pub(crate) fn fault(&self, origin: &Origin, addr: HostAddr, flags: u64, since: Instant) {
-        self.pauses.at(PausePoint::FaultRead);
-        if flags & UFFD_PAGEFAULT_FLAG_WP != 0 {
-            return self.write_fault(addr);
+impl Discarded for Load {
+    fn discarded(&self, at: Place, requested: bool) {
+        self.intake.discarded(at, requested);
+    }
+}
+
+impl Served for Load {
+    fn memory(&self) -> &Arc<Memory> {
+        &self.intake.memory
+    }
+
+    fn fault(&self, fault: Fault) {
+        let memory = &self.intake.memory;
+        memory.pauses.at(PausePoint::FaultRead);
+        if memory.counters.fault(fault.since) {
+            self.intake.status.tell(Task::FirstFault);
         }
-        if self.counters.fault(since) {
-            self.status.tell(Task::FirstFault);
-        }
-        let Some(place) = self.locate(addr) else {
-            return self.status.fail(EngineError::StrayFault(addr));
+        let Some(place) = memory.view.locate(fault.addr) else {
+            return self.fail(EngineError::StrayFault(fault.addr));
         };
-        if self.serve(origin, place, flags & UFFD_PAGEFAULT_FLAG_MINOR != 0, false) {
-            self.counters.resolved(since);
-        } else {
-            self.latencies.insert(place, since);
-            let state = self.areas[place.area].states.get(place.granule).state;
-            if state == State::Present
-                && let Some(since) = self.latencies.remove(place)
-            {
-                self.counters.resolved(since);
-            }
+        if self.serve(place, fault.minor, false) {
+            return memory.counters.resolved(fault.since);
+        }
+        self.intake.latencies.insert(place, fault.since);
+        if self.states(place).get(place.granule).state == State::Present
+            && let Some(since) = self.intake.latencies.remove(place)
+        {
+            memory.counters.resolved(since);
         }
     }
 
-    /// A write to a page of frozen memory, or to one whose protection nobody needs any more.
-    fn write_fault(&self, addr: HostAddr) {
-        match self.locate(addr) {
-            Some(place) => self.serve_write(place),
-            None => self.status.fail(EngineError::StrayFault(addr)),
-        }
+    fn fault_again(&self, at: Place) {
+        self.serve(at, false, true);
     }
 
-    fn serve_write(&self, place: Place) {
-        let area = &self.areas[place.area];
-        let gate = self.installing();
-        let done = match frozen(&gate) {
-            Some(shared) => shared.write(place),
-            None => {
-                let (addr, len) = (area.addr(place.granule), area.len_of(1));
-                // Any other error: it is being unregistered, and its writer woken.
-                ops::write_protect(self.descriptor.fd(), addr.0, len.0, false) != Err(Errno::EAGAIN)
-            }
-        };
-        if !done {
-            self.retry.write(place);
-        }
+    fn fail(&self, error: EngineError) {
+        self.intake.status.fail(error);
+    }
+}
+
+impl Load {
+    fn area(&self, place: Place) -> &Area {
+        self.intake.memory.area(place.area)
     }
 
-    /// Serves the faults again that could not be served before an event was read. Answers whether some are left.
-    pub(crate) fn serve_deferred(&self, origin: &Origin) -> bool {
-        let (faults, writes) = self.retry.take();
-        for place in faults {
-            self.serve(origin, place, false, true);
-        }
-        for place in writes {
-            self.serve_write(place);
-        }
-        self.retry.some()
+    fn states(&self, place: Place) -> &StateMap {
+        self.intake.memory.states(place.area)
     }
 
     /// Brings what a fault needs. `true` if whoever waited goes on already.
-    fn serve(&self, origin: &Origin, place: Place, minor: bool, again: bool) -> bool {
-        let area = &self.areas[place.area];
+    fn serve(&self, place: Place, minor: bool, again: bool) -> bool {
+        let (area, states) = (self.area(place), self.states(place));
         // A granule whose pages are being gathered in the file is as good as missing until they are all there.
-        let gathering = || area.region.alias.is_some() && self.staging.gathering(place);
-        if minor && !(area.states.get(place.granule).state == State::Missing && gathering()) {
-            return self.serve_cached(origin, place);
+        let gathering = || area.region.alias.is_some() && self.intake.staging.gathering(place);
+        if minor && !(states.get(place.granule).state == State::Missing && gathering()) {
+            return self.serve_cached(place);
         }
         loop {
-            let entry = area.states.get_to_change(place.granule);
+            let entry = states.get_to_change(place.granule);
             return match entry.state {
                 // Whoever installs it wakes its waiters, ours among them.
-                State::InFlight if area.states.meet(place.granule) => true,
+                State::InFlight if states.meet(place.granule) => true,
                 State::InFlight => continue,
                 // A fault on a page that is there is real: what was installed may have been dropped by a discard that
                 // was read before. If it is there after all, the kernel says so, and it is woken.
                 State::Present => self.serve_lost(place),
                 State::Zero | State::Removed => {
-                    bump(&self.counters.demand_zero_faults, 1);
-                    self.serve_zeros(origin, place)
+                    bump(&self.intake.memory.counters.demand_zero_faults, 1);
+                    self.serve_zeros(place)
                 }
                 State::Poisoned => {
-                    self.poison_in_kernel(place.area, place.granule);
+                    self.intake.memory.poison_in_kernel(place, || self.intake.blocked());
                     true
                 }
                 // The supervisor is poisoning it, and wakes it.
-                State::Missing if self.status.failing() => true,
-                State::Missing if self.is_zero(origin, place) => {
+                State::Missing if self.intake.status.failing() => true,
+                State::Missing if self.is_zero(place) => {
                     self.mark_zero(place);
                     continue;
                 }
@@ -153,13 +105,13 @@ impl Memory {
                     if entry.wanted && entry.requested && !again {
                         return false;
                     }
-                    let Some(before) = area.states.request(place.granule, true) else { continue };
+                    let Some(before) = states.request(place.granule, true) else { continue };
                     if !before {
-                        self.window.requested(area.granule.0);
+                        self.intake.window.requested(area.granule.0);
                     }
-                    self.recent_faults.push(place);
-                    origin.request(&self.status, self.around(origin, place), Urgency::Demand);
-                    area.states.get(place.granule).state == State::Present
+                    self.intake.recent_faults.push(place);
+                    self.ask(self.around(place), Urgency::Demand);
+                    states.get(place.granule).state == State::Present
                 }
             };
         }
@@ -167,33 +119,33 @@ impl Memory {
 
     /// The source knows that it is zero: it need not come any more.
     fn mark_zero(&self, place: Place) {
-        let area = &self.areas[place.area];
-        let was = area.states.mark_zero(place.granule);
+        let area = self.area(place);
+        let was = self.states(place).mark_zero(place.granule);
         // (If it is not Missing any more, whoever was faster answers.)
         if was.state == State::Missing && was.requested {
-            self.answered(area.granule.0);
+            self.intake.answered(area.granule.0);
         }
     }
 
-    fn is_zero(&self, origin: &Origin, place: Place) -> bool {
-        let area = &self.areas[place.area];
-        let span = origin.pages.content(area.pages(place.granule, 1));
+    fn is_zero(&self, place: Place) -> bool {
+        let area = self.area(place);
+        let span = self.pages.content(area.pages(place.granule, 1));
         span.content == page_source::Content::Zero && span.pages >= area.granule
     }
 
     /// The pages to ask for: the granule, and what is Missing right around it in the same aligned window.
-    fn around(&self, origin: &Origin, place: Place) -> PageRun {
-        let area = &self.areas[place.area];
-        let window = ByteLen(origin.around.0).get();
+    fn around(&self, place: Place) -> PageRun {
+        let area = self.area(place);
+        let window = ByteLen(self.around.0).get();
         if window <= 1 || !area.small() {
             return area.pages(place.granule, 1);
         }
         let start = place.granule - place.granule % window;
-        let end = (start + window).min(area.states.len());
+        let end = (start + window).min(self.states(place).len());
         let missing = |granule: &usize| {
-            let asked = area.states.request(*granule, false);
+            let asked = self.states(place).request(*granule, false);
             if asked == Some(false) {
-                self.window.requested(area.granule.0);
+                self.intake.window.requested(area.granule.0);
             }
             asked == Some(false)
         };
@@ -203,35 +155,35 @@ impl Memory {
     }
 
     /// Zeros for a granule, and for what is zero right around it.
-    fn serve_zeros(&self, origin: &Origin, place: Place) -> bool {
-        let area = &self.areas[place.area];
+    fn serve_zeros(&self, place: Place) -> bool {
+        let area = self.area(place);
         let (mut start, mut end) = (place.granule, place.granule + 1);
         if area.small() {
             let window = place.granule - place.granule % ZERO_AROUND;
-            let known = |granule: &usize| self.known_zero(origin, Place { granule: *granule, ..place });
+            let known = |granule: &usize| self.known_zero(Place { granule: *granule, ..place });
             start -= (window..start).rev().take_while(known).count();
-            end += (end..(window + ZERO_AROUND).min(area.states.len())).take_while(known).count();
+            end += (end..(window + ZERO_AROUND).min(self.states(place).len())).take_while(known).count();
         }
         // From here on nobody else is asked: who has claimed must not be held up, nor die.
-        let gate = self.installing();
-        let claim = |granule: &usize| area.states.claim_zero(*granule);
+        let gate = self.intake.memory.view.installing();
+        let claim = |granule: &usize| self.states(place).claim_zero(*granule);
         if !claim(&place.granule) {
             return true;
         }
         let before = (start..place.granule).rev().take_while(claim).count();
         let claimed = before + 1 + (place.granule + 1..end).take_while(claim).count();
         let first = place.granule - before;
-        let done = self.install_zeros(&gate, Place { granule: first, ..place }, claimed);
+        let done = self.intake.install(&gate, Place { granule: first, ..place }, claimed, Content::Zeros);
         drop(gate);
         matches!(done, Ok(n) if n == claimed)
     }
 
     /// Whether a page is known to be zero, by the map or by the source.
-    fn known_zero(&self, origin: &Origin, place: Place) -> bool {
-        let states = &self.areas[place.area].states;
+    fn known_zero(&self, place: Place) -> bool {
+        let states = self.states(place);
         match states.get(place.granule).state {
             State::Zero => true,
-            State::Missing if self.is_zero(origin, place) => {
+            State::Missing if self.is_zero(place) => {
                 self.mark_zero(place);
                 true
             }
@@ -241,36 +193,35 @@ impl Memory {
 
     /// A page that the map says is there. Zeros, unless the kernel has something.
     fn serve_lost(&self, place: Place) -> bool {
-        let area = &self.areas[place.area];
-        let (addr, len) = (area.addr(place.granule), area.len_of(1));
-        match self.zero(&self.installing(), place, 1) {
-            Done::All => bump(&self.counters.zero_installed, area.granule.0),
+        let area = self.area(place);
+        match self.intake.zero(&self.intake.memory.view.installing(), place, 1) {
+            Done::All => bump(&self.intake.memory.counters.zero_installed, area.granule.0),
             Done::Failed(Errno::EAGAIN) | Done::Part(_) => {
-                self.retry.faults([place]);
+                self.intake.memory.view.retry.faults([place]);
                 return false;
             }
             // It is there, or the region is being unregistered: nobody has to wait.
-            Done::Failed(_) => drop(self.descriptor.wake(addr, len)),
+            Done::Failed(_) => self.intake.memory.wake(place, 1),
         }
         true
     }
 
     /// A minor fault: the file behind the memory holds the page, and it only has to be mapped.
-    fn serve_cached(&self, origin: &Origin, place: Place) -> bool {
-        bump(&self.counters.minor_faults, 1);
-        let area = &self.areas[place.area];
-        let states = &area.states;
+    fn serve_cached(&self, place: Place) -> bool {
+        bump(&self.intake.memory.counters.minor_faults, 1);
+        let area = self.area(place);
+        let states = self.states(place);
         loop {
             let state = states.get(place.granule).state;
-            let gate = self.installing();
+            let gate = self.intake.memory.view.installing();
             match state {
                 State::InFlight if states.meet(place.granule) => return true,
                 State::Missing | State::Zero | State::Removed => {
-                    let done = self.map_cached(&gate, place);
+                    let done = self.intake.map_cached(&gate, place);
                     drop(gate);
                     match done {
                         // It was cut off the file since the fault was read, or is being put together there.
-                        Some(false) => return self.serve(origin, place, false, false),
+                        Some(false) => return self.serve(place, false, false),
                         Some(true) => return true,
                         None => {}
                     }
@@ -278,36 +229,23 @@ impl Memory {
                 State::InFlight => {}
                 State::Poisoned => {
                     drop(gate);
-                    self.poison_in_kernel(place.area, place.granule);
+                    self.intake.memory.poison_in_kernel(place, || self.intake.blocked());
                     return true;
                 }
                 State::Present => {
                     let (addr, len) = (area.addr(place.granule), area.len_of(1));
-                    let protect = frozen(&gate).is_some_and(|shared| shared.protects(place, 1));
-                    let done = ops::map_cached(self.descriptor.fd(), addr.0, len.0, protect);
+                    let protect = holder(&gate).is_some_and(|holder| holder.protects(place, 1));
+                    let done = ops::map_cached(self.intake.memory.view.descriptor.fd(), addr.0, len.0, protect);
                     if matches!(done, Done::Failed(Errno::EAGAIN)) {
-                        self.retry.faults([place]);
+                        self.intake.memory.view.retry.faults([place]);
                         return false;
                     }
                     if done != Done::All {
-                        drop(self.descriptor.wake(addr, len));
+                        self.intake.memory.wake(place, 1);
                     }
                     return true;
                 }
             }
         }
-    }
-
-    /// Maps what the file behind the memory holds of a granule: `false` if it holds nothing, or only a part so far;
-    /// `None` if somebody else is at it.
-    pub(crate) fn map_cached(&self, gate: &Gate<'_>, place: Place) -> Option<bool> {
-        let states = &self.areas[place.area].states;
-        let claim = || states.claim(place.granule) || states.claim_zero(place.granule);
-        match self.staging.unless_gathering(place, claim) {
-            None => return Some(false),
-            Some(false) => return None,
-            Some(true) => {}
-        }
-        Some(self.install(gate, place, 1, Content::Cached).is_ok_and(|done| done == 1))
     }
 }

@@ -7,7 +7,6 @@
 use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
 use page_source::PageBytes;
 use page_units::{ByteLen, HostAddr, PAGE_SIZE, PageSize};
@@ -88,8 +87,6 @@ pub(crate) struct Staging {
     spare: Mutex<Vec<Scratch>>,
     limit: usize,
     zeros: Scratch,
-    /// The kernel can't poison: then nothing may ever be unregistered or closed while it is missing.
-    pub(crate) cannot_poison: AtomicBool,
 }
 
 /// So many buffers are kept for the next granules.
@@ -103,7 +100,6 @@ impl Staging {
             spare: Mutex::default(),
             limit,
             zeros: Scratch::new(PageSize::HUGE.bytes())?,
-            cannot_poison: AtomicBool::new(false),
         })
     }
 

@@ -1,30 +1,25 @@
 //! Bringing content into the guest's memory: claims, and what the kernel says to them.
 
-use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use nix::errno::Errno;
-use page_source::{PageBytes, Reply, SinkError};
+use page_source::{PageBytes, Reply};
 use page_units::ByteLen;
 
+use super::intake::{Flow, Intake, stopped};
 use crate::EngineError;
-use crate::freeze::Shared;
-use crate::load::status::Task;
-use crate::memory::gate::Gate;
+use crate::memory::gate::{Gate, holder};
 use crate::memory::region::Backing;
 use crate::memory::states::State;
-use crate::memory::{Area, Memory, Place};
+use crate::memory::{Area, Place};
 use crate::pause::PausePoint;
 use crate::stats::bump;
 use crate::sys::ops::{self, Done};
 
-/// Whether there is a next step.
-pub(crate) type Flow = ControlFlow<Reply>;
-
 /// Where an install of claimed granules stands after one call to the kernel.
 #[derive(Debug)]
 enum Step {
-    /// So many granules are done; go on with the others.
+    /// Some granules are done; go on with the others.
     Advanced(usize),
     /// An event must be read first.
     ReadEvents,
@@ -45,14 +40,15 @@ pub(crate) enum Content<'a> {
     Gathered,
 }
 
-impl Memory {
-    /// Installs what of `granules` of an area may be installed. `bytes` covers exactly these granules.
+impl Intake {
+    /// Installs those of the `granules` of an area that can be claimed, and skips the rest. `bytes` covers exactly these
+    /// granules.
     pub(crate) fn install_bytes(&self, area: usize, first: usize, granules: usize, bytes: PageBytes<'_>) -> Flow {
-        let states = &self.areas[area].states;
+        let (here, states) = (self.memory.area(area), self.memory.states(area));
         let end = first + granules;
         let mut at = first;
         while at < end {
-            let gate = self.installing();
+            let gate = self.memory.view.installing();
             if !states.claim(at) {
                 self.not_taken(area, at);
                 at += 1;
@@ -60,8 +56,8 @@ impl Memory {
             }
             let longest = (end - at).min(self.longest_install());
             let claimed = 1 + (at + 1..at + longest).take_while(|&granule| states.claim(granule)).count();
-            let offset = self.areas[area].len_of(at - first);
-            let part = bytes.slice(offset, self.areas[area].len_of(claimed));
+            let offset = here.len_of(at - first);
+            let part = bytes.slice(offset, here.len_of(claimed));
             let done = self.install(&gate, Place { area, granule: at }, claimed, Content::Bytes(part));
             drop(gate);
             match done {
@@ -84,25 +80,25 @@ impl Memory {
         claimed: usize,
         content: Content<'_>,
     ) -> Result<usize, Reply> {
-        let mut claim = Claim { core: self, place, left: claimed };
-        self.pauses.at(PausePoint::Claimed);
-        let area = &self.areas[place.area];
+        let mut claim = Claim { intake: self, place, left: claimed };
+        self.memory.pauses.at(PausePoint::Claimed);
+        let area = self.memory.area(place.area);
         while claim.left > 0 {
             let done = claimed - claim.left;
             match self.step(gate, claim.place, claim.left, content, area.len_of(done)) {
                 Step::Advanced(granules) => {
-                    self.pauses.at(PausePoint::Installed);
+                    self.memory.pauses.at(PausePoint::Installed);
                     self.settle_present(claim.place, granules, content);
                     claim.place.granule += granules;
                     claim.left -= granules;
                 }
                 Step::ReadEvents => {
-                    bump(&self.counters.retries, 1);
-                    if self.on_reader_thread() {
+                    bump(&self.memory.counters.retries, 1);
+                    if self.memory.view.on_reader_thread() {
                         // It can't be read here: we are what reads. The fault is served again after the next read.
                         let Place { area, granule } = claim.place;
                         let again = (granule..granule + claim.left).map(|granule| Place { area, granule });
-                        self.retry.faults(again);
+                        self.memory.view.retry.faults(again);
                         return Ok(claimed);
                     }
                     if !self.status.running() {
@@ -118,11 +114,11 @@ impl Memory {
     }
 
     fn step(&self, gate: &Gate<'_>, at: Place, granules: usize, content: Content<'_>, offset: ByteLen) -> Step {
-        let area = &self.areas[at.area];
-        let frozen = frozen(gate);
+        let area = self.memory.area(at.area);
+        let frozen = holder(gate);
         // Frozen memory: content comes write-protected, so that it is saved before it is written to. Zeros are known.
-        let protect = frozen.is_some_and(|shared| shared.protects(at, granules));
-        let fd = self.descriptor.fd();
+        let protect = frozen.is_some_and(|holder| holder.protects(at, granules));
+        let fd = self.memory.view.descriptor.fd();
         let (addr, len) = (area.addr(at.granule), area.len_of(granules));
         let (done, unit) = match content {
             Content::Bytes(bytes) => {
@@ -147,35 +143,33 @@ impl Memory {
 
     /// Zeros for some granules: one, if they are huge or memory is frozen. What is zero now was zero at the freeze point.
     pub(crate) fn zero(&self, gate: &Gate<'_>, at: Place, granules: usize) -> Done {
-        let area = &self.areas[at.area];
+        let area = self.memory.area(at.area);
         let (addr, len) = (area.addr(at.granule), area.len_of(granules));
-        let frozen = frozen(gate).filter(|shared| shared.claim_hole(at));
+        let frozen = holder(gate).filter(|holder| holder.claim_hole(at));
         let done = match area.region.backing {
-            Backing::Hugetlb => ops::copy(self.descriptor.fd(), addr.0, self.staging.zeros(), len.0, false),
-            Backing::Anonymous | Backing::Memfd => ops::zeropage(self.descriptor.fd(), addr.0, len.0),
+            Backing::Hugetlb => ops::copy(self.memory.view.descriptor.fd(), addr.0, self.staging.zeros(), len.0, false),
+            Backing::Anonymous | Backing::Memfd => ops::zeropage(self.memory.view.descriptor.fd(), addr.0, len.0),
         };
-        if let Some(shared) = frozen {
-            shared.end_hole(at, done == Done::All);
+        if let Some(holder) = frozen {
+            holder.end_hole(at, done == Done::All);
         }
         done
     }
 
     /// Somebody was faster: the page is mapped, or the file behind shared memory holds it. Its waiters are woken.
     fn exists(&self, gate: &Gate<'_>, at: Place) -> Step {
-        let area = &self.areas[at.area];
+        let area = self.memory.area(at.area);
         let (addr, len) = (area.addr(at.granule), area.len_of(1));
         if area.region.backing != Backing::Anonymous {
-            let protect = frozen(gate).is_some_and(|shared| shared.protects(at, 1));
-            match ops::map_cached(self.descriptor.fd(), addr.0, len.0, protect) {
+            let protect = holder(gate).is_some_and(|holder| holder.protects(at, 1));
+            match ops::map_cached(self.memory.view.descriptor.fd(), addr.0, len.0, protect) {
                 Done::All => return Step::Advanced(1),
                 Done::Part(_) | Done::Failed(Errno::EAGAIN) => return Step::ReadEvents,
                 // EEXIST: mapped. EINVAL, EFAULT: a private mapping whose page is not the file's.
                 Done::Failed(_) => {}
             }
         }
-        if let Err(error) = self.descriptor.wake(addr, len) {
-            log::debug!("waking the waiters of {addr} failed: {error}");
-        }
+        self.memory.wake(at, 1);
         Step::Advanced(1)
     }
 
@@ -198,24 +192,27 @@ impl Memory {
     }
 
     fn settle_present(&self, at: Place, granules: usize, content: Content<'_>) {
-        let area = &self.areas[at.area];
+        let area = self.memory.area(at.area);
+        let states = self.memory.states(at.area);
         let (mut wanted, mut answered, mut met) = (0, 0, false);
         for granule in at.granule..at.granule + granules {
-            let was = area.states.settle(granule, State::Present);
+            let was = states.settle(granule, State::Present);
             answered += u64::from(was.requested);
             met |= was.met;
             if was.wanted {
                 wanted += 1;
-                self.answered_late(Place { granule, ..at });
+                if let Some(since) = self.latencies.remove(Place { granule, ..at }) {
+                    self.memory.counters.resolved(since);
+                }
             }
         }
         let pages = |granules: u64| granules * area.granule.0;
         match content {
             Content::Bytes(_) | Content::Gathered => {
-                bump(&self.counters.demand_pages, pages(wanted));
-                bump(&self.counters.background_pages, pages(granules as u64 - wanted));
+                bump(&self.memory.counters.demand_pages, pages(wanted));
+                bump(&self.memory.counters.background_pages, pages(granules as u64 - wanted));
             }
-            Content::Zeros => bump(&self.counters.zero_installed, pages(granules as u64)),
+            Content::Zeros => bump(&self.memory.counters.zero_installed, pages(granules as u64)),
             Content::Cached => {}
         }
         self.answered(pages(answered));
@@ -224,79 +221,53 @@ impl Memory {
         }
     }
 
-    /// A granule is settled that somebody has met InFlight. Whoever looked whether all is there looks again.
-    pub(crate) fn was_met(&self) {
-        if self.status.take_interest() {
-            self.status.tell(Task::Check);
+    /// Maps what the file behind the memory holds of a granule: `false` if it holds nothing, or only a part so far;
+    /// `None` if somebody else is at it.
+    pub(crate) fn map_cached(&self, gate: &Gate<'_>, place: Place) -> Option<bool> {
+        let states = self.memory.states(place.area);
+        let claim = || states.claim(place.granule) || states.claim_zero(place.granule);
+        match self.staging.unless_gathering(place, claim) {
+            None => return Some(false),
+            Some(false) => return None,
+            Some(true) => {}
         }
+        Some(self.install(gate, place, 1, Content::Cached).is_ok_and(|done| done == 1))
     }
 
-    /// A fault that waited for a late source, if it did, has its page now.
-    fn answered_late(&self, place: Place) {
-        if let Some(since) = self.latencies.remove(place) {
-            self.counters.resolved(since);
+    /// How many granules one install covers at most: little where the readers of events wait for it, and least where they
+    /// did so lately.
+    fn longest_install(&self) -> usize {
+        match self.memory.view.gated() {
+            true if self.memory.view.gate.priority_lately() => 4,
+            true => 32,
+            false => 256,
         }
-    }
-
-    /// Content arrived that is not needed: the guest has the page, gave it back, or somebody else is at it.
-    pub(crate) fn not_taken(&self, area: usize, granule: usize) {
-        bump(&self.counters.duplicates, self.areas[area].granule.0);
-        if self.areas[area].states.unrequest(granule) {
-            self.answered(self.areas[area].granule.0);
-        }
-    }
-
-    /// An install has to wait until an event was read: lets whoever reads it run. Nothing is claimed by the caller.
-    pub(crate) fn blocked(&self) {
-        self.read_for_want_of_handlers();
-        std::thread::yield_now();
-    }
-
-    /// So many requested pages have ended. After the last one there may be nothing left to do.
-    pub(crate) fn answered(&self, pages: u64) {
-        if self.window.answered(pages) {
-            self.status.tell(Task::Check);
-        }
-    }
-
-    /// Zeros for claimed granules, on demand.
-    pub(crate) fn install_zeros(&self, gate: &Gate<'_>, place: Place, claimed: usize) -> Result<usize, Reply> {
-        self.install(gate, place, claimed, Content::Zeros)
     }
 }
 
 /// Claimed granules that are not installed yet. However the install ends, by a panic too, they are given back: they are
 /// what they were before, and whoever has been left to us faults again.
 pub(crate) struct Claim<'a> {
-    core: &'a Memory,
+    intake: &'a Intake,
     place: Place,
     left: usize,
 }
 
 impl<'a> Claim<'a> {
     /// Of one granule, which the caller has claimed.
-    pub(crate) fn of(core: &'a Memory, place: Place) -> Claim<'a> {
-        Claim { core, place, left: 1 }
+    pub(crate) fn of(intake: &'a Intake, place: Place) -> Claim<'a> {
+        Claim { intake, place, left: 1 }
     }
 }
 
 impl Drop for Claim<'_> {
     fn drop(&mut self) {
-        let area = &self.core.areas[self.place.area];
-        for granule in self.place.granule..self.place.granule + self.left {
-            if area.states.give_back(granule) {
-                drop(self.core.descriptor.wake(area.addr(granule), area.len_of(1)));
-                self.core.was_met();
+        let (intake, Place { area, granule }) = (self.intake, self.place);
+        for granule in granule..granule + self.left {
+            if intake.memory.states(area).give_back(granule) {
+                intake.memory.wake(Place { area, granule }, 1);
+                intake.was_met();
             }
         }
     }
-}
-
-/// Who has frozen the memory and has not ended.
-pub(crate) fn frozen<'a>(gate: &'a Gate<'_>) -> Option<&'a Arc<Shared>> {
-    gate.as_ref().filter(|shared| !shared.has_ended())
-}
-
-pub(crate) fn stopped() -> Reply {
-    SinkError::stopped("the engine has ended").into()
 }

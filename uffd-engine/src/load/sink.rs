@@ -1,21 +1,17 @@
 //! The engine as a sink of pages.
 
-use std::sync::Arc;
-
 use page_source::{End, PageBytes, PageSink, Reply, SinkError, SourceError, SourceErrorKind, Subject};
 use page_units::{PageCount, PageRun};
 
+use super::intake::{Flow, Intake, stopped};
+use super::pieces::count;
+use super::status::Task;
 use crate::EngineError;
-use crate::load::huge::{Added, NotAdded, Whole};
-use crate::load::install::{Claim, Content, Flow, stopped};
-use crate::load::status::Task;
+use crate::memory::Place;
 use crate::memory::states::State;
-use crate::memory::{Memory, Place};
 use crate::options::FailurePolicy;
-use crate::pause::PausePoint;
-use crate::stats::bump;
 
-impl PageSink for Memory {
+impl PageSink for Intake {
     fn data(&self, run: PageRun, bytes: PageBytes<'_>) -> Reply {
         self.take_data(run, bytes).into()
     }
@@ -54,7 +50,7 @@ impl PageSink for Memory {
     }
 }
 
-impl Memory {
+impl Intake {
     fn take_data(&self, run: PageRun, bytes: PageBytes<'_>) -> Flow {
         if bytes.len() != run.len() {
             let reason = format!("{} bytes were delivered for {run}", bytes.len());
@@ -62,12 +58,12 @@ impl Memory {
             self.status.fail(self.source_error(run, error));
             return Flow::Break(SinkError::Stopped { reason }.into());
         }
-        for (number, part) in self.parts(run) {
+        for (number, part) in self.memory.view.parts(run) {
             if !self.status.running() {
                 return Flow::Break(stopped());
             }
             let bytes = bytes.slice((part.first - run.first).to_bytes(), part.len());
-            let area = &self.areas[number];
+            let area = self.memory.area(number);
             if area.small() {
                 self.install_bytes(number, area.granule_of(part.first), count(part.pages), bytes)?;
             } else {
@@ -78,13 +74,14 @@ impl Memory {
     }
 
     fn take_zero(&self, run: PageRun) -> Flow {
-        for (number, part) in self.parts(run) {
+        for (number, part) in self.memory.view.parts(run) {
             if !self.status.running() {
                 return Flow::Break(stopped());
             }
-            if self.areas[number].small() {
+            let area = self.memory.area(number);
+            if area.small() {
                 for page in part.iter() {
-                    self.zero_granule(number, self.areas[number].granule_of(page))?;
+                    self.zero_granule(number, area.granule_of(page))?;
                 }
             } else {
                 self.gather(number, part, None)?;
@@ -94,7 +91,7 @@ impl Memory {
     }
 
     fn take_failed(&self, run: PageRun, error: &SourceError) -> Flow {
-        for (number, part) in self.parts(run) {
+        for (number, part) in self.memory.view.parts(run) {
             if !self.status.running() {
                 return Flow::Break(stopped());
             }
@@ -104,7 +101,7 @@ impl Memory {
                 return Flow::Break(stopped());
             }
             self.status.pages_fail(&error);
-            let area = &self.areas[number];
+            let area = self.memory.area(number);
             let first = area.granule_of(part.first);
             let last = area.granule_of(part.first + (part.pages - PageCount(1)));
             for granule in first..=last {
@@ -116,175 +113,34 @@ impl Memory {
         Flow::Continue(())
     }
 
-    /// An error that the source gave for some pages.
-    fn source_error(&self, run: PageRun, error: SourceError) -> EngineError {
-        let area = self.areas.iter().find(|area| area.block() == run.block);
-        EngineError::Source { block: area.map(|area| Arc::clone(&area.name)).unwrap_or_default(), run, error }
-    }
-
-    /// One granule is zero. Installed only if somebody waits for it.
-    fn zero_granule(&self, number: usize, granule: usize) -> Flow {
-        let area = &self.areas[number];
-        let was = area.states.mark_zero(granule);
-        if was.state != State::Missing {
-            self.not_taken(number, granule);
-            return Flow::Continue(());
-        }
-        if was.wanted {
-            self.wanted_zero(Place { area: number, granule })?;
-        } else {
-            bump(&self.counters.zero_skipped, area.granule.0);
-        }
-        if was.requested {
-            self.answered(area.granule.0);
-        }
-        Flow::Continue(())
-    }
-
-    fn wanted_zero(&self, place: Place) -> Flow {
-        loop {
-            let gate = self.installing();
-            if !self.areas[place.area].states.claim_zero(place.granule) {
-                return Flow::Continue(());
-            }
-            let done = self.install_zeros(&gate, place, 1);
-            drop(gate);
-            match done {
-                Ok(0) => self.blocked(),
-                Ok(_) => return Flow::Continue(()),
-                Err(error) => return Flow::Break(error),
-            }
-        }
-    }
-
-    /// Pieces of huge granules.
-    fn gather(&self, number: usize, part: PageRun, bytes: Option<PageBytes<'_>>) -> Flow {
-        let area = &self.areas[number];
-        let mut rest = part;
-        while !rest.is_empty() {
-            let granule = area.granule_of(rest.first);
-            let whole = area.pages(granule, 1);
-            let (here, after) = rest.split_at(whole.end() - rest.first);
-            let piece = bytes.map(|bytes| bytes.slice((here.first - part.first).to_bytes(), here.len()));
-            rest = after;
-            if here == whole && !self.staging.gathering(Place { area: number, granule }) {
-                match piece {
-                    Some(piece) => self.install_huge(number, granule, piece)?,
-                    None => self.zero_granule(number, granule)?,
-                }
+    /// Poisons what of a range is Missing, without waiting for what is under way.
+    ///
+    /// A granule is InFlight until the kernel knows: unregistering waits for that, or a page would be let go that only the
+    /// map calls poisoned.
+    fn poison(&self, area: usize, first: usize, granules: usize) {
+        let states = self.memory.states(area);
+        for granule in first..first + granules {
+            if !states.claim_missing(granule) {
                 continue;
             }
-            self.add_piece(number, granule, here, piece)?;
-        }
-        Flow::Continue(())
-    }
-
-    /// A huge granule whose content came in one piece.
-    fn install_huge(&self, number: usize, granule: usize, bytes: PageBytes<'_>) -> Flow {
-        let area = &self.areas[number];
-        let place = Place { area: number, granule };
-        loop {
-            let gate = self.installing();
-            match self.staging.unless_gathering(place, || area.states.claim(granule)) {
-                Some(true) => {}
-                Some(false) => {
-                    self.not_taken(number, granule);
-                    return Flow::Continue(());
-                }
-                // Somebody has just begun: what there is of it in the file must not be mapped as it is.
-                None => {
-                    drop(gate);
-                    return self.add_piece(number, granule, area.pages(granule, 1), Some(bytes));
-                }
+            let poisoned = self.memory.poison_in_kernel(Place { area, granule }, || self.blocked());
+            let state = if poisoned { State::Poisoned } else { State::Missing };
+            let was = states.settle(granule, state);
+            if was.requested && poisoned {
+                self.answered(self.memory.area(area).granule.0);
             }
-            let installed = self.install(&gate, place, 1, Content::Bytes(bytes));
-            drop(gate);
-            match installed {
-                Ok(0) => self.blocked(),
-                Ok(_) => return Flow::Continue(()),
-                Err(error) => return Flow::Break(error),
+            if was.met {
+                self.was_met();
             }
         }
-    }
-
-    fn add_piece(&self, number: usize, granule: usize, here: PageRun, piece: Option<PageBytes<'_>>) -> Flow {
-        let area = &self.areas[number];
-        let place = Place { area: number, granule };
-        let alias = area.region.alias.map(|alias| alias + area.len_of(granule));
-        let first = here.first - area.page(granule);
-        self.pauses.at(PausePoint::Piece);
-        // What is put together in the file is written there: only by whoever has claimed it, as any install.
-        let added = loop {
-            let gate = alias.is_some().then(|| self.installing());
-            let take = || match (&gate, area.states.get(granule).state) {
-                (None, State::Missing | State::Zero) => Ok(None),
-                (Some(_), _) if area.states.claim(granule) => Ok(Some(Claim::of(self, place))),
-                // Whoever reads events may be waited for.
-                (Some(_), State::InFlight) if self.status.running() && !self.on_reader_thread() => Err(Added::Busy),
-                _ => Err(Added::NotTaken),
-            };
-            let added = self.staging.add(place, count(first), count(here.pages), piece, alias, take);
-            drop(gate);
-            match added {
-                Ok(Added::Busy) => std::thread::yield_now(),
-                added => break added,
-            }
-        };
-        match added {
-            Ok(Added::Part) => Flow::Continue(()),
-            Ok(Added::Whole(content)) => self.install_whole(place, content),
-            Ok(Added::NotTaken | Added::Busy) => {
-                self.not_taken(number, granule);
-                Flow::Continue(())
-            }
-            Err(NotAdded::Unreadable) => Flow::Break(Reply::Unreadable(here)),
-            Err(NotAdded::NoRoom(error)) => {
-                let (block, error) = (Arc::clone(&area.name), Arc::new(error));
-                self.status.fail(EngineError::Staging { block, run: here, error });
-                Flow::Break(stopped())
-            }
-        }
-    }
-
-    fn install_whole(&self, place: Place, content: Whole) -> Flow {
-        let area = &self.areas[place.area];
-        let mut done = Flow::Continue(());
-        loop {
-            let gate = self.installing();
-            if !area.states.claim(place.granule) {
-                self.not_taken(place.area, place.granule);
-                break;
-            }
-            let installed = match &content {
-                Whole::Buffer(buffer) => {
-                    self.install(&gate, place, 1, Content::Bytes(PageBytes::from_slice(buffer.bytes())))
-                }
-                Whole::InFile => self.install(&gate, place, 1, Content::Gathered),
-            };
-            drop(gate);
-            match installed {
-                Ok(0) => self.blocked(),
-                Ok(_) => break,
-                Err(error) => {
-                    done = Flow::Break(error);
-                    break;
-                }
-            }
-        }
-        let buffer = match content {
-            Whole::Buffer(buffer) => Some(buffer),
-            Whole::InFile => None,
-        };
-        self.staging.settled(place, buffer);
-        done
     }
 
     /// The source has delivered everything: what is still Missing is zero, and what is Missing in a huge granule that
     /// came in part.
     fn rest_is_zero(&self) {
-        for (number, area) in self.areas.iter().enumerate() {
-            for granule in 0..area.states.len() {
-                if area.states.get(granule).state != State::Missing {
+        for (number, area) in self.memory.view.areas.iter().enumerate() {
+            for granule in 0..area.granules {
+                if self.memory.states(number).get(granule).state != State::Missing {
                     continue;
                 }
                 let in_part = !area.small() && self.staging.gathering(Place { area: number, granule });
@@ -299,9 +155,4 @@ impl Memory {
         }
         self.status.tell(Task::Check);
     }
-}
-
-/// A number of pages that are in memory.
-fn count(pages: PageCount) -> usize {
-    page_units::ByteLen(pages.0).get()
 }

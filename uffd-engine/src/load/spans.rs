@@ -6,50 +6,46 @@ use page_units::{ByteLen, PageCount};
 use crate::memory::Area;
 
 /// How far the source is asked at a time what it knows: 1 GiB.
-const LOOK_AHEAD: PageCount = PageCount(1 << 18);
+pub(super) const LOOK_AHEAD: PageCount = PageCount(1 << 18);
 /// 2 MiB of small pages: poisoning them costs much more than the call.
 const TOGETHER: usize = 512;
 
-impl Area {
-    /// The granules that a source does not know to be zero: the first of a span, and how many. A source that knows
-    /// nothing yet says so page by page: up to [`TOGETHER`] of these are one span.
-    pub(crate) fn stored<'a>(&'a self, source: &'a dyn Pages) -> impl Iterator<Item = (usize, usize)> + 'a {
-        let mut at = 0;
-        std::iter::from_fn(move || {
-            let mut found: Option<(usize, usize)> = None;
-            while at < self.states.len() {
-                let span = source.content(self.pages(at, self.states.len() - at).split_at(LOOK_AHEAD).0);
-                let granules = ByteLen(span.pages.0 / self.granule.0).get();
-                let left = self.states.len() - at;
-                if span.content == Content::Zero && granules > 0 {
-                    if found.is_some() {
-                        break;
-                    }
-                    at += granules.min(left);
-                    continue;
-                }
-                let granules = granules.clamp(1, left);
-                at += granules;
-                let (first, before) = found.unwrap_or((at - granules, 0));
-                found = Some((first, before + granules));
-                if before + granules >= TOGETHER {
+/// The granules of an area that a source does not know to be zero: the first of a span, and how many. A source that knows
+/// nothing yet says so page by page: up to [`TOGETHER`] of these are one span.
+pub(crate) fn stored<'a>(area: &'a Area, source: &'a dyn Pages) -> impl Iterator<Item = (usize, usize)> + 'a {
+    let mut at = 0;
+    std::iter::from_fn(move || {
+        let mut found: Option<(usize, usize)> = None;
+        while at < area.granules {
+            let span = source.content(area.pages(at, area.granules - at).split_at(LOOK_AHEAD).0);
+            let granules = ByteLen(span.pages.0 / area.granule.0).get();
+            let left = area.granules - at;
+            if span.content == Content::Zero && granules > 0 {
+                if found.is_some() {
                     break;
                 }
+                at += granules.min(left);
+                continue;
             }
-            found
-        })
-    }
+            let granules = granules.clamp(1, left);
+            at += granules;
+            let (first, before) = found.unwrap_or((at - granules, 0));
+            found = Some((first, before + granules));
+            if before + granules >= TOGETHER {
+                break;
+            }
+        }
+        found
+    })
 }
 
 #[cfg(test)]
 mod tests {
-
     use page_source::Span;
     use page_units::{BlockId, HostAddr, Layout, PageIndex, PageRun, PageSize, RamBlock};
 
     use super::*;
     use crate::memory::region::{Backing, Region};
-    use crate::memory::states::StateMap;
 
     const PAGES: u64 = 2000;
 
@@ -74,9 +70,8 @@ mod tests {
         let source = Slow(Layout::new(vec![block]).unwrap());
         let run = PageRun::new(BlockId(0), PageIndex(0), PageCount(PAGES));
         let region = Region::new(HostAddr(1 << 30), run, Backing::Anonymous);
-        let states = StateMap::new(region.granules()).unwrap();
-        let area = Area { states, granule: PageCount(1), name: "ram".into(), region };
-        let spans: Vec<_> = area.stored(&source).collect();
+        let area = Area::new(region, "ram".into());
+        let spans: Vec<_> = stored(&area, &source).collect();
         assert_eq!(spans, [(0, 512), (512, 488), (1100, 512), (1612, 388)]);
     }
 }

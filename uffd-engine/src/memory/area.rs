@@ -1,30 +1,34 @@
-//! A region with the states of its granules, and the arithmetic of granules.
+//! One region as the engine sees it: its granules, their addresses and their pages.
 
 use std::sync::Arc;
 
 use page_units::{BlockId, ByteLen, HostAddr, PageCount, PageIndex, PageRun};
 
 use super::region::{self, Region};
-use super::states::StateMap;
 
-/// A region with the states of its granules.
+/// A region in granules.
 #[derive(Debug)]
 pub(crate) struct Area {
     pub(crate) region: Region,
     /// Of the RAM block, for messages.
     pub(crate) name: Arc<str>,
-    pub(crate) states: StateMap,
     /// 4 KiB pages per granule.
     pub(crate) granule: PageCount,
+    /// How many granules it has.
+    pub(crate) granules: usize,
 }
 
 impl Area {
+    pub(crate) fn new(region: Region, name: Arc<str>) -> Area {
+        Area { granule: region.backing.granule().pages(), granules: region.granules(), name, region }
+    }
+
     /// The address of a granule.
     pub(crate) fn addr(&self, granule: usize) -> HostAddr {
         self.region.start + self.len_of(granule)
     }
 
-    /// The length of so many granules.
+    /// The length of a number of granules.
     pub(crate) fn len_of(&self, granules: usize) -> ByteLen {
         ByteLen(granules as u64 * self.granule.to_bytes().0)
     }

@@ -81,12 +81,16 @@ impl Descriptor {
 }
 
 impl Descriptor {
-    /// This range, which is the engine's own, is ordinary memory from now on, and nobody waits for it. Woken last: see
-    /// `Memory::unregister`.
-    pub(crate) fn silence(&self, start: HostAddr, len: ByteLen) {
+    /// Makes ordinary memory of a range: its waiters go on.
+    ///
+    /// The kernel wakes the waiters of a range *before* it takes the range out (`userfaultfd_unregister` of Linux
+    /// 6.18), and a fault that takes only the lock of its mapping can still begin to wait in between: it would wait
+    /// for ever. So they are woken once more, afterwards.
+    pub(crate) fn let_go(&self, start: HostAddr, len: ByteLen) {
         for done in [self.unregister(start, len), self.wake(start, len)] {
             if let Err(error) = done {
-                log::debug!("silencing {len} bytes at {start} failed: {error}");
+                // The owner unmapped it, or is gone: nobody waits there any more.
+                log::debug!("unregistering {len} bytes at {start} failed: {error}");
             }
         }
     }

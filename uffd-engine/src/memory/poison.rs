@@ -2,124 +2,71 @@
 //! handed over for which no engine could be made.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use nix::errno::Errno;
-use page_source::Pages;
 use page_units::ByteLen;
 
 use super::descriptor::Descriptor;
-use super::{Memory, Place};
-use crate::load::status::Outcome;
-use crate::memory::states::State;
+use super::memory::Memory;
+use super::place::Place;
+use super::region::Region;
+use super::states::State;
 use crate::stats::bump;
 use crate::sys::abi::Message;
 use crate::sys::ops::{self, Done};
-use crate::{EngineError, Region};
 
 impl Memory {
-    /// Poisons what of a range is Missing, without waiting for what is under way.
-    ///
-    /// A granule is InFlight until the kernel knows: whoever unregisters waits for that, or a page would be let go
-    /// that only the map calls poisoned.
-    pub(crate) fn poison(&self, area: usize, first: usize, granules: usize) {
-        let part = &self.areas[area];
-        for granule in first..first + granules {
-            if !part.states.claim_missing(granule) {
-                continue;
-            }
-            let state = if self.poison_in_kernel(area, granule) { State::Poisoned } else { State::Missing };
-            let was = part.states.settle(granule, state);
-            if was.requested && state == State::Poisoned {
-                self.answered(part.granule.0);
-            }
-            if was.met {
-                self.was_met();
-            }
-        }
+    /// Whether pages had to be poisoned that the kernel can't poison.
+    pub(crate) fn cannot_poison(&self) -> bool {
+        self.cannot_poison.load(Ordering::Acquire)
     }
 
-    /// The kernel's part of it. A page that is there already is woken, not poisoned. `false` if an event has to be read
-    /// first: the granule is deferred then.
-    pub(crate) fn poison_in_kernel(&self, area: usize, granule: usize) -> bool {
-        let part = &self.areas[area];
-        let (addr, len) = (part.addr(granule), part.len_of(1));
+    /// Poisons a granule in the kernel. A page that is there already is woken, not poisoned. `false` if an event has to be
+    /// read first, and this thread is one that reads them: the granule is served again then. Elsewhere `blocked` is
+    /// called, which lets the readers run.
+    pub(crate) fn poison_in_kernel(&self, at: Place, blocked: impl Fn()) -> bool {
+        let area = self.area(at.area);
+        let (addr, len) = (area.addr(at.granule), area.len_of(1));
         loop {
-            match ops::poison(self.descriptor.fd(), addr.0, len.0) {
-                Done::All => bump(&self.counters.poisoned, part.granule.0),
-                Done::Failed(Errno::EAGAIN) | Done::Part(_) if self.on_reader_thread() => {
-                    self.retry.faults([Place { area, granule }]);
+            match ops::poison(self.view.descriptor.fd(), addr.0, len.0) {
+                Done::All => bump(&self.counters.poisoned, area.granule.0),
+                Done::Failed(Errno::EAGAIN) | Done::Part(_) if self.view.on_reader_thread() => {
+                    self.view.retry.faults([at]);
                     return false;
                 }
                 Done::Failed(Errno::EAGAIN) | Done::Part(_) => {
-                    self.blocked();
+                    blocked();
                     continue;
                 }
-                Done::Failed(Errno::EEXIST | Errno::ESRCH | Errno::ENOENT) => {
-                    drop(self.descriptor.wake(addr, len));
-                }
+                Done::Failed(Errno::EEXIST | Errno::ESRCH | Errno::ENOENT) => self.wake(at, 1),
                 Done::Failed(errno) => {
-                    log::error!("poisoning {} failed: {errno}", part.pages(granule, 1));
-                    self.staging.cannot_poison.store(true, Ordering::Release);
+                    log::error!("poisoning {} failed: {errno}", area.pages(at.granule, 1));
+                    self.cannot_poison.store(true, Ordering::Release);
                 }
             }
             return true;
         }
     }
-}
 
-/// Where pages can't be poisoned, the descriptor is never closed: what is missing would read as zero then.
-pub(crate) fn stay_open(core: &Arc<Memory>) {
-    if core.staging.cannot_poison.load(Ordering::Acquire) {
-        log::error!("this kernel can't poison pages: the descriptor stays open, and what is missing stays blocked");
-        std::mem::forget(Arc::clone(core));
-    }
-}
-
-impl Memory {
-    /// Ends what could not start whole, and has no supervisor. Memory of this process is let go as it is, since its owner
-    /// is told at once; for that of another process, which would go on with zeros, what is missing is poisoned.
-    pub(crate) fn give_up(&self, source: &dyn Pages) {
-        // Nothing is installed from here on. If it has failed before, that is so already.
-        self.status.begin_completion();
-        if self.descriptor.foreign() {
-            self.fail_closed(source);
-        } else {
-            self.unregister();
-        }
-        self.status.end(Outcome::Failed(EngineError::Cancelled));
-    }
-
-    /// Poisons what is missing of the source's content, and then lets the memory go.
-    pub(crate) fn fail_closed(&self, source: &dyn Pages) {
-        for number in 0..self.areas.len() {
-            let area = &self.areas[number];
-            let stored = || self.poison_missing(number, area.stored(source));
-            if catch_unwind(AssertUnwindSafe(stored)).is_err() {
-                // Nobody knows any more what is zero.
-                self.poison_missing(number, std::iter::once((0, area.states.len())));
-            }
-        }
-        if !self.staging.cannot_poison.load(Ordering::Acquire) {
-            self.unregister();
-        }
-        // Whoever gives memory back waits for the event to be read.
-        self.read_for_want_of_handlers();
-    }
-
-    fn poison_missing(&self, number: usize, spans: impl Iterator<Item = (usize, usize)>) {
-        let area = &self.areas[number];
+    /// Poisons what of some spans is Missing, and waits for what is being installed. No install begins any more.
+    pub(crate) fn poison_missing(
+        &self,
+        number: usize,
+        spans: impl Iterator<Item = (usize, usize)>,
+        blocked: impl Fn() + Copy,
+    ) {
+        let states = self.states(number);
         for (first, granules) in spans {
             let mut at = first;
             while at < first + granules {
-                let run = (at..first + granules).take_while(|&granule| area.states.claim_missing(granule)).count();
+                let run = (at..first + granules).take_while(|&granule| states.claim_missing(granule)).count();
                 if run > 0 {
-                    self.poison_range(number, at, run);
+                    self.poison_range(number, at, run, blocked);
                     at += run;
-                } else if matches!(area.states.get(at).state, State::InFlight | State::Missing) {
-                    // Whoever is at it sees that the engine has failed, and ends soon, one way or the other.
+                } else if matches!(states.get(at).state, State::InFlight | State::Missing) {
+                    // The installer sees that the engine has failed, and ends soon, one way or the other.
                     std::thread::yield_now();
                 } else {
                     at += 1;
@@ -129,13 +76,13 @@ impl Memory {
     }
 
     /// In as few calls as the kernel makes of it; page by page where something is in the way.
-    fn poison_range(&self, number: usize, first: usize, granules: usize) {
-        let area = &self.areas[number];
+    fn poison_range(&self, number: usize, first: usize, granules: usize, blocked: impl Fn() + Copy) {
+        let area = self.area(number);
         let end = first + granules;
         let mut at = first;
         while at < end {
             let (addr, len) = (area.addr(at), area.len_of(end - at));
-            let poisoned = match ops::poison(self.descriptor.fd(), addr.0, len.0) {
+            let poisoned = match ops::poison(self.view.descriptor.fd(), addr.0, len.0) {
                 Done::All => end - at,
                 Done::Part(bytes) => usize::try_from(bytes / area.len_of(1).0).unwrap_or(0),
                 Done::Failed(_) => 0,
@@ -143,12 +90,20 @@ impl Memory {
             bump(&self.counters.poisoned, poisoned as u64 * area.granule.0);
             at += poisoned;
             if poisoned == 0 {
-                self.poison_in_kernel(number, at);
+                self.poison_in_kernel(Place { area: number, granule: at }, blocked);
                 at += 1;
             }
         }
         for granule in first..end {
-            area.states.settle(granule, State::Poisoned);
+            self.states(number).settle(granule, State::Poisoned);
+        }
+    }
+
+    /// Where pages can't be poisoned, the descriptor is never closed: what is missing would read as zero then.
+    pub(crate) fn stay_open(self: &Arc<Memory>) {
+        if self.cannot_poison() {
+            log::error!("this kernel can't poison pages: the descriptor stays open, and what is missing stays blocked");
+            std::mem::forget(Arc::clone(self));
         }
     }
 }

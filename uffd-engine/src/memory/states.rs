@@ -40,8 +40,6 @@ const STATES: [State; 8] = [
     State::Poisoned,
     State::Poisoned,
 ];
-/// What a byte is that nobody has touched: Missing, with no marks.
-const FRESH: u8 = State::Missing as u8;
 const STATE: u8 = 0b111;
 /// A request for it is on its way to the source.
 const REQUESTED: u8 = 1 << 3;
@@ -72,12 +70,20 @@ fn decode(byte: u8) -> Entry {
 /// The states of a region's granules. Costs no memory where nothing has happened yet.
 #[derive(Debug)]
 pub(crate) struct StateMap {
+    /// Each byte with the bits of `fresh` turned round.
     granules: Table,
+    /// What a byte stands for that nobody has touched.
+    fresh: u8,
 }
 
 impl StateMap {
     pub(crate) fn new(granules: usize) -> io::Result<StateMap> {
-        Ok(StateMap { granules: Table::new(granules)? })
+        Ok(StateMap { granules: Table::new(granules)?, fresh: State::Missing as u8 })
+    }
+
+    /// As [`new`](StateMap::new), but everything is Present.
+    pub(crate) fn present_from_the_start(granules: usize) -> io::Result<StateMap> {
+        Ok(StateMap { granules: Table::new(granules)?, fresh: State::Present as u8 })
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -85,15 +91,19 @@ impl StateMap {
     }
 
     pub(crate) fn get(&self, granule: usize) -> Entry {
-        decode(self.granules[granule].load(Ordering::Acquire))
+        decode(self.byte(granule))
     }
 
     /// The same, about to be changed: if it is the first look at a page of the table, it is a write (see `update`).
     pub(crate) fn get_to_change(&self, granule: usize) -> Entry {
-        let byte = &self.granules[granule];
-        match byte.compare_exchange(FRESH, FRESH, Ordering::AcqRel, Ordering::Acquire) {
-            Ok(old) | Err(old) => decode(old),
+        let untouched = 0;
+        match self.granules[granule].compare_exchange(untouched, untouched, Ordering::AcqRel, Ordering::Acquire) {
+            Ok(old) | Err(old) => decode(old ^ self.fresh),
         }
+    }
+
+    fn byte(&self, granule: usize) -> u8 {
+        self.granules[granule].load(Ordering::Acquire) ^ self.fresh
     }
 
     /// The granules that are Present: the first of each run, and how many.
@@ -128,7 +138,7 @@ impl StateMap {
     }
 
     /// A granule that the caller has claimed becomes what it was before. `true` if something was left to the caller
-    /// meanwhile: whoever waits there has to be woken, to fault again, and [told](crate::memory::Memory::was_met).
+    /// meanwhile: whoever waits there has to be woken, to fault again, and told.
     pub(crate) fn give_back(&self, granule: usize) -> bool {
         let old = self.replace(granule, |old| {
             let state = match old & WAS {
@@ -142,7 +152,7 @@ impl StateMap {
     }
 
     fn replace(&self, granule: usize, new: impl Fn(u8) -> u8) -> u8 {
-        let there = self.granules[granule].load(Ordering::Relaxed);
+        let there = self.byte(granule);
         match self.update(granule, there, |old| Some(new(old))) {
             Ok(old) | Err(old) => old,
         }
@@ -150,7 +160,7 @@ impl StateMap {
 
     /// Leaves something to whoever has claimed the granule; `false` if it is not InFlight any more.
     pub(crate) fn meet(&self, granule: usize) -> bool {
-        let there = self.granules[granule].load(Ordering::Acquire);
+        let there = self.byte(granule);
         let met = |old| (decode(old).state == State::InFlight).then_some(old | MET);
         self.update(granule, there, met).is_ok()
     }
@@ -158,15 +168,15 @@ impl StateMap {
     /// Missing becomes Zero. Answers what it was before.
     pub(crate) fn mark_zero(&self, granule: usize) -> Entry {
         let zero = |old| (decode(old).state == State::Missing).then_some(State::Zero as u8 | old & WANTED);
-        self.update(granule, FRESH, zero).map_or_else(decode, decode)
+        self.update(granule, self.fresh, zero).map_or_else(decode, decode)
     }
 
     /// Anything but InFlight and Poisoned becomes Removed, and nobody wants it any more. Answers what it was: if it was
     /// InFlight, nothing has happened.
-    pub(crate) fn remove(&self, granule: usize) -> State {
+    pub(crate) fn remove(&self, granule: usize) -> Entry {
         let keep = |was| matches!(was, State::InFlight | State::Poisoned);
-        let removed = |old| (!keep(decode(old).state)).then_some(State::Removed as u8 | old & REQUESTED);
-        self.update(granule, FRESH, removed).map_or_else(decode, decode).state
+        let removed = |old| (!keep(decode(old).state)).then_some(State::Removed as u8);
+        self.update(granule, self.fresh, removed).map_or_else(decode, decode)
     }
 
     /// Missing becomes InFlight, and the caller poisons it.
@@ -179,7 +189,7 @@ impl StateMap {
     pub(crate) fn request(&self, granule: usize, wanted: bool) -> Option<bool> {
         let marks = if wanted { REQUESTED | WANTED } else { REQUESTED };
         let marked = |old| (decode(old).state == State::Missing).then_some(old | marks);
-        self.update(granule, FRESH, marked).ok().map(|old| decode(old).requested)
+        self.update(granule, self.fresh, marked).ok().map(|old| decode(old).requested)
     }
 
     /// Forgets that a request was on its way; says whether one was.
@@ -197,22 +207,27 @@ impl StateMap {
             };
             allowed(from).then_some(to as u8 | was | old & (REQUESTED | WANTED))
         };
-        self.update(granule, FRESH, changed).is_ok()
+        self.update(granule, self.fresh, changed).is_ok()
     }
 
     /// The byte, taken to be `expected` at first, becomes what `new` makes of it, if anything. Answers what it was.
     ///
-    /// Who may be the first to touch a page of the table expects it to be [`FRESH`], and does not look before: reading
+    /// Who may be the first to touch a page of the table expects it to be untouched, and does not look before: reading
     /// maps the kernel's page of zeros, and the write that comes next costs an interrupt on every core where a thread of
     /// this process runs.
     fn update(&self, granule: usize, expected: u8, new: impl Fn(u8) -> Option<u8>) -> Result<u8, u8> {
         let byte = &self.granules[granule];
-        let mut old = if new(expected).is_some() { expected } else { byte.load(Ordering::Acquire) };
+        let mut old = if new(expected).is_some() { expected } else { self.byte(granule) };
         loop {
             let changed = new(old).ok_or(old)?;
-            match byte.compare_exchange_weak(old, changed, Ordering::AcqRel, Ordering::Acquire) {
+            match byte.compare_exchange_weak(
+                old ^ self.fresh,
+                changed ^ self.fresh,
+                Ordering::AcqRel,
+                Ordering::Acquire,
+            ) {
                 Ok(_) => return Ok(old),
-                Err(now) => old = now,
+                Err(now) => old = now ^ self.fresh,
             }
         }
     }
@@ -264,18 +279,31 @@ mod tests {
     }
 
     #[test]
+    fn a_map_of_what_is_there_begins_with_everything_present() {
+        let map = StateMap::present_from_the_start(3).unwrap();
+        assert_eq!(map.present().collect::<Vec<_>>(), [(0, 3)]);
+        assert!(!map.claim(0) && !map.claim_missing(0) && map.request(0, true).is_none());
+        assert_eq!(map.remove(1).state, State::Present);
+        assert!(map.claim_zero(1) && map.meet(1));
+        let was = map.settle(1, State::Present);
+        assert!(was.met && was.state == State::InFlight);
+        assert_eq!(map.get_to_change(2).state, State::Present);
+        assert_eq!(map.present().collect::<Vec<_>>(), [(0, 3)]);
+    }
+
+    #[test]
     fn removed_stays_removed_until_a_zero_is_installed() {
         let map = StateMap::new(2).unwrap();
-        assert_eq!(map.remove(0), State::Missing);
+        assert_eq!(map.remove(0).state, State::Missing);
         assert!(!map.claim(0), "the old content is gone");
         assert!(map.claim_zero(0));
-        assert_eq!(map.remove(0), State::InFlight, "an install is under way");
+        assert_eq!(map.remove(0).state, State::InFlight, "an install is under way");
         map.settle(0, State::Present);
-        assert_eq!(map.remove(0), State::Present);
+        assert_eq!(map.remove(0).state, State::Present);
         assert!(map.claim_missing(1));
         map.settle(1, State::Poisoned);
         assert!(!map.claim(1));
-        assert_eq!((map.remove(1), map.get(1).state), (State::Poisoned, State::Poisoned));
+        assert_eq!((map.remove(1).state, map.get(1).state), (State::Poisoned, State::Poisoned));
     }
 
     #[test]
@@ -303,7 +331,7 @@ mod tests {
             |map, at| assert_eq!(map.mark_zero(at).state, State::Missing),
             |map, at| assert!(map.claim(at)),
             |map, at| assert!(map.claim_missing(at)),
-            |map, at| assert_eq!(map.remove(at), State::Missing),
+            |map, at| assert_eq!(map.remove(at).state, State::Missing),
             // As the loop of a fault does it.
             |map, at| {
                 assert_eq!(map.get_to_change(at).state, State::Missing);

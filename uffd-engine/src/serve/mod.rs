@@ -1,9 +1,10 @@
 //! Reading page faults and events: how handlers wait, where they run, and what they do about discards.
+//!
+//! What serves a fault is known to it only as [`Served`](served::Served).
 
-pub(crate) mod doorbell;
 pub(crate) mod events;
 pub(crate) mod handler;
-pub(crate) mod parked;
 pub(crate) mod placement;
-pub(crate) mod retry;
+pub(crate) mod served;
+pub(crate) mod stop;
 pub(crate) mod wait;

@@ -78,7 +78,7 @@ impl<R: Read> StreamReader<R> {
         self.wire.u64("the body of a section")
     }
 
-    /// Reads a body: one byte of length and so many bytes of text.
+    /// Reads a text with its length in one byte before it.
     ///
     /// # Errors
     /// If the stream ends before, can't be read, or the text is not UTF-8.

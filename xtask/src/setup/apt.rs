@@ -158,7 +158,7 @@ Components: main
 ";
 
     #[test]
-    fn stanzas() {
+    fn stanzas_are_parsed() {
         let entries = parse_deb822(SOURCES);
         assert_eq!(entries.len(), 2);
         assert!(entries[0].offers_main_of("bookworm") && entries[0].offers_main_of("bookworm-updates"));
@@ -177,7 +177,7 @@ Components: main
     }
 
     #[test]
-    fn lines() {
+    fn one_line_entries_are_parsed() {
         let entries = parse_list(
             "# deb http://commented.test/debian bookworm main\n\
              deb-src http://mirror.test/debian bookworm main\n\

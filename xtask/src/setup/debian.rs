@@ -41,7 +41,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn releases() {
+    fn a_release_is_recognised() {
         let text =
             "PRETTY_NAME=\"Debian GNU/Linux 12 (bookworm)\"\nVERSION_ID=\"12\"\nVERSION_CODENAME=bookworm\nID=debian\n";
         let release = OsRelease::parse(text);

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
 
-use crate::memory::Place;
+use super::place::Place;
 
 /// Looked at after every fault, and nearly always empty: that costs no lock.
 #[derive(Debug, Default)]

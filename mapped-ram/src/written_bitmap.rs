@@ -1,5 +1,5 @@
 //! Which pages of a block have been written to a file in the making. Takes memory only where there are some: a snapshot of
-//! a few KiB may claim RAM without end, and is copied like any other.
+//! a few KiB may claim terabytes of RAM, and is copied like any other.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,19 +13,20 @@ const CHUNK_PAGES: u64 = WORDS as u64 * 64;
 type Chunk = Box<[AtomicU64; WORDS]>;
 
 #[derive(Debug)]
-pub(crate) struct Marks {
+pub(crate) struct WrittenBitmap {
     chunks: Box<[OnceLock<Chunk>]>,
     /// Words of the bitmap; the last chunk has some more.
     words: u64,
 }
 
-impl Marks {
-    pub(crate) fn new(pages: PageCount) -> Marks {
+impl WrittenBitmap {
+    /// A bitmap in which nothing is set.
+    pub(crate) fn new(pages: PageCount) -> WrittenBitmap {
         let chunks = (0..pages.0.div_ceil(CHUNK_PAGES)).map(|_| OnceLock::new()).collect();
-        Marks { chunks, words: pages.0.div_ceil(64) }
+        WrittenBitmap { chunks, words: pages.0.div_ceil(64) }
     }
 
-    /// Marks pages of the block.
+    /// Sets the bits of a run.
     pub(crate) fn set(&self, first: PageIndex, pages: PageCount) {
         self.each_word(first, pages, |chunk, word, bits| {
             let chunk = chunk.get_or_init(|| Box::new([const { AtomicU64::new(0) }; WORDS]));
@@ -35,7 +36,7 @@ impl Marks {
         });
     }
 
-    /// Takes marks off.
+    /// Clears the bits of a run.
     pub(crate) fn clear(&self, first: PageIndex, pages: PageCount) {
         self.each_word(first, pages, |chunk, word, bits| {
             if let Some(word) = chunk.get().and_then(|chunk| chunk.get(word)) {
@@ -62,19 +63,19 @@ impl Marks {
         Some((chunk, usize::try_from(page.0 % CHUNK_PAGES / 64).ok()?))
     }
 
-    /// Whether a page is marked.
+    /// Whether the bit of a page is set.
     pub(crate) fn has(&self, page: PageIndex) -> bool {
         let word = self.place(page).and_then(|(chunk, word)| chunk.get()?.get(word));
         word.is_some_and(|word| word.load(Ordering::Acquire) >> (page.0 % 64) & 1 == 1)
     }
 
-    /// How many pages are marked.
+    /// Counts the bits that are set.
     pub(crate) fn count(&self) -> PageCount {
         let words = self.chunks.iter().filter_map(OnceLock::get).flat_map(|chunk| chunk.iter());
         PageCount(words.map(|word| u64::from(word.load(Ordering::Acquire).count_ones())).sum())
     }
 
-    /// The parts of the bitmap in which something may be set: where each begins in it, and its bytes. All else is zero.
+    /// The parts of the bitmap in which a bit may be set: the offset of each in the bitmap, and its bytes. All else is zero.
     pub(crate) fn parts(&self) -> impl Iterator<Item = (ByteLen, Vec<u8>)> {
         let starts = (0..self.words).step_by(WORDS);
         starts.zip(&self.chunks).filter_map(|(start, chunk)| {
@@ -90,22 +91,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn marks_are_those_of_the_runs_and_cost_memory_only_there() {
-        // Pages of 64 TiB, and some more.
+    fn bits_are_those_of_the_runs_and_cost_memory_only_there() {
+        // As many pages as 64 TiB have, and a few more.
         let pages = (1 << 34) + 100;
-        let marks = Marks::new(PageCount(pages));
+        let written = WrittenBitmap::new(PageCount(pages));
         let runs = [(5, 1), (63, 2), (CHUNK_PAGES - 3, 70), (pages - 7, 7)];
         for (first, count) in runs {
-            marks.set(PageIndex(first), PageCount(count));
+            written.set(PageIndex(first), PageCount(count));
         }
-        assert_eq!(marks.count(), PageCount(80));
-        marks.clear(PageIndex(CHUNK_PAGES - 2), PageCount(1));
-        marks.clear(PageIndex(1 << 30), PageCount(1 << 20));
+        assert_eq!(written.count(), PageCount(80));
+        written.clear(PageIndex(CHUNK_PAGES - 2), PageCount(1));
+        written.clear(PageIndex(1 << 30), PageCount(1 << 20));
         for (first, count) in runs {
-            assert!((first..first + count).all(|page| marks.has(PageIndex(page)) == (page != CHUNK_PAGES - 2)));
-            assert!(!marks.has(PageIndex(first - 1)) && !marks.has(PageIndex(first + count)));
+            assert!((first..first + count).all(|page| written.has(PageIndex(page)) == (page != CHUNK_PAGES - 2)));
+            assert!(!written.has(PageIndex(first - 1)) && !written.has(PageIndex(first + count)));
         }
-        let parts: Vec<_> = marks.parts().collect();
+        let parts: Vec<_> = written.parts().collect();
         let places: Vec<_> = parts.iter().map(|(at, bytes)| (at.0, bytes.len())).collect();
         assert_eq!(places, [(0, 4096), (4096, 4096), ((1 << 31), 16)]);
         assert_eq!(parts[2].1[11..13], [0xe0, 0x0f]);

@@ -1,23 +1,110 @@
-//! Pages that are still missing in frozen memory, straight from the source that it is being loaded from.
+//! What a freeze asks of the load: where the content of missing pages is, and that content, straight from the source.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use page_source::{
-    End, Feed, PageBytes, PageSink, PageSource, Reply, SinkError, SourceError, SourceErrorKind, Subject, Urgency,
+    Content, End, Feed, PageBytes, PageSink, PageSource, Pages, Reply, SinkError, SourceError, SourceErrorKind,
+    Subject, Urgency,
 };
 use page_units::{BlockId, ByteLen, PageCount, PageIndex, PageRun};
 use parking_lot::{Condvar, Mutex};
 
-use super::frozen::FrozenError;
+use super::intake::Intake;
+use super::load::Load;
+use super::status::Task;
+use crate::memory::Place;
+use crate::memory::holder::{Fetch, FetchError, MissingContent};
 use crate::sys::memory::Scratch;
 
-/// So often whoever waits for a source looks whether there still is a point in it.
+/// How much is fetched at a time at most.
+const MOST: ByteLen = ByteLen(2 << 20);
+
+/// The load of a memory that is frozen.
+#[derive(Debug)]
+pub(crate) struct Source {
+    intake: Arc<Intake>,
+    pages: Arc<dyn Pages>,
+    /// The source, if it may be started again.
+    again: Option<Arc<dyn PageSource>>,
+    /// The engine's own flow: it ends with the engine.
+    load: Weak<Load>,
+    flow: Mutex<Option<Refetch>>,
+}
+
+impl Source {
+    pub(crate) fn of(load: &Arc<Load>) -> Source {
+        Source {
+            intake: Arc::clone(&load.intake),
+            pages: Arc::clone(&load.pages),
+            again: load.again.clone(),
+            load: Arc::downgrade(load),
+            flow: Mutex::default(),
+        }
+    }
+
+    /// Maps what the file behind shared memory holds.
+    fn map(&self, at: Place) -> MissingContent {
+        let mapped = self.intake.map_cached(&self.intake.memory.view.installing(), at);
+        if mapped == Some(true) { MissingContent::Mapped } else { MissingContent::Soon }
+    }
+}
+
+impl Fetch for Source {
+    fn running(&self) -> bool {
+        self.intake.status.running()
+    }
+
+    fn missing(&self, at: Place, in_file: bool) -> MissingContent {
+        let area = self.intake.memory.area(at.area);
+        if in_file && !self.intake.staging.gathering(at) {
+            return self.map(at);
+        }
+        let span = self.pages.content(area.pages(at.granule, 1));
+        if span.content == Content::Zero && span.pages >= area.granule {
+            return MissingContent::Zero;
+        }
+        if self.again.is_some() {
+            return MissingContent::Source;
+        }
+        if let Some(load) = self.load.upgrade() {
+            load.request_granule(at);
+        }
+        MissingContent::Soon
+    }
+
+    fn fetch(&self, run: PageRun, to: &mut [u8], over: &dyn Fn() -> bool) -> Result<(), FetchError> {
+        let Some(source) = &self.again else {
+            return Err(FetchError::Source(SourceError::stopped("the source can't be asked again")));
+        };
+        let mut flow = self.flow.lock();
+        let flow = match &mut *flow {
+            Some(flow) => flow,
+            none => none.insert(Refetch::start(&**source, MOST).map_err(FetchError::Source)?),
+        };
+        flow.fetch(run, to, over)
+    }
+
+    fn vouch(&self) -> Result<(), SourceError> {
+        let Some(source) = &self.again else { return Ok(()) };
+        let flow = match self.flow.lock().take() {
+            Some(flow) => flow,
+            None => Refetch::start(&**source, MOST)?,
+        };
+        flow.feed.finish()
+    }
+
+    fn freeze_ended(&self, thaw: bool) {
+        self.intake.status.tell(if thaw { Task::Thaw } else { Task::Check });
+    }
+}
+
+/// How often a thread that waits for the source checks whether the freeze has ended.
 const LOOK_UP: Duration = Duration::from_millis(20);
 
 /// A flow from the source besides that of the engine.
 #[derive(Debug)]
-pub(crate) struct Fetch {
+struct Refetch {
     // First: no call into the tap after this.
     feed: Box<dyn Feed>,
     tap: Arc<Tap>,
@@ -39,23 +126,18 @@ struct Wanted {
     error: Option<SourceError>,
 }
 
-impl Fetch {
-    /// `most`: so much is fetched at a time at most.
-    pub(crate) fn start(source: &dyn PageSource, most: ByteLen) -> Result<Fetch, SourceError> {
+impl Refetch {
+    /// `most`: how much is fetched at a time at most.
+    fn start(source: &dyn PageSource, most: ByteLen) -> Result<Refetch, SourceError> {
         let bytes = Scratch::new(most).map_err(|error| SourceError::stopped("no buffer").with_cause(error))?;
         let nothing = PageRun::new(BlockId(0), PageIndex(0), PageCount(0));
         let wanted = Wanted { run: nothing, seen: Vec::new(), left: 0, bytes, error: None };
         let tap = Arc::new(Tap { wanted: Mutex::new(wanted), arrived: Condvar::new() });
-        Ok(Fetch { feed: source.start(Arc::clone(&tap) as Arc<dyn PageSink>)?, tap })
-    }
-
-    /// Ends the flow: is what was taken still true?
-    pub(crate) fn finish(self) -> Result<(), SourceError> {
-        self.feed.finish()
+        Ok(Refetch { feed: source.start(Arc::clone(&tap) as Arc<dyn PageSink>)?, tap })
     }
 
     /// The content of `run`, which lies in one block. Waits for it, but not when `over`.
-    pub(crate) fn fetch(&self, run: PageRun, to: &mut [u8], over: impl Fn() -> bool) -> Result<(), FrozenError> {
+    fn fetch(&self, run: PageRun, to: &mut [u8], over: &dyn Fn() -> bool) -> Result<(), FetchError> {
         let pages = ByteLen(run.pages.0).get();
         {
             let mut wanted = self.tap.wanted.lock();
@@ -67,14 +149,14 @@ impl Fetch {
         let mut wanted = self.tap.wanted.lock();
         loop {
             if let Some(error) = wanted.error.take() {
-                return Err(FrozenError::Source { run, error });
+                return Err(FetchError::Source(error));
             }
             if wanted.left == 0 {
                 to.copy_from_slice(&wanted.bytes.bytes()[..to.len()]);
                 return Ok(());
             }
             if over() {
-                return Err(FrozenError::Cancelled);
+                return Err(FetchError::Over);
             }
             self.tap.arrived.wait_for(&mut wanted, LOOK_UP);
         }

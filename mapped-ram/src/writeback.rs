@@ -1,4 +1,4 @@
-//! Writing behind: what was written starts on its way to the disk while the rest is still being written.
+//! Writeback: what was written starts on its way to the disk while the rest is still being written.
 
 use std::fs::File;
 use std::sync::Arc;
@@ -11,41 +11,41 @@ use parking_lot::Mutex;
 
 use crate::sys::start_writing;
 
-/// So much is sent off at a time.
+/// How many written bytes are collected before they are sent to the disk.
 const PIECE: ByteLen = ByteLen(8 << 20);
 
-/// Shorter runs wait for their neighbours: a file that is sent to the disk page by page, in any order, ends up in as many
-/// pieces there.
-const LONG: ByteLen = ByteLen(64 << 10);
+/// The shortest run that is sent early. Shorter ones are left to the end: a file that reaches the disk page by page, in
+/// any order, lies there in as many pieces.
+const SHORTEST: ByteLen = ByteLen(64 << 10);
 
 /// A range of the file, from its first byte to the byte after its last.
 type Range = (FileOffset, FileOffset);
 
-/// Sends what is written off to the disk. It never waits for the disk, and reports no error: making the file durable at
-/// the end does both.
+/// Sends written ranges to the disk. It never waits for the disk, and reports no error: making the file durable at the
+/// end does both.
 #[derive(Debug, Default)]
-pub(crate) struct Behind(Mutex<State>);
+pub(crate) struct Writeback(Mutex<State>);
 
 #[derive(Debug, Default)]
 struct State {
-    /// Written, and not sent off.
+    /// What was written since the last piece: the range around it, and its bytes.
     pending: Option<(Range, ByteLen)>,
     flusher: Option<Flusher>,
 }
 
-/// The thread that waits where the kernel makes who sends off wait.
+/// A thread of its own, since starting a write may have to wait for space in the disk's queue.
 #[derive(Debug)]
 struct Flusher {
     ranges: Option<Sender<Range>>,
-    /// What is still to be sent off is of no use to anybody.
+    /// Set when the file is finished or given up: ranges still in the queue are skipped.
     over: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
-impl Behind {
-    /// So much was written there.
+impl Writeback {
+    /// Records that `length` bytes were written at `at`.
     pub(crate) fn written(&self, file: &File, at: FileOffset, length: ByteLen) {
-        let Some(end) = at.checked_add(length).filter(|_| length >= LONG) else { return };
+        let Some(end) = at.checked_add(length).filter(|_| length >= SHORTEST) else { return };
         let mut state = self.0.lock();
         let ((first, last), bytes) = state.pending.take().unwrap_or(((at, end), ByteLen(0)));
         let (range, bytes) = ((first.min(at), last.max(end)), ByteLen(bytes.0 + length.0));
@@ -57,20 +57,20 @@ impl Behind {
             state.flusher = Flusher::start(file);
         }
         if let Some(Flusher { ranges: Some(ranges), .. }) = &state.flusher {
-            // It ends only with this.
+            // The receiver lives until `ranges` is dropped.
             let _ = ranges.send(range);
         }
     }
 }
 
 impl Flusher {
-    /// `None` if there is no thread to be had: then all of the file goes to the disk at the end.
+    /// Starts the thread; `None` if there can't be one more: then all of the file goes to the disk at the end.
     fn start(file: &File) -> Option<Flusher> {
         let file = file.try_clone().ok()?;
         let (ranges, arriving) = channel();
         let over = Arc::new(AtomicBool::new(false));
         let stop = Arc::clone(&over);
-        let thread = Thread::new().name("write-behind".into()).spawn(move || run(&file, &arriving, &stop)).ok()?;
+        let thread = Thread::new().name("writeback".into()).spawn(move || run(&file, &arriving, &stop)).ok()?;
         Some(Flusher { ranges: Some(ranges), over, thread: Some(thread) })
     }
 }
@@ -79,7 +79,7 @@ impl Drop for Flusher {
     fn drop(&mut self) {
         self.over.store(true, Ordering::Relaxed);
         drop(self.ranges.take());
-        // Nothing in it panics, and the file would be as it should be all the same.
+        // The thread does not panic, and even then the file would be as it should be.
         let _ = self.thread.take().map(JoinHandle::join);
     }
 }
