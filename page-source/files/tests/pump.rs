@@ -89,7 +89,9 @@ fn holes_stay_holes() {
     let copy = dir.path().join("copy");
     let sink = flat_sink(&oracle, &copy);
     let source = MemorySource::new(Arc::clone(&oracle));
-    pump(Arc::new(source), sink, &PumpOptions::default()).unwrap();
+    pump(Arc::new(source), Arc::clone(&sink) as Arc<dyn PageSink>, &PumpOptions::default()).unwrap();
+    assert!(!copy.exists(), "complete, and not published yet");
+    sink.publish().unwrap();
     assert_flat(&copy, &oracle);
     let meta = std::fs::metadata(&copy).unwrap();
     assert!(meta.blocks() * 512 < 1 << 20, "{} bytes on the disk", meta.blocks() * 512);
