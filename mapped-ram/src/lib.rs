@@ -1,7 +1,7 @@
 //! Snapshot files in QEMU's mapped-ram format: open in the time of their metadata, find a page, write.
 //!
 //! - [`Snapshot`]: an open file. Its [layout](Snapshot::layout) of RAM blocks, [where](Snapshot::block) they are,
-//!   [which pages](Snapshot::load_run_at) are stored and which are zero, and the [state of its
+//!   [which pages](Snapshot::load_run) are stored and which are zero, and the [state of its
 //!   devices](Snapshot::device).
 //! - [`Writer`]: a new file, from any number of threads, that appears whole or not at all.
 //! - [`Warning`]: what is odd about a file that can be read nevertheless.
@@ -28,11 +28,13 @@ mod writeback;
 mod writer;
 mod written_bitmap;
 
+pub use bitmap::FileRun;
+pub use blocks::BlockFile;
 pub use device::Device;
 pub use error::{CreateError, OpenError, OpenErrorKind, PageError};
-pub use identity::Identity;
+pub use identity::{Identity, Watch};
 pub use open::Options;
-pub use snapshot::{BlockFile, Snapshot};
+pub use snapshot::Snapshot;
 pub use warning::Warning;
 pub use writer::Writer;
 

@@ -26,9 +26,8 @@ mod sys;
 pub use builder::Builder;
 pub use engine::{Completion, Engine};
 pub use error::{DiscardError, EngineError, OpenError, StartError};
-pub use freeze::{
-    FreezeError, FreezeHandle, FreezeOptions, FreezeStats, Freezer, Frozen, FrozenError, HugeFile, PageTable,
-};
+pub use freeze::{FreezeError, FreezeHandle, FreezeOptions, FreezeStats, Freezer};
+pub use freeze::{Frozen, FrozenError, HugeFile, PageTable};
 pub use measure::Measured;
 pub use memory::descriptor::Descriptor;
 pub use memory::region::{Backing, Region};

@@ -147,7 +147,7 @@ impl Layout {
         self.iter().map(|(id, block)| PageRun::new(id, PageIndex(0), block.pages()))
     }
 
-    /// What of `run`, from its first page on, lies in the layout. Empty if its first page does not.
+    /// The part of `run`, from its first page on, that lies in the layout. Empty if its first page does not.
     #[must_use]
     pub fn clip(&self, run: PageRun) -> PageRun {
         let whole = self.run_of(run.block).unwrap_or(PageRun::new(run.block, PageIndex(0), PageCount(0)));

@@ -18,18 +18,18 @@ use mapped_ram::Writer;
 use page_source::{OneShot, PageSink};
 use page_units::{ByteLen, PageCount, PageRun};
 use uffd_engine::{Engine, FreezeError, Freezer, Frozen};
-use vmstate::{Configuration, DeviceWriter};
+use vmstate::{Configuration, DeviceWriter, Section};
 
 pub use self::error::LiveError;
 pub use self::handle::{LiveProgress, LiveReport, LiveSnapshot};
 pub use self::options::{LiveEvent, LiveOptions};
 use self::sink::LiveSink;
-use crate::memory::FreezeClaim;
 use crate::populated::Existing;
-use crate::save::FIRST_DEVICE;
-use crate::state::{Host, MachineState};
-use crate::vcpu::Hold;
-use crate::{GuestRam, Vcpus, blueprint};
+use crate::ram::FreezeClaim;
+use crate::snapshot::FIRST_DEVICE;
+use crate::snapshot::blueprint;
+use crate::state::Host;
+use crate::{GuestRam, Machine};
 
 /// What the blackout was spent on.
 #[derive(Clone, Copy, Debug, Default)]
@@ -48,18 +48,6 @@ pub struct Blackout {
     pub arm: Duration,
     /// All of it: from the request to stop until the vCPUs were let go. No vCPU stood still longer.
     pub total: Duration,
-}
-
-/// Lets the held vCPUs go on, whatever happens.
-struct Held<'a> {
-    vcpus: &'a Vcpus,
-    hold: Hold,
-}
-
-impl Drop for Held<'_> {
-    fn drop(&mut self) {
-        self.vcpus.let_go(&self.hold);
-    }
 }
 
 /// Takes a snapshot while the guest runs. Returns when it runs again; the file is written from then on, appears at
@@ -90,24 +78,24 @@ impl Drop for Held<'_> {
 /// # Errors
 /// If anything fails: the guest goes on as it was, and there is no file, or the one that was there before.
 pub fn snapshot_live(
-    vcpus: &Vcpus,
+    machine: &dyn Machine,
     host: &Host,
     path: &Path,
     options: &LiveOptions,
 ) -> Result<LiveSnapshot, LiveError> {
-    take(vcpus, host, path, options, None)
+    take(machine, host, path, options, None)
 }
 
 /// As [`snapshot_live`], with the engine that loads the memory, if one does.
 pub(crate) fn take(
-    vcpus: &Vcpus,
+    machine: &dyn Machine,
     host: &Host,
     path: &Path,
     options: &LiveOptions,
     engine: Option<&Engine>,
 ) -> Result<LiveSnapshot, LiveError> {
     let begun = Instant::now();
-    let ram = vcpus.ram();
+    let ram = machine.ram();
     check::memory(ram)?;
     if options.check_mappings {
         check::mappings(ram)?;
@@ -123,10 +111,10 @@ pub(crate) fn take(
     if options.check_space {
         check::space(ram, &existing, &writer, engine.map_or(PageCount(0), Engine::missing))?;
     }
-    let Taken { state, frozen, mut populated, blackout } = match freeze(vcpus, host, freezer, &existing, options) {
+    let Taken { sections, frozen, mut populated, blackout } = match freeze(machine, host, freezer, &existing, options) {
         // The last page came just before the freeze point: the memory is complete, and frozen without the engine.
         Err(LiveError::Freeze(FreezeError::EngineEnded)) => {
-            freeze(vcpus, host, self::freezer(ram, options, engine)?, &existing, options)
+            freeze(machine, host, self::freezer(ram, options, engine)?, &existing, options)
         }
         done => done,
     }?;
@@ -136,7 +124,7 @@ pub(crate) fn take(
         frozen.set_populated(&populated.concat());
     }
 
-    for section in state.sections()? {
+    for section in sections {
         devices.push(section);
     }
     let state = devices.finish(&options.machine)?;
@@ -163,7 +151,7 @@ fn freezer(ram: &GuestRam, options: &LiveOptions, engine: Option<&Engine>) -> Re
 
 /// What was taken while the guest stood still.
 struct Taken {
-    state: MachineState,
+    sections: Vec<Section>,
     frozen: Frozen,
     /// Where shared memory has pages, by piece.
     populated: Vec<Vec<PageRun>>,
@@ -172,7 +160,7 @@ struct Taken {
 
 /// The blackout, and all of it.
 fn freeze(
-    vcpus: &Vcpus,
+    machine: &dyn Machine,
     host: &Host,
     freezer: Freezer,
     existing: &Existing<'_>,
@@ -184,12 +172,12 @@ fn freeze(
         let now = Instant::now();
         now - std::mem::replace(&mut last, now)
     };
-    let held = Held { vcpus, hold: vcpus.hold(options.stop_limit)? };
+    let mut held = machine.hold(options.stop_limit)?;
     let stop = lap();
     // First: I/O that ends raises interrupts, which belong into the state.
-    options.drain(vcpus.ram()).map_err(LiveError::Drain)?;
+    options.drain(machine.ram()).map_err(LiveError::Drain)?;
     let drain = lap();
-    let state = vcpus.save_state(host)?;
+    let sections = held.sections(host)?;
     let saved = lap();
     // An engine knows itself which pages there are, and has to know of no others.
     let populated = if freezer.is_loading() { existing.shared_pages() } else { existing.shared_page_tables() };
@@ -199,5 +187,5 @@ fn freeze(
     let arm = lap();
     drop(held);
     let blackout = Blackout { stop, state: saved, drain, look_up, arm, total: begun.elapsed() };
-    Ok(Taken { state, frozen, populated, blackout })
+    Ok(Taken { sections, frozen, populated, blackout })
 }

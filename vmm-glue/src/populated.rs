@@ -12,7 +12,7 @@ use nix::unistd::{Whence, lseek};
 use page_units::{FileOffset, HostAddr, PAGE_SHIFT, PageCount, PageRun};
 use uffd_engine::{Backing, HugeFile, PageTable};
 
-use crate::memory::{GuestRam, Piece};
+use crate::ram::{GuestRam, Piece};
 
 /// Finds the pages of guest memory that may be other than zero.
 #[derive(Debug)]

@@ -18,7 +18,8 @@ use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng};
 use testkit::require;
 use vm_memory::Bytes;
-use vmm_glue::{Backing, GuestRam, Host, LiveError, LiveOptions, MachineConfig, Memory, Vcpus, snapshot_live};
+use vm_memory::GuestMemoryMmap;
+use vmm_glue::{Backing, GuestRam, Host, LiveError, LiveOptions, MachineConfig, Vcpus, snapshot_live};
 
 fn host() -> Host {
     Host::probe(&Kvm::new().unwrap()).unwrap()
@@ -200,9 +201,9 @@ fn memory_whose_writes_can_not_be_caught_is_refused_by_name() {
             let guest = vm_memory::GuestAddress(number << 24);
             vm_memory::GuestRegionMmap::new(builder.build().unwrap(), guest).unwrap()
         };
-        let memory = Memory::from_regions((0..mappings).map(region).collect()).unwrap();
+        let memory = GuestMemoryMmap::from_regions((0..mappings).map(region).collect()).unwrap();
         let ram = Arc::new(GuestRam::adopt(memory, |guest| format!("ram{guest}")).unwrap());
-        let machine = vmm_glue::Machine::new(&Kvm::new().unwrap(), ram, MachineConfig::bare(1)).unwrap();
+        let machine = vmm_glue::NewVm::new(&Kvm::new().unwrap(), ram, MachineConfig::bare(1)).unwrap();
         let options = vmm_glue::VcpuOptions { paused: true, ..vmm_glue::VcpuOptions::default() };
         let vcpus = Vcpus::start(machine, Arc::new(Signals::default()), options).unwrap();
         let error = snapshot_live(&vcpus, &host(), &dir.path().join("live.mr"), &LiveOptions::default()).unwrap_err();

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -86,21 +86,12 @@ impl MappedFile {
 
     /// Whether it is still what it was when it was opened.
     pub(crate) fn verify(&self) -> Result<(), SourceError> {
-        self.check().map_err(|what| self.altered(what))
+        self.check().map_err(|what| changed(&self.path, what))
     }
 
     /// What an earlier [`check`](MappedFile::check) has found.
     pub(crate) fn known_error(&self) -> Option<SourceError> {
-        self.changed.get().map(|what| self.altered(what))
-    }
-
-    /// That it is not what it was.
-    pub(crate) fn altered(&self, what: &str) -> SourceError {
-        let what = format!(
-            "{what} changed since it was opened, so what was loaded from it can't be trusted: keep a snapshot file \
-             unchanged while a guest runs from it"
-        );
-        SourceError::new(SourceErrorKind::Changed, Subject::file(&self.path), what)
+        self.changed.get().map(|what| changed(&self.path, what))
     }
 
     /// Lets the kernel begin to read so much into its page cache, and does not wait for it.
@@ -155,4 +146,13 @@ impl MappedFile {
     fn subject(&self, block: &str, run: PageRun) -> Subject {
         Subject::file(&self.path).block(block).run(run)
     }
+}
+
+/// That a file is not what it was when it was opened.
+pub(crate) fn changed(path: &Path, what: &str) -> SourceError {
+    let what = format!(
+        "{what} changed since it was opened, so what was loaded from it can't be trusted: keep a snapshot file unchanged \
+         while a guest runs from it"
+    );
+    SourceError::new(SourceErrorKind::Changed, Subject::file(path), what)
 }

@@ -3,12 +3,12 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use mapped_ram::{Options, PageError, Snapshot};
+use mapped_ram::{FileRun, Options, PageError, Snapshot};
 use page_source::{Content, Feed, PageSink, PageSource, Pages, SourceError, SourceErrorKind, Span, Subject, Urgency};
 use page_units::{BlockId, FileOffset, Layout, PageCount, PageIndex, PageRun};
 
 use crate::feed::FileFeed;
-use crate::mapped_file::MappedFile;
+use crate::mapped_file::{MappedFile, changed};
 use crate::places::{Extent, Places};
 
 /// A source that is a mapped-ram snapshot file.
@@ -74,7 +74,7 @@ impl MappedRam {
         // After the mapping has noted what the file looks like: from then on, it watches.
         match snapshot.changed() {
             Ok(None) => Ok(MappedRam { inner: Arc::new(Inner { mapped, snapshot }) }),
-            Ok(Some(what)) => Err(mapped.altered(what)),
+            Ok(Some(what)) => Err(changed(&path, what)),
             Err(error) => Err(refuse(error)),
         }
     }
@@ -96,8 +96,8 @@ impl Pages for MappedRam {
         if run.is_empty() {
             return Span::OUTSIDE;
         }
-        match self.inner.snapshot.known_run_within(run.block, run.first, run.pages) {
-            Some((stored, pages)) => span(stored, pages.min(run.pages)),
+        match self.inner.snapshot.known_run(run.block, run.first, run.pages) {
+            Some(known) => span(known, run),
             // How much is unknown is not known either.
             None => Span::new(Content::Unknown, PageCount(1)),
         }
@@ -120,9 +120,9 @@ impl Places for Inner {
     }
 
     fn find(&self, run: PageRun, _: Urgency) -> Result<Extent<'_>, SourceError> {
-        match self.snapshot.load_run_at(run.block, run.first, run.pages) {
-            Ok((stored, pages)) => {
-                let Span { content, pages } = span(stored, pages);
+        match self.snapshot.load_run(run.block, run.first, run.pages) {
+            Ok(found) => {
+                let Span { content, pages } = span(found, run);
                 Ok(Extent { content, pages, at: Some((&self.mapped, self.offset(run))) })
             }
             Err(error) => Err(from_page_error(&self.snapshot, run, error)),
@@ -139,8 +139,10 @@ impl Inner {
     }
 }
 
-fn span(stored: bool, pages: PageCount) -> Span {
-    Span { content: if stored { Content::Stored } else { Content::Zero }, pages }
+/// What was found of `run`.
+fn span(found: FileRun, run: PageRun) -> Span {
+    let content = if found.is_stored() { Content::Stored } else { Content::Zero };
+    Span::new(content, found.pages().min(run.pages))
 }
 
 fn from_page_error(snapshot: &Snapshot, run: PageRun, error: PageError) -> SourceError {
@@ -157,6 +159,7 @@ fn from_page_error(snapshot: &Snapshot, run: PageRun, error: PageError) -> Sourc
             );
             SourceError::new(SourceErrorKind::Truncated, subject.block(block).at(actual), what)
         }
+        PageError::Changed { what, .. } => changed(snapshot.path(), what),
         error => {
             // It names the file itself; so does ours.
             let said = error.to_string();

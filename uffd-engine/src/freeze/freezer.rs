@@ -188,6 +188,12 @@ fn needs(region: &Region) -> Features {
     }
 }
 
+/// What freezing needs besides while an engine loads: pages that are in a file already are mapped write-protected, with
+/// `UFFDIO_CONTINUE_MODE_WP`. It has no bit of its own; this one came with the same Linux, and is not asked for.
+fn needs_loading(region: &Region) -> Features {
+    if region.mode().contains(userfaultfd::RegisterMode::MINOR) { Features::WP_UNPOPULATED } else { Features::empty() }
+}
+
 fn system(what: &'static str) -> impl Fn(io::Error) -> StartError {
     move |error| StartError::System { what, error }
 }
@@ -250,7 +256,9 @@ impl Freezer {
         }
         region::check(&regions, &layout)?;
         let needed = regions.iter().map(needs).fold(Features::empty(), Features::union);
-        let available = view.descriptor.features();
+        let loading = regions.iter().map(needs_loading).fold(Features::empty(), Features::union);
+        let available = view.descriptor.features() | (view.descriptor.kernel() & loading);
+        let needed = needed | loading;
         if !available.contains(needed) {
             return Err(OpenError::Unsupported { missing: needed - available, available }.into());
         }

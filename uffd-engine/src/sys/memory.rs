@@ -7,7 +7,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU8;
 
-use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munlock, munmap};
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, mprotect, munlock, munmap};
 use page_units::{ByteLen, HostAddr};
 
 /// A table of atomic bytes, all zero at first, that costs nothing where it was never touched.
@@ -178,6 +178,15 @@ pub(crate) fn give_back(start: HostAddr, len: ByteLen, shared: bool) -> io::Resu
     // SAFETY: the range lies in a region that its owner registered, promising that the engine may discard there.
     unsafe { madvise(at, len.get(), advice) }?;
     Ok(())
+}
+
+/// Takes all rights to a range of this process: any access to it is an error from now on, of whatever holds it now.
+pub(crate) fn refuse_access(start: HostAddr, len: ByteLen) -> nix::Result<()> {
+    let at = std::ptr::with_exposed_provenance_mut(len_of(start));
+    let Some(at) = NonNull::new(at) else { return Err(nix::errno::Errno::EINVAL) };
+    // SAFETY: the range lies in a region that its owner registered, and holds nothing: what would read or write there
+    // waits for content, and gets an error in its place.
+    unsafe { mprotect(at, len.get(), ProtFlags::PROT_NONE) }
 }
 
 /// Copies into the unregistered alias of a granule that nobody can see yet.

@@ -17,6 +17,7 @@ use nix::unistd::Pid;
 use page_source::Source;
 use page_units::{BlockId, ByteLen, HostAddr, Layout, PageIndex, PageRun};
 use testkit::oracle::Oracle;
+use testkit::require::Prerequisite;
 use uffd_engine::{Backing, Builder, Descriptor, Engine, Features, Region, Stats};
 use userfaultfd::{RegisterMode, UffdBuilder};
 use vm_memory::mmap::MmapRegionBuilder;
@@ -38,6 +39,14 @@ pub(crate) enum Kind {
 
 pub(crate) const SMALL_KINDS: [Kind; 3] = [Kind::Anonymous, Kind::MemfdShared, Kind::MemfdPrivate];
 pub(crate) const HUGE_KINDS: [Kind; 3] = [Kind::HugetlbPrivate, Kind::HugetlbShared, Kind::HugetlbAlias];
+
+/// Those that can be frozen while they are loading. A kernel before Linux 6.4 refuses what is in files: `tests/kernel.rs`
+/// shows that.
+pub(crate) fn freezable_while_loading(kinds: &[Kind]) -> Vec<Kind> {
+    let all = Prerequisite::ProtectedContinue.check().is_ok();
+    let private = |kind: &Kind| matches!(kind, Kind::Anonymous | Kind::HugetlbPrivate);
+    kinds.iter().copied().filter(|kind| all || private(kind)).collect()
+}
 
 /// A mapping for each RAM block.
 pub(crate) struct Memory {

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use common::collector::{Collector, layout};
 use common::discards::give_back;
-use common::{Kind, Memory};
+use common::{Kind, Memory, freezable_while_loading};
 use guest::Guest;
 use page_source::{OneShot, PageSink, Source};
 use page_units::{BlockId, ByteLen, Layout, PageCount, PageIndex, PageRun};
@@ -88,8 +88,9 @@ fn two_snapshots(seed: u64, kind: Kind) {
 #[test]
 fn what_is_saved_is_what_was_there_at_the_freeze_point() {
     testkit::require!(Userfaultfd);
+    let kinds = freezable_while_loading(&[Kind::Anonymous, Kind::MemfdShared]);
     for (number, seed) in seeds(48) {
-        two_snapshots(seed, [Kind::Anonymous, Kind::MemfdShared][usize::try_from(number / 4 % 2).unwrap()]);
+        two_snapshots(seed, kinds[usize::try_from(number / 4).unwrap() % kinds.len()]);
     }
 }
 
@@ -97,9 +98,9 @@ fn what_is_saved_is_what_was_there_at_the_freeze_point() {
 fn and_of_huge_pages_too() {
     testkit::require!(Userfaultfd, Hugepages);
     let _pages = Overcommit::reserve(16).unwrap();
-    let kinds = [Kind::HugetlbPrivate, Kind::HugetlbShared, Kind::HugetlbAlias];
+    let kinds = freezable_while_loading(&[Kind::HugetlbPrivate, Kind::HugetlbShared, Kind::HugetlbAlias]);
     for (number, seed) in seeds(24) {
-        two_snapshots(seed, kinds[usize::try_from(number / 4 % 3).unwrap()]);
+        two_snapshots(seed, kinds[usize::try_from(number / 4).unwrap() % kinds.len()]);
     }
 }
 
@@ -110,7 +111,7 @@ fn paused(memory: &Memory, source: impl Into<Source>) -> Engine {
 #[test]
 fn nothing_is_brought_into_memory_for_it() {
     testkit::require!(Userfaultfd);
-    for kind in [Kind::Anonymous, Kind::MemfdShared] {
+    for kind in freezable_while_loading(&[Kind::Anonymous, Kind::MemfdShared]) {
         let oracle = Arc::new(Oracle::random(3, layout(&[4096]), 200));
         let memory = Memory::new(kind, oracle.layout());
         let engine = paused(&memory, Arc::new(MemorySource::new(Arc::clone(&oracle))));
@@ -178,7 +179,7 @@ fn an_engine_is_complete_only_after_the_freeze() {
 #[test]
 fn one_that_is_given_up_changes_nothing() {
     testkit::require!(Userfaultfd);
-    for kind in [Kind::Anonymous, Kind::MemfdShared] {
+    for kind in freezable_while_loading(&[Kind::Anonymous, Kind::MemfdShared]) {
         for (number, seed) in seeds(12) {
             let oracle = Arc::new(Oracle::random(seed, layout(&[1500]), 220));
             let memory = Memory::new(kind, oracle.layout());

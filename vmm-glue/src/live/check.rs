@@ -10,8 +10,8 @@ use page_units::{ByteLen, PageCount};
 
 use super::LiveError;
 use super::mappings::{self, Other};
-use crate::memory::GuestRam;
 use crate::populated::Existing;
+use crate::ram::GuestRam;
 
 /// For device state and headers, which nobody knows beforehand.
 const METADATA: ByteLen = ByteLen(1 << 20);

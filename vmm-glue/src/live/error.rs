@@ -11,7 +11,7 @@ use uffd_engine::{EngineError, FreezeError, FrozenError};
 use vmstate::WriteError;
 
 use crate::StopError;
-use crate::memory::MemoryError;
+use crate::ram::MemoryError;
 use crate::state::StateError;
 
 /// Why there is no live snapshot. The guest goes on as it was, and there is no file, or the one that was there before.

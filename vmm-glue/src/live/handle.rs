@@ -10,7 +10,7 @@ use uffd_engine::{FreezeHandle, FreezeStats, FrozenError};
 use super::sink::LiveSink;
 use super::{Blackout, LiveError};
 use crate::GuestRam;
-use crate::vcpu::FOR_EVER;
+use crate::machine::FOR_EVER;
 
 /// How far a live snapshot is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -2,8 +2,32 @@
 #![expect(unsafe_code, reason = "raw memory calls, each checked by the kernel")]
 
 use std::io;
+use std::sync::Arc;
 
 use page_units::{ByteLen, HostAddr};
+use vm_memory::MmapRegion;
+use vm_memory::bitmap::Bitmap;
+use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
+
+use crate::ram::OwnersBitmap;
+
+/// A mapping as this crate has it, of one with a bitmap of another type, which it keeps.
+pub(crate) fn view_of<B: Bitmap + Send + Sync + 'static>(
+    region: Arc<MmapRegion<B>>,
+) -> Result<MmapRegion<OwnersBitmap>, MmapRegionError> {
+    let builder = MmapRegionBuilder::new_with_bitmap(region.size(), OwnersBitmap::of(Arc::clone(&region)));
+    let builder = builder.with_mmap_prot(region.prot()).with_mmap_flags(region.flags());
+    let builder = match region.is_hugetlbfs() {
+        Some(huge) => builder.with_hugetlbfs(huge),
+        None => builder,
+    };
+    let builder = match region.file_offset() {
+        Some(file) => builder.with_file_offset(file.clone()),
+        None => builder,
+    };
+    // SAFETY: a mapping of that size, which stays as long as the bitmap does: a part of the new one.
+    unsafe { builder.with_raw_mmap_pointer(region.as_ptr()) }.build()
+}
 
 /// Gives a range back: `MADV_DONTNEED` drops private pages, `MADV_REMOVE` punches the file behind shared ones.
 pub(crate) fn give_back(start: HostAddr, length: ByteLen, shared: bool) -> io::Result<()> {
@@ -18,6 +42,7 @@ pub(crate) fn give_back(start: HostAddr, length: ByteLen, shared: bool) -> io::R
 }
 
 /// Whether the byte of this process at `address` can be read, asked of the kernel: no signal when it can't.
+#[cfg(feature = "vcpus")]
 pub(crate) fn readable(address: HostAddr) -> bool {
     read_memory(address, &mut [0]).is_ok()
 }

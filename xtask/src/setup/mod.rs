@@ -103,6 +103,23 @@ pub(crate) fn ensure_or_skip(need: Need) -> Done {
     }
 }
 
+/// The place from which this machine takes Debian's packages, for `main` of another suite: the extension and the text of
+/// a file for apt.
+///
+/// # Errors
+/// If this is not a Debian, or apt has no source for its own suite.
+pub(crate) fn apt_source(suite: &str) -> Done<(&'static str, String)> {
+    let facts = Facts::gather();
+    if !facts.os.is_debian() || !facts.apt_get {
+        return Err("this is not a Debian with apt-get".into());
+    }
+    let own = &facts.os.codename;
+    let entry = facts.sources.iter().find(|entry| entry.offers_main_of(own));
+    let entry = entry
+        .ok_or_else(|| format!("apt has no source for \"{own}\", from which the one for \"{suite}\" could be made"))?;
+    Ok(entry.for_suite(suite))
+}
+
 fn carry_out(facts: &Facts, plan: &Plan) -> Done {
     if plan.needs_root() && !facts.root {
         let also: String = plan.by_hand().iter().map(|what| format!("\nBesides, {what}")).collect();

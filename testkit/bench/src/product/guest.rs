@@ -11,7 +11,7 @@ use page_units::ByteLen;
 use std::sync::{Mutex, OnceLock};
 use testkit::guest::{GuestConfig, GuestImage, Pattern, Privilege, Program, Report, Signal, fill_pages};
 use vmm_glue::{
-    Backing, Bus, GuestRam, Host, Machine, MachineConfig, Next, RamSpec, SaveOptions, Saved, VcpuOptions, Vcpus,
+    Backing, Bus, GuestRam, Host, MachineConfig, NewVm, Next, RamSpec, SaveOptions, Saved, VcpuOptions, Vcpus,
 };
 
 /// What things here end with.
@@ -129,7 +129,7 @@ impl Prepared {
     /// If KVM refuses, or the guest does something else.
     pub fn run(&self, kvm: &Kvm, steps: u64) -> Done<(Vcpus, Arc<Port>)> {
         let machine = MachineConfig { vcpus: 1, irqchip: true, pit: false };
-        let machine = Machine::new(kvm, Arc::clone(&self.ram), machine)?;
+        let machine = NewVm::new(kvm, Arc::clone(&self.ram), machine)?;
         for (number, vcpu) in (0..).zip(machine.vcpus()) {
             self.image.boot_vcpu(kvm, vcpu, number);
         }

@@ -1,26 +1,22 @@
 //! Guest memory: RAM blocks, where they lie in guest-physical memory, and where in this process.
 
-mod discard;
-mod map;
-mod spec;
-
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 
-use kvm_ioctls::VmFd;
 use page_units::{BlockId, ByteLen, GuestAddr, HostAddr, Layout, LayoutError, PageIndex, PageRun, RamBlock};
 use uffd_engine::{Backing, Region};
+use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
 
-pub use self::discard::Discard;
-pub(crate) use self::discard::FreezeClaim;
-use self::discard::Frozen;
-pub use self::spec::{MemoryError, RamSpec};
+use super::bitmap::OwnersBitmap;
+use super::discard::Frozen;
+use super::{MemoryError, RamSpec, map};
 use crate::sys;
 
-/// Guest memory as `vm-memory` has it.
-pub type Memory = GuestMemoryMmap<()>;
+/// Guest memory as `vm-memory` has it. What is written through it is noted in the bitmap of the VMM that it was adopted
+/// from, if it was.
+pub type Memory = GuestMemoryMmap<OwnersBitmap>;
 
 /// A part of a RAM block that is contiguous everywhere.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,7 +35,7 @@ pub struct Piece {
 }
 
 impl Piece {
-    fn len(&self) -> ByteLen {
+    pub(super) fn len(&self) -> ByteLen {
         self.run.len()
     }
 }
@@ -49,11 +45,11 @@ impl Piece {
 pub struct GuestRam {
     memory: Memory,
     layout: Layout,
-    pieces: Vec<Piece>,
+    pub(super) pieces: Vec<Piece>,
     /// Second mappings of shared huge pages, by piece.
-    aliases: Vec<Option<MmapRegion<()>>>,
+    aliases: Vec<Option<MmapRegion<OwnersBitmap>>>,
     /// A live snapshot has it write-protected.
-    frozen: Frozen,
+    pub(super) frozen: Frozen,
 }
 
 impl GuestRam {
@@ -66,12 +62,12 @@ impl GuestRam {
         let mut regions = Vec::new();
         for (spec, id) in specs.iter().zip(0..) {
             let length = spec.length().ok_or(LayoutError::TooLarge)?;
-            let block = RamBlock::new(&spec.name, length, backing.granule())?;
+            let block = RamBlock::new(spec.name(), length, backing.granule())?;
             let failed =
-                |error: String| MemoryError::Allocate { block: spec.name.clone(), length, backing, reason: error };
+                |error: String| MemoryError::Allocate { block: spec.name().to_owned(), length, backing, reason: error };
             let file = map::file_of(&block, backing).map_err(|error| failed(error.to_string()))?;
             let mut offset = ByteLen(0);
-            for &(guest, len) in &spec.pieces {
+            for &(guest, len) in spec.pieces() {
                 if len.0 == 0 || !(len.0 | guest.0).is_multiple_of(backing.granule().bytes().0) {
                     return Err(failed(format!("{len} bytes at guest-physical {guest} are not whole pages")));
                 }
@@ -104,14 +100,22 @@ impl GuestRam {
         Ok(GuestRam { memory, layout, pieces, aliases, frozen: Frozen::default() })
     }
 
-    /// Takes memory that a VMM has already: each region is a RAM block of its own, named by `name`. What it is made of is
-    /// told by how it is mapped, and by its file.
+    /// Takes memory that a VMM has already, with a bitmap of any type (VMMs that migrate have `AtomicBitmap`): each region is
+    /// a RAM block of its own, named by `name`. What it is made of is told by how it is mapped, and by its file. It stays
+    /// mapped for as long as this or the VMM's own handle lives.
+    ///
+    /// What is written through [`memory`](GuestRam::memory) is noted in the VMM's bitmap. Pages that are loaded, by an engine
+    /// or before the guest runs, are not: they are what the guest has from the beginning.
     ///
     /// # Errors
     /// If names repeat, a region is not whole pages, or its huge pages are not of 2 MiB.
-    pub fn adopt(memory: Memory, name: impl Fn(GuestAddr) -> String) -> Result<GuestRam, MemoryError> {
+    pub fn adopt<B: Bitmap + Send + Sync + 'static>(
+        memory: GuestMemoryMmap<B>,
+        name: impl Fn(GuestAddr) -> String,
+    ) -> Result<GuestRam, MemoryError> {
         let mut blocks = Vec::new();
         let mut pieces = Vec::new();
+        let mut regions = Vec::new();
         for (region, id) in memory.iter().zip(0..) {
             let guest = GuestAddr(region.start_addr().0);
             let shared = region.flags() & libc::MAP_SHARED != 0;
@@ -121,9 +125,14 @@ impl GuestRam {
             let block = RamBlock::new(name, length, backing.granule())?;
             let run = PageRun::new(BlockId(id), PageIndex(0), block.pages());
             let host = HostAddr(region.as_ptr().addr() as u64);
+            let collection = |error: String| MemoryError::Collection(format!("{guest}: {error}"));
+            let view = sys::view_of(region.get_mmap()).map_err(|error| collection(error.to_string()))?;
+            let region = GuestRegionMmap::new(view, region.start_addr());
+            regions.push(region.ok_or_else(|| collection("it is too high".into()))?);
             blocks.push(block);
             pieces.push(Piece { guest, host, run, backing, shared });
         }
+        let memory = Memory::from_regions(regions).map_err(|error| MemoryError::Collection(error.to_string()))?;
         let aliases = pieces.iter().map(|_| None).collect();
         Ok(GuestRam { layout: Layout::new(blocks)?, memory, pieces, aliases, frozen: Frozen::default() })
     }
@@ -179,9 +188,12 @@ impl GuestRam {
         Ok(regions.collect())
     }
 
-    /// Refuses files that hold pages although nobody has touched them: an engine maps what is there, and the guest would
-    /// find zeros. (Private memory is refused by the engine.)
-    pub(crate) fn check_untouched(&self) -> Result<(), MemoryError> {
+    /// Refuses memory whose files hold pages already, although no guest has touched them: an engine maps what is there, and
+    /// the guest would find zeros. (The engine itself refuses private memory.) To be called before an engine loads it.
+    ///
+    /// # Errors
+    /// If there are pages: `mlockall` makes some, or another user of the file has touched them.
+    pub fn check_untouched(&self) -> Result<(), MemoryError> {
         for (piece, region) in self.pieces.iter().zip(self.memory.iter()) {
             let Some(file) = region.file_offset() else { continue };
             let held = file.file().metadata().map_or_else(
@@ -212,24 +224,6 @@ impl GuestRam {
             Some(of(piece, HostAddr(alias.as_ptr().addr() as u64)))
         });
         pieces.chain(aliases).collect()
-    }
-
-    /// Gives the memory to a VM: one slot per piece, numbered from 0 on. Do it **before** creating an irqchip: after
-    /// that the first slot costs KVM milliseconds.
-    ///
-    /// The memory must stay mapped for as long as the VM runs; a [`Machine`](crate::Machine) sees to it.
-    ///
-    /// # Errors
-    /// If KVM refuses.
-    pub fn set_slots(&self, vm: &VmFd) -> Result<(), MemoryError> {
-        for (piece, slot) in self.pieces.iter().zip(0..) {
-            sys::set_slot(vm, slot, piece.guest, piece.host, piece.len()).map_err(|error| MemoryError::Slot {
-                guest: piece.guest,
-                length: piece.len(),
-                error,
-            })?;
-        }
-        Ok(())
     }
 
     /// Whether there is RAM at that address.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use page_source::{End, PageBytes, PageSink, Reply, SinkError, SourceError};
 use page_units::{BlockId, Layout, PageRun};
 
-use crate::memory::{GuestRam, MemoryError};
+use crate::ram::{GuestRam, MemoryError};
 use crate::sys;
 
 /// Takes pages into fresh guest memory, which is zero where nothing arrives.

@@ -7,8 +7,11 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 use page_units::{ByteLen, PageSize, RamBlock};
 use uffd_engine::Backing;
+use vm_memory::bitmap::Bitmap;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
+
+use super::OwnersBitmap;
 
 pub(super) fn file_of(block: &RamBlock, backing: Backing) -> io::Result<Option<File>> {
     let flags = match backing {
@@ -26,8 +29,8 @@ pub(super) fn map(
     file: Option<&File>,
     offset: ByteLen,
     backing: Backing,
-) -> Result<MmapRegion<()>, Box<dyn std::error::Error>> {
-    let builder = MmapRegionBuilder::new_with_bitmap(len.get(), ())
+) -> Result<MmapRegion<OwnersBitmap>, Box<dyn std::error::Error>> {
+    let builder = MmapRegionBuilder::new_with_bitmap(len.get(), OwnersBitmap::default())
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
         .with_hugetlbfs(backing == Backing::Hugetlb);
     let builder = match file {
@@ -45,7 +48,7 @@ pub(super) fn map(
 
 /// What a region of somebody else is made of; what cannot be is an error. (Whether `vm-memory` was told that it consists of
 /// huge pages is up to who mapped it.)
-pub(super) fn backing_of(region: &GuestRegionMmap<()>) -> Result<Backing, String> {
+pub(super) fn backing_of<B: Bitmap>(region: &GuestRegionMmap<B>) -> Result<Backing, String> {
     let page = match region.file_offset() {
         Some(at) => {
             let system = fstatfs(at.file()).map_err(|error| format!("its file can't be asked what it is: {error}"))?;

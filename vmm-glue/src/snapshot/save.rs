@@ -11,8 +11,9 @@ use page_source::{PumpError, PumpOptions, SinkError, pump};
 use page_units::{ByteLen, PageCount};
 use vmstate::{Configuration, DeviceWriter, WriteError};
 
+use crate::snapshot::blueprint;
 use crate::state::{Host, StateError};
-use crate::{RamSource, StopError, Vcpus, blueprint};
+use crate::{Machine, RamSource, StopError};
 
 /// Not 0 and 1, which the stream's other sections have.
 pub(crate) const FIRST_DEVICE: u32 = 2;
@@ -87,23 +88,25 @@ pub enum SaveError {
 /// The memory must be complete: see [`Vm::save`](crate::Vm::save), which checks it.
 ///
 /// # Errors
-/// If anything fails: nothing is published then.
-pub fn save(vcpus: &Vcpus, host: &Host, path: &Path, options: &SaveOptions) -> Result<Saved, SaveError> {
+/// If anything fails: nothing is published then, and vCPUs that ran before run again.
+pub fn save(machine: &dyn Machine, host: &Host, path: &Path, options: &SaveOptions) -> Result<Saved, SaveError> {
     let begun = Instant::now();
-    vcpus.pause(options.stop_limit)?;
+    let ram = machine.ram();
+    let mut held = machine.hold(options.stop_limit)?;
     let mut devices = DeviceWriter::new(FIRST_DEVICE);
-    devices.push(blueprint::section(vcpus.ram())?);
-    for section in vcpus.save_state(host)?.sections()? {
+    devices.push(blueprint::section(ram)?);
+    for section in held.sections(host)? {
         devices.push(section);
     }
     let state = devices.finish(&options.machine)?;
     let length = ByteLen::of(state.len());
 
-    let source = RamSource::new(Arc::clone(vcpus.ram())).map_err(SaveError::Populated)?;
+    let source = RamSource::new(Arc::clone(ram)).map_err(SaveError::Populated)?;
     let configuration = Configuration::new(options.machine.clone());
-    let sink = Arc::new(MappedRamSink::new(Writer::create(path, &configuration, vcpus.ram().layout().clone())?));
+    let sink = Arc::new(MappedRamSink::new(Writer::create(path, &configuration, ram.layout().clone())?));
     let pumping = PumpOptions { threads: options.threads, find_zeros: true, ..PumpOptions::default() };
     let done = pump(Arc::new(source), Arc::clone(&sink) as Arc<dyn page_source::PageSink>, &pumping)?;
     sink.publish(&state)?;
+    held.keep();
     Ok(Saved { stored: done.stored, zero: done.zero, state: length, took: begun.elapsed() })
 }

@@ -10,8 +10,8 @@ use page_source::{
 };
 use page_units::{Layout, PageCount, PageRun};
 
-use crate::memory::GuestRam;
 use crate::populated::Existing;
+use crate::ram::GuestRam;
 use crate::sys;
 
 /// So much is copied at a time.

@@ -5,7 +5,7 @@ use mapped_ram::Snapshot;
 use page_units::{ByteLen, GuestAddr, PageSize};
 use vmstate::Section;
 
-use crate::memory::{GuestRam, RamSpec};
+use crate::ram::{GuestRam, RamSpec};
 use crate::state::StateError;
 
 pub(crate) const NAME: &str = "vm-memory";
