@@ -155,7 +155,8 @@ impl ThreadedFeed {
     fn join(&mut self) -> bool {
         self.ends.queue.stop();
         // If one panicked, the sink was told.
-        self.threads.drain(..).fold(true, |well, thread| thread.join().is_ok() && well)
+        let panicked = self.threads.drain(..).filter_map(|thread| thread.join().err()).count();
+        panicked == 0
     }
 }
 
