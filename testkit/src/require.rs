@@ -12,8 +12,10 @@
 //! meant to prove something must not pass by skipping. What no machine needs to have ([`without`]) is recorded alike, and
 //! never a failure; nor is what the kernel is too old for.
 
+use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use crate::{hugepages, sys};
@@ -28,6 +30,10 @@ pub enum Prerequisite {
     Userfaultfd,
     /// `qemu-system-x86_64` runs.
     Qemu,
+    /// An [older QEMU](older_qemu) runs.
+    OlderQemu,
+    /// `qemu-img`, `qemu-io` and `qemu-storage-daemon` run.
+    QemuTools,
     /// A 2 MiB huge page can be had (through overcommit, see [`hugepages::Overcommit`]).
     Hugepages,
     /// The test runs as root.
@@ -64,9 +70,14 @@ impl Prerequisite {
                 Ok(())
             }
             Prerequisite::Userfaultfd => userfaultfd(),
-            Prerequisite::Qemu => program("qemu-system-x86_64"),
-            Prerequisite::Zstd => program("zstd"),
-            Prerequisite::Lz4 => program("lz4"),
+            Prerequisite::Qemu => runs("qemu-system-x86_64"),
+            Prerequisite::OlderQemu => match older_qemu() {
+                Some(program) => runs(program),
+                None => Err("there is no older QEMU: cargo xtask setup, or set FASTLOAD_OLDER_QEMU".to_owned()),
+            },
+            Prerequisite::QemuTools => ["qemu-img", "qemu-io", "qemu-storage-daemon"].into_iter().try_for_each(runs),
+            Prerequisite::Zstd => runs("zstd"),
+            Prerequisite::Lz4 => runs("lz4"),
             Prerequisite::Hugepages => {
                 let _one_more = hugepages::Overcommit::reserve(1)
                     .map_err(|error| format!("nr_overcommit_hugepages can't be raised: {error}"))?;
@@ -193,13 +204,26 @@ fn userfaultfd() -> Result<(), String> {
     }
 }
 
-fn program(name: &str) -> Result<(), String> {
-    let status = Command::new(name).arg("--version").stdin(Stdio::null()).stdout(Stdio::null()).status();
+fn runs(program: impl AsRef<OsStr>) -> Result<(), String> {
+    let name = program.as_ref().display();
+    let status = Command::new(&program).arg("--version").stdin(Stdio::null()).stdout(Stdio::null()).status();
     match status {
         Ok(status) if status.success() => Ok(()),
         Ok(status) => Err(format!("{name} --version: {status}")),
         Err(error) => Err(format!("{name}: {error}")),
     }
+}
+
+/// The program of a QEMU that is older than the installed one: what `FASTLOAD_OLDER_QEMU` names, or what
+/// `cargo xtask setup` has unpacked into the target directory.
+#[must_use]
+pub fn older_qemu() -> Option<PathBuf> {
+    if let Some(named) = std::env::var_os("FASTLOAD_OLDER_QEMU") {
+        return Some(named.into());
+    }
+    let this = std::env::current_exe().ok()?;
+    let mut programs = this.ancestors().map(|directory| directory.join("older-qemu/usr/bin/qemu-system-x86_64"));
+    programs.find(|program| program.exists())
 }
 
 #[cfg(test)]

@@ -29,6 +29,7 @@ use crate::ram::FreezeClaim;
 use crate::snapshot::FIRST_DEVICE;
 use crate::snapshot::blueprint;
 use crate::state::Host;
+use crate::sys::WritesFail;
 use crate::{GuestRam, Machine};
 
 /// What the blackout was spent on.
@@ -95,6 +96,8 @@ pub(crate) fn take(
     engine: Option<&Engine>,
 ) -> Result<LiveSnapshot, LiveError> {
     let begun = Instant::now();
+    // In the threads that are started here as well, and that write.
+    let _writes = WritesFail::new().map_err(LiveError::Signals)?;
     let ram = machine.ram();
     check::memory(ram)?;
     if options.check_mappings {

@@ -4,7 +4,6 @@ mod kvm;
 mod memory;
 #[cfg(feature = "vcpus")]
 mod run;
-#[cfg(feature = "vcpus")]
 mod signals;
 mod slots;
 #[cfg(feature = "vcpus")]
@@ -16,6 +15,7 @@ pub(crate) use memory::*;
 pub(crate) use run::*;
 #[cfg(feature = "vcpus")]
 pub(crate) use signals::Signals;
+pub(crate) use signals::WritesFail;
 #[cfg(feature = "vcpus")]
 pub(crate) use slots::VmWithRam;
 #[cfg(feature = "vcpus")]

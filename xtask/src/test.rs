@@ -129,7 +129,9 @@ impl Gate {
     }
 
     fn e2e(&mut self, targets: &[String]) -> Done {
-        setup::ensure_or_skip(Need::Qemu)?;
+        for need in [Need::Qemu, Need::QemuTools, Need::OlderQemu] {
+            setup::ensure_or_skip(need)?;
+        }
         if targets.is_empty() {
             return Ok(());
         }

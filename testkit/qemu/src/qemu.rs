@@ -7,7 +7,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use fastload_qmp::{Capabilities, Qmp, QmpError};
@@ -82,7 +82,7 @@ impl Qemu {
         let (own, serial) = (listen("own.qmp")?, listen("serial")?);
         fs::write(dir.path().join("guest.elf"), guest).map_err(|e| plain("the guest", e))?;
         let stderr = File::create(dir.path().join("stderr")).map_err(|e| plain("stderr", e))?;
-        let mut command = Command::new("qemu-system-x86_64");
+        let mut command = setup.program();
         command.args(setup.arguments(dir.path())).stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr);
         if let Some(user) = setup.user {
             command.uid(user);

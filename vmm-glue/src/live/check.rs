@@ -18,6 +18,9 @@ const METADATA: ByteLen = ByteLen(1 << 20);
 
 /// Whether every write to this memory can be caught.
 pub(super) fn memory(ram: &GuestRam) -> Result<(), LiveError> {
+    if let Some(guest) = ram.cut_off().map_err(LiveError::Populated)? {
+        return Err(LiveError::Memory { guest, what: "cut off: its file ends there" });
+    }
     let mut ranges = Vec::new();
     for (number, piece) in ram.pieces().iter().enumerate() {
         let refused = |what| Err(LiveError::Memory { guest: piece.guest, what });
@@ -65,7 +68,7 @@ pub(super) fn space(
     let pages = PageCount(missing.0 + runs.iter().flatten().map(|run| run.pages.0).sum::<u64>());
     // A bit for each page, whether it exists or not.
     let needed = ByteLen(pages.to_bytes().0 + ram.layout().total().to_pages().0 / 8 + METADATA.0);
-    let of = fstatvfs(file).map_err(|errno| LiveError::Statistics { path: path.into(), errno })?;
+    let of = fstatvfs(file).map_err(|errno| LiveError::Statistics { path: path.into(), error: errno.into() })?;
     let available = ByteLen(of.blocks_available().saturating_mul(of.fragment_size()));
     if needed > available {
         return Err(LiveError::Space { path: path.into(), needed, available });

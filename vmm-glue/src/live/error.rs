@@ -4,7 +4,6 @@ use std::io;
 use std::path::PathBuf;
 
 use mapped_ram::CreateError;
-use nix::errno::Errno;
 use page_source::{SinkError, SourceError};
 use page_units::{ByteLen, GuestAddr, HostAddr, PageCount};
 use uffd_engine::{EngineError, FreezeError, FrozenError};
@@ -78,13 +77,17 @@ pub enum LiveError {
         available: ByteLen,
     },
     /// The file system does not say how much is free.
-    #[error("{}: asking for the free space failed: {errno}", path.display())]
+    #[error("{}: asking for the free space failed: {error}", path.display())]
     Statistics {
         /// The file.
         path: PathBuf,
         /// What the kernel said.
-        errno: Errno,
+        #[source]
+        error: io::Error,
     },
+    /// The signals of writes that fail could not be blocked.
+    #[error("blocking SIGXFSZ and SIGPIPE failed: {0}")]
+    Signals(#[source] io::Error),
     /// The vCPUs did not stop, or one of them has failed.
     #[error(transparent)]
     Stop(#[from] StopError),

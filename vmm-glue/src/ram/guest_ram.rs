@@ -1,6 +1,7 @@
 //! Guest memory: RAM blocks, where they lie in guest-physical memory, and where in this process.
 
 use std::fs::File;
+use std::io;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 
@@ -208,6 +209,19 @@ impl GuestRam {
         Ok(())
     }
 
+    /// The first piece of which the end lies beyond its file, if there is one: somebody has cut that off, and what the guest
+    /// had there is gone.
+    pub(crate) fn cut_off(&self) -> io::Result<Option<GuestAddr>> {
+        for (piece, region) in self.pieces.iter().zip(self.memory.iter()) {
+            let Some(at) = region.file_offset() else { continue };
+            let there = at.file().metadata()?.len().saturating_sub(at.start());
+            if there < piece.len().0 {
+                return Ok(Some(piece.guest + ByteLen(there)));
+            }
+        }
+        Ok(None)
+    }
+
     /// The file behind a piece, and where in it the piece begins.
     pub(crate) fn file_of(&self, piece: usize) -> Option<(&File, u64)> {
         let region = self.memory.iter().nth(piece)?;
@@ -224,6 +238,60 @@ impl GuestRam {
             Some(of(piece, HostAddr(alias.as_ptr().addr() as u64)))
         });
         pieces.chain(aliases).collect()
+    }
+
+    /// Reads guest memory through the kernel: where its content could not be loaded, or its file was cut off, this is an error
+    /// and not the `SIGBUS` of a plain load. For device models, whose threads have no other way to survive that; a page that
+    /// is still missing is waited for.
+    ///
+    /// # Errors
+    /// If not all of it is RAM, or can be read.
+    pub fn read(&self, guest: GuestAddr, to: &mut [u8]) -> Result<(), MemoryError> {
+        let length = ByteLen::of(to.len());
+        let mut rest = to;
+        self.each_part(guest, length, |_, host, length| {
+            let (now, later) = std::mem::take(&mut rest).split_at_mut(length.get());
+            rest = later;
+            sys::read_memory(host, now)
+        })
+    }
+
+    /// Writes guest memory through the kernel, as [`read`](GuestRam::read) reads it, and notes it in the bitmap of the VMM that
+    /// the memory was adopted from.
+    ///
+    /// # Errors
+    /// If not all of it is RAM, or can be written. Some of it may have been.
+    pub fn write(&self, guest: GuestAddr, from: &[u8]) -> Result<(), MemoryError> {
+        let mut rest = from;
+        self.each_part(guest, ByteLen::of(from.len()), |at, host, length| {
+            let (now, later) = rest.split_at(length.get());
+            rest = later;
+            sys::write_memory(now.as_ptr(), host, length)?;
+            if let Some((region, offset)) = self.memory.to_region_addr(GuestAddress(at.0)) {
+                region.bitmap().mark_dirty(usize::try_from(offset.0).unwrap_or(usize::MAX), length.get());
+            }
+            Ok(())
+        })
+    }
+
+    /// The pieces of a range, in order.
+    fn each_part(
+        &self,
+        guest: GuestAddr,
+        length: ByteLen,
+        mut part: impl FnMut(GuestAddr, HostAddr, ByteLen) -> io::Result<()>,
+    ) -> Result<(), MemoryError> {
+        let (mut at, mut left) = (guest, length);
+        while left.0 > 0 {
+            let failed = |reason: String| MemoryError::Access { guest: at, length: left, reason };
+            let inside = |piece: &&Piece| piece.guest <= at && at - piece.guest < piece.len();
+            let piece = self.pieces.iter().find(inside).ok_or_else(|| failed("there is no RAM".into()))?;
+            let offset = at - piece.guest;
+            let now = left.min(piece.len() - offset);
+            part(at, piece.host + offset, now).map_err(|error| failed(error.to_string()))?;
+            (at, left) = (at + now, left - now);
+        }
+        Ok(())
     }
 
     /// Whether there is RAM at that address.

@@ -41,8 +41,12 @@ impl RamSource {
     /// must be complete: a missing page would be taken for zero.
     ///
     /// # Errors
-    /// If the system does not say.
+    /// If the system does not say, or a file behind the memory is shorter than the memory.
     pub fn new(ram: Arc<GuestRam>) -> std::io::Result<RamSource> {
+        if let Some(guest) = ram.cut_off()? {
+            let reason = format!("the file behind guest memory is cut off at {guest}, and what was there is gone");
+            return Err(std::io::Error::other(reason));
+        }
         let mut populated = vec![Vec::new(); ram.layout().blocks().len()];
         for (piece, runs) in ram.pieces().iter().zip(Existing::new(&ram)?.pages()?) {
             if let Some(block) = usize::try_from(piece.run.block.0).ok().and_then(|block| populated.get_mut(block)) {

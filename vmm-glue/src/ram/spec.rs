@@ -86,6 +86,16 @@ pub enum MemoryError {
         /// Why not.
         reason: String,
     },
+    /// Memory could not be read or written.
+    #[error("guest memory at {guest} ({length} bytes) can't be accessed: {reason}")]
+    Access {
+        /// Where.
+        guest: GuestAddr,
+        /// How much was left.
+        length: ByteLen,
+        /// Why not.
+        reason: String,
+    },
     /// KVM refused a memory slot.
     #[error("KVM refuses {length} bytes of RAM at guest-physical {guest}: {error}")]
     Slot {

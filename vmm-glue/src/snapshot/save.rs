@@ -13,6 +13,7 @@ use vmstate::{Configuration, DeviceWriter, WriteError};
 
 use crate::snapshot::blueprint;
 use crate::state::{Host, StateError};
+use crate::sys::WritesFail;
 use crate::{Machine, RamSource, StopError};
 
 /// Not 0 and 1, which the stream's other sections have.
@@ -66,6 +67,9 @@ pub enum SaveError {
     /// The state could not be taken.
     #[error(transparent)]
     State(#[from] StateError),
+    /// The signals of writes that fail could not be blocked.
+    #[error("blocking SIGXFSZ and SIGPIPE failed: {0}")]
+    Signals(#[source] io::Error),
     /// Which pages exist could not be found out.
     #[error("looking up which pages exist failed: {0}")]
     Populated(#[source] io::Error),
@@ -88,9 +92,10 @@ pub enum SaveError {
 /// The memory must be complete: see [`Vm::save`](crate::Vm::save), which checks it.
 ///
 /// # Errors
-/// If anything fails: nothing is published then, and vCPUs that ran before run again.
+/// If anything fails, which no signal is: a limit on the length of files, too, is an error. Nothing is published then, and vCPUs that ran before run again.
 pub fn save(machine: &dyn Machine, host: &Host, path: &Path, options: &SaveOptions) -> Result<Saved, SaveError> {
     let begun = Instant::now();
+    let _writes = WritesFail::new().map_err(SaveError::Signals)?;
     let ram = machine.ram();
     let mut held = machine.hold(options.stop_limit)?;
     let mut devices = DeviceWriter::new(FIRST_DEVICE);

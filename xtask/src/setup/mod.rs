@@ -23,12 +23,25 @@ pub(crate) enum Need {
     Clippy,
     /// `qemu-system-x86_64`, version 10 or later.
     Qemu,
+    /// `qemu-img` and the other tools of that QEMU.
+    QemuTools,
+    /// A QEMU of version 7, unpacked into the target directory.
+    OlderQemu,
     /// The programs `zstd` and `lz4`, which decode what the tests compressed.
     Compressors,
 }
 
 impl Need {
-    const ALL: [Need; 6] = [Need::Libclang, Need::Cxx, Need::Rustfmt, Need::Clippy, Need::Qemu, Need::Compressors];
+    const ALL: [Need; 8] = [
+        Need::Libclang,
+        Need::Cxx,
+        Need::Rustfmt,
+        Need::Clippy,
+        Need::Qemu,
+        Need::QemuTools,
+        Need::OlderQemu,
+        Need::Compressors,
+    ];
 
     fn name(self) -> &'static str {
         match self {
@@ -38,6 +51,8 @@ impl Need {
             Need::Clippy => "clippy",
             Need::Qemu => "QEMU 10 or later (qemu-system-x86_64)",
             Need::Compressors => "zstd and lz4 (for the tests)",
+            Need::QemuTools => "the tools of QEMU 10 or later (qemu-img, qemu-io, qemu-storage-daemon)",
+            Need::OlderQemu => "QEMU 7 as well (unpacked into the target directory; or FASTLOAD_OLDER_QEMU)",
         }
     }
 }

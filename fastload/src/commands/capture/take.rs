@@ -17,6 +17,7 @@ use qemu_pages::receive::{DeviceState, QemuStream};
 use super::check::Guest;
 use super::interrupt::Interrupts;
 use super::output::{self, Captured};
+use super::run_state;
 use super::session::{Freeze, Session, Stage};
 use crate::commands::Failure;
 
@@ -35,13 +36,24 @@ pub(super) struct Taken {
     sink: Arc<MappedRamSink>,
     freeze: Option<Freeze>,
     sent: Instant,
+    /// The guest was stopped for the capture only.
+    was_running: bool,
 }
 
 impl Taken {
+    /// The same of a guest that was running until the capture stopped it: the file says so.
+    pub(super) fn that_was_running(self) -> Taken {
+        Taken { was_running: true, ..self }
+    }
+
     /// Gives the file its name.
     pub(super) fn publish(self, begun: Instant) -> Result<Captured, Failure> {
         let device_state = self.device_state.get().ok_or("the device state has not come")?;
-        self.sink.publish(device_state)?;
+        if self.was_running {
+            self.sink.publish(&run_state::as_running(device_state)?)?;
+        } else {
+            self.sink.publish(device_state)?;
+        }
         let writer = self.sink.writer();
         let ((stored, zero), ram) = (self.sink.received(), writer.layout().total());
         let meta = std::fs::metadata(&self.output).map_err(|error| format!("{}: {error}", self.output.display()))?;
@@ -57,6 +69,8 @@ impl Taken {
             freeze: self.freeze,
             sent: self.sent.saturating_duration_since(begun),
             complete: begun.elapsed(),
+            disks: Vec::new(),
+            warnings: Vec::new(),
         })
     }
 }
@@ -79,7 +93,7 @@ pub(super) fn take(
     feed.finish()?;
     let sent = Instant::now();
     watch.last_word()?;
-    Ok(Taken { output: output.to_owned(), sink, freeze: watch.freeze, sent, device_state })
+    Ok(Taken { output: output.to_owned(), sink, freeze: watch.freeze, sent, device_state, was_running: false })
 }
 
 /// What is looked after meanwhile.
@@ -93,6 +107,11 @@ struct Watch<'a, 'q> {
 }
 
 impl Watch<'_, '_> {
+    /// A guest that is held goes on as soon as it may.
+    fn release(&mut self, protected: bool) -> Result<(), Failure> {
+        if protected && self.session.is_held() { self.session.go() } else { Ok(()) }
+    }
+
     /// A moment of waiting: for the freeze point, for Ctrl-C.
     fn look(&mut self) -> Result<(), Failure> {
         if self.interrupts.came() {
@@ -141,7 +160,9 @@ impl Watch<'_, '_> {
             }
             let (stored, zero) = sink.received();
             bar.set_position(stored.to_bytes().0.saturating_add(zero.to_bytes().0));
-            if let Err(failure) = self.look() {
+            // With the first page QEMU protects them all, and has saved the devices.
+            let protected = stored.0 > 0 || zero.0 > 0;
+            if let Err(failure) = self.release(protected).and_then(|()| self.look()) {
                 break Err(failure);
             }
         };
@@ -160,9 +181,10 @@ impl Watch<'_, '_> {
                 Stage::Active if Instant::now() > until => {
                     return Err("QEMU sent everything, but does not say that it is done".into());
                 }
-                Stage::Active => self.look()?,
+                Stage::Active | Stage::Ready => self.look()?,
             }
         }
+        self.release(true)?;
         // The freeze point was before that.
         if let Some(freeze) = self.session.rest()? {
             self.freeze = Some(freeze);
@@ -176,7 +198,7 @@ impl Watch<'_, '_> {
         let until = Instant::now() + EXPLANATION;
         while Instant::now() < until {
             match self.session.ask() {
-                Ok(Stage::Active) => {}
+                Ok(Stage::Active | Stage::Ready) => {}
                 Ok(Stage::Failed(why)) => return format!("{what}; QEMU says: {why}").into(),
                 Ok(Stage::Completed) => break,
                 Err(error) => return format!("{what}; {error}").into(),

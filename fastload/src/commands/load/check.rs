@@ -55,20 +55,21 @@ pub(super) fn fits(
     Ok(blocks.iter().filter_map(size).collect())
 }
 
-/// Whether the guest was running when it was saved. QEMU itself does not look, with postcopy.
-pub(super) fn ran(snapshot: &Snapshot) -> Result<bool, Failure> {
+/// The run state that the guest was in when it was saved. QEMU itself does not look, with postcopy.
+pub(super) fn saved_state(snapshot: &Snapshot) -> Result<String, Failure> {
     // libvirt stops every guest before it saves it, and keeps in its own header whether it ran.
     if let Ok(Known::Libvirt(header, stream)) = recognise::at(snapshot.path())
         && stream == snapshot.base()
     {
-        return Ok(header.was_running);
+        let state = if header.was_running { "running" } else { "paused, says libvirt" };
+        return Ok(state.to_owned());
     }
     let state = snapshot.sections().iter().find(|s| s.kind == SectionKind::Full && s.name == "globalstate");
-    let Some(state) = state else { return Ok(true) };
+    let Some(state) = state else { return Ok("running".to_owned()) };
     // QEMU migration/global_state.c: length (4 bytes), then the name of the run state.
     let body = contents::read(snapshot, state.body.clone())?;
     let text: Vec<u8> = body.iter().skip(4).copied().take_while(|byte| *byte != 0).collect();
-    Ok(text == b"running")
+    Ok(String::from_utf8_lossy(&text).into_owned())
 }
 
 fn uuid(qmp: &mut Qmp, snapshot: &Snapshot, path: &Path) -> Result<(), Failure> {
