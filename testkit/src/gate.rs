@@ -64,6 +64,12 @@ impl Gate {
         self.0.state.lock().passed
     }
 
+    /// How many threads wait at it now.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.0.state.lock().waiting
+    }
+
     /// Waits until so many threads stand at the gate.
     pub fn wait_for(&self, threads: usize) {
         let mut state = self.0.state.lock();

@@ -143,10 +143,9 @@ fn memory_of_many_mappings_is_frozen_on_every_kernel() {
         for (first, pages) in [(20, 44), (100, 1), (500, 100)] {
             split_off(&memory, PageRun::new(BlockId(0), PageIndex(first), PageCount(pages)));
         }
-        let options = FreezeOptions { pool: ByteLen(1 << 20), ..FreezeOptions::default() };
-        let populated: Vec<_> = oracle.layout().runs().collect();
+        let options = FreezeOptions::default().with_pool(ByteLen(1 << 20));
         let freezer = Freezer::prepare(memory.regions(), memory.layout.clone(), &options).unwrap();
-        let frozen = freezer.arm(&populated).unwrap();
+        let frozen = freezer.arm().unwrap();
         for page in [0, 19, 20, 63, 64, 100, 101, 599] {
             memory.store(BlockId(0), PageIndex(page), &[0x77; 8]);
         }

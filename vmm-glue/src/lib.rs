@@ -17,7 +17,6 @@
 
 mod live;
 mod machine;
-mod populated;
 mod ram;
 mod snapshot;
 pub mod state;

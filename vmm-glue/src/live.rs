@@ -16,18 +16,16 @@ use std::time::{Duration, Instant};
 
 use mapped_ram::Writer;
 use page_source::{OneShot, PageSink};
-use page_units::{ByteLen, PageCount, PageRun};
-use uffd_engine::{Engine, FreezeError, Freezer, Frozen};
+use page_units::{ByteLen, PageCount};
+use uffd_engine::{Engine, Freezer, Frozen};
 use vmstate::{Configuration, DeviceWriter, Section};
 
 pub use self::error::LiveError;
 pub use self::handle::{LiveProgress, LiveReport, LiveSnapshot};
 pub use self::options::{LiveEvent, LiveOptions};
 use self::sink::LiveSink;
-use crate::populated::Existing;
 use crate::ram::FreezeClaim;
 use crate::snapshot::FIRST_DEVICE;
-use crate::snapshot::blueprint;
 use crate::state::Host;
 use crate::sys::WritesFail;
 use crate::{GuestRam, Machine};
@@ -42,10 +40,7 @@ pub struct Blackout {
     pub drain: Duration,
     /// Reading the device state from KVM, after that: the interrupts of I/O that was drained are in it.
     pub state: Duration,
-    /// Looking up where shared memory has pages; which ones exactly is looked up when the guest runs again. Private memory
-    /// needs no look-up.
-    pub look_up: Duration,
-    /// Write-protecting them.
+    /// Write-protecting memory. Which pages of shared memory exist exactly is looked up when the guest runs again.
     pub arm: Duration,
     /// All of it: from the request to stop until the vCPUs were let go. No vCPU stood still longer.
     pub total: Duration,
@@ -103,29 +98,18 @@ pub(crate) fn take(
     if options.check_mappings {
         check::mappings(ram)?;
     }
-    let existing = Existing::new(ram).map_err(LiveError::Populated)?;
-    existing.prepare().map_err(LiveError::Populated)?;
     let claim = FreezeClaim::new(ram).ok_or(LiveError::Busy)?;
     let freezer = freezer(ram, options, engine)?;
     let mut devices = DeviceWriter::new(FIRST_DEVICE);
-    devices.push(blueprint::section(ram)?);
+    devices.push(ram.section()?);
     let configuration = Configuration::new(options.machine.clone());
     let writer = Writer::create(path, &configuration, ram.layout().clone())?;
     if options.check_space {
-        check::space(ram, &existing, &writer, engine.map_or(PageCount(0), Engine::missing))?;
+        check::space(ram, &writer, engine.map_or(PageCount(0), Engine::missing))?;
     }
-    let Taken { sections, frozen, mut populated, blackout } = match freeze(machine, host, freezer, &existing, options) {
-        // The last page came just before the freeze point: the memory is complete, and frozen without the engine.
-        Err(LiveError::Freeze(FreezeError::EngineEnded)) => {
-            freeze(machine, host, self::freezer(ram, options, engine)?, &existing, options)
-        }
-        done => done,
-    }?;
+
+    let Taken { sections, frozen, blackout } = freeze(machine, host, freezer, options)?;
     options.tell(&LiveEvent::FreezePoint { blackout: blackout.total });
-    if !frozen.is_loading() {
-        existing.refine(&mut populated).map_err(LiveError::Populated)?;
-        frozen.set_populated(&populated.concat());
-    }
 
     for section in sections {
         devices.push(section);
@@ -140,35 +124,22 @@ pub(crate) fn take(
 
 /// Everything a freeze needs: with the engine, as long as that is loading.
 fn freezer(ram: &GuestRam, options: &LiveOptions, engine: Option<&Engine>) -> Result<Freezer, LiveError> {
-    let regions = ram.regions(ram.layout())?;
-    match engine.map(|engine| (engine, engine.freezer(regions.clone(), ram.layout().clone(), &options.freeze))) {
-        Some((engine, Err(FreezeError::EngineEnded))) => match engine.wait() {
-            Ok(_) => {}
-            Err(error) => return Err(LiveError::Load(error)),
-        },
-        Some((_, done)) => return Ok(done?),
-        None => {}
-    }
-    Ok(Freezer::prepare(regions, ram.layout().clone(), &options.freeze)?)
+    let (regions, layout) = (ram.regions(ram.layout())?, ram.layout().clone());
+    Ok(match engine {
+        Some(engine) => engine.freezer(regions, layout, &options.freeze)?,
+        None => Freezer::prepare(regions, layout, &options.freeze)?,
+    })
 }
 
 /// What was taken while the guest stood still.
 struct Taken {
     sections: Vec<Section>,
     frozen: Frozen,
-    /// Where shared memory has pages, by piece.
-    populated: Vec<Vec<PageRun>>,
     blackout: Blackout,
 }
 
 /// The blackout, and all of it.
-fn freeze(
-    machine: &dyn Machine,
-    host: &Host,
-    freezer: Freezer,
-    existing: &Existing<'_>,
-    options: &LiveOptions,
-) -> Result<Taken, LiveError> {
+fn freeze(machine: &dyn Machine, host: &Host, freezer: Freezer, options: &LiveOptions) -> Result<Taken, LiveError> {
     let begun = Instant::now();
     let mut last = begun;
     let mut lap = || {
@@ -182,13 +153,9 @@ fn freeze(
     let drain = lap();
     let sections = held.sections(host)?;
     let saved = lap();
-    // An engine knows itself which pages there are, and has to know of no others.
-    let populated = if freezer.is_loading() { existing.shared_pages() } else { existing.shared_page_tables() };
-    let populated = populated.map_err(LiveError::Populated)?;
-    let look_up = lap();
-    let frozen = freezer.arm(&populated.concat())?;
+    let frozen = freezer.arm()?;
     let arm = lap();
     drop(held);
-    let blackout = Blackout { stop, state: saved, drain, look_up, arm, total: begun.elapsed() };
-    Ok(Taken { sections, frozen, populated, blackout })
+    let blackout = Blackout { stop, state: saved, drain, arm, total: begun.elapsed() };
+    Ok(Taken { sections, frozen, blackout })
 }

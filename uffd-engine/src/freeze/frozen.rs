@@ -1,18 +1,16 @@
 //! Frozen memory, as a source that pushes each page once.
 
+use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{Builder as Thread, JoinHandle};
 
-use nix::errno::Errno;
-use page_source::{
-    Answer, Content, End, EndGuard, Feed, OneShot, PageSink, Pages, SinkError, SourceError, Span, Urgency,
-};
-use page_units::{HostAddr, Layout, PageRun};
+use page_source::{Answer, Content, End, EndGuard, Feed, OneShot, PageSink, Pages, SourceError, Span, Urgency};
+use page_units::{Layout, PageRun};
 
-use super::freeze::Shared;
+use super::error::FrozenError;
+use super::freeze::Freeze;
 use super::saver;
-use crate::EngineError;
 
 /// What was done while memory was frozen.
 #[derive(Clone, Debug, Default)]
@@ -32,73 +30,22 @@ pub struct FreezeStats {
     pub pages_from_source: u64,
 }
 
-/// Why frozen memory could not be delivered whole. The guest goes on, and its memory is as it should be.
-#[derive(Clone, Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum FrozenError {
-    /// The sink takes no more.
-    #[error(transparent)]
-    Sink(#[from] SinkError),
-    /// The guest gave back memory that was not saved yet.
-    #[error(
-        "pages at {start}..{end} were given back (a balloon?) before they were saved: hold discards off while a snapshot is taken"
-    )]
-    Discarded {
-        /// First byte.
-        start: HostAddr,
-        /// The byte after the last.
-        end: HostAddr,
-    },
-    /// The kernel refused something.
-    #[error("{what} at {at} failed: {errno}")]
-    Kernel {
-        /// What was tried.
-        what: &'static str,
-        /// Where.
-        at: HostAddr,
-        /// What the kernel said.
-        errno: Errno,
-    },
-    /// The memory is still being loaded, and its source has no content for pages that are missing.
-    #[error("{run}, still missing in memory: {error}")]
-    Source {
-        /// The pages, as the source counts them.
-        run: PageRun,
-        /// What the source says.
-        #[source]
-        error: SourceError,
-    },
-    /// The source that the memory is being loaded from is not what it was: nothing that came from it can be trusted.
-    #[error("the source that the memory is loaded from has changed: {0}")]
-    Changed(#[source] SourceError),
-    /// The memory is still being loaded, and that has failed or was given up.
-    #[error("the engine that loads the memory has ended: {0}")]
-    Engine(#[source] Box<EngineError>),
-    /// The content of pages could not be loaded: they are poisoned.
-    #[error("{0} could not be loaded, and has no content")]
-    Poisoned(PageRun),
-    /// The thread that saves has died. This is a defect.
-    #[error("the thread that saves frozen memory has died")]
-    Died,
-    /// It was cancelled.
-    #[error("the snapshot was cancelled")]
-    Cancelled,
-}
-
 /// Memory as it was at the freeze point: a source that is started once and delivers each page once.
+///
+/// It can also do what its [handle](Frozen::handle) can, as long as it is not started.
 ///
 /// # Dropping
 /// Dropping it, or the feed of what was started, takes the protection off; the guest goes on. What was not delivered by
 /// then never will be.
 #[derive(Debug)]
 pub struct Frozen {
-    pub(crate) shared: Arc<Shared>,
+    pub(crate) handle: FreezeHandle,
     pub(crate) threads: Vec<JoinHandle<()>>,
 }
 
 /// Looks after frozen memory, also after it was started.
 #[derive(Clone, Debug)]
-pub struct FreezeHandle(Arc<Shared>);
+pub struct FreezeHandle(pub(crate) Arc<Freeze>);
 
 impl FreezeHandle {
     /// Waits until everything is delivered, or can't be.
@@ -135,30 +82,27 @@ impl Frozen {
     /// A handle that looks after it, also after it was started.
     #[must_use]
     pub fn handle(&self) -> FreezeHandle {
-        FreezeHandle(Arc::clone(&self.shared))
-    }
-
-    /// Names the pages of shared memory that its file holds, where [`Freezer::arm`](crate::Freezer::arm) was given more
-    /// than those: to be called before it is started, for what is not there would be made in order to be read. It may be
-    /// looked up while the guest runs: what has come since the freeze point is a hole in the snapshot all the same.
-    pub fn set_populated(&self, populated: &[PageRun]) {
-        self.shared.replace_populated(populated);
-    }
-
-    /// Whether the memory is still being loaded, by the [engine](crate::Engine::freezer) that it was frozen with.
-    #[must_use]
-    pub fn is_loading(&self) -> bool {
-        self.shared.is_loading()
+        self.handle.clone()
     }
 
     pub(crate) fn release(&mut self) {
-        self.handle().cancel();
+        self.cancel();
         for thread in self.threads.drain(..) {
             if thread.join().is_err() {
                 log::error!("a write-fault handler had panicked");
             }
         }
-        self.shared.owner.forget(&self.shared);
+        let freeze = &self.handle.0;
+        freeze.owner.forget(freeze);
+        freeze.merge_again();
+    }
+}
+
+impl Deref for Frozen {
+    type Target = FreezeHandle;
+
+    fn deref(&self) -> &FreezeHandle {
+        &self.handle
     }
 }
 
@@ -184,17 +128,17 @@ impl Pages for FrozenPages {
 
 impl OneShot for Frozen {
     fn pages(&self) -> Arc<dyn Pages> {
-        Arc::new(FrozenPages(self.shared.layout.clone()))
+        Arc::new(FrozenPages(self.handle.0.layout.clone()))
     }
 
     fn start(self: Box<Self>, sink: Arc<dyn PageSink>) -> Result<Box<dyn Feed>, SourceError> {
-        let shared = Arc::clone(&self.shared);
+        let freeze = Arc::clone(&self.handle.0);
         let thread = Thread::new().name("uffd-save".into()).spawn(move || {
             let guard = EndGuard::new(sink);
-            let _dying = Dying(&shared);
-            shared.end(saver::run(&shared, guard.sink()));
+            let _on_exit = OnExit(&freeze);
+            freeze.end(saver::run(&freeze, guard.sink()));
             // The end that counts, which need not be that one: nothing is published that was cancelled.
-            guard.end(match shared.wait() {
+            guard.end(match freeze.wait() {
                 Ok(()) => End::Complete,
                 Err(FrozenError::Cancelled) => End::Stopped,
                 Err(error) => End::Broken(SourceError::stopped(error)),
@@ -206,9 +150,9 @@ impl OneShot for Frozen {
 }
 
 /// Ends the freeze if the thread dies that saves: writers wait for it.
-struct Dying<'a>(&'a Shared);
+struct OnExit<'a>(&'a Freeze);
 
-impl Drop for Dying<'_> {
+impl Drop for OnExit<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
             self.0.end(Err(FrozenError::Died));
@@ -225,7 +169,7 @@ struct FrozenFeed {
 
 impl FrozenFeed {
     fn stop(&mut self) {
-        self.frozen.shared.end(Err(FrozenError::Cancelled));
+        self.frozen.handle.0.end(Err(FrozenError::Cancelled));
         if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
             log::error!("the thread that saves frozen memory had panicked");
         }

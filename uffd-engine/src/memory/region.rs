@@ -1,8 +1,10 @@
 //! Pieces of guest memory, and what they are made of.
 
+use std::fs::File;
 use std::ops::Range;
+use std::sync::Arc;
 
-use page_units::{ByteLen, HostAddr, Layout, PAGE_SIZE, PageCount, PageIndex, PageRun, PageSize};
+use page_units::{ByteLen, FileOffset, HostAddr, Layout, PAGE_SIZE, PageCount, PageIndex, PageRun, PageSize};
 
 use userfaultfd::RegisterMode;
 
@@ -49,6 +51,7 @@ pub struct Region {
     pub(crate) backing: Backing,
     pub(crate) shared: bool,
     pub(crate) alias: Option<HostAddr>,
+    pub(crate) file: Option<(Arc<File>, FileOffset)>,
 }
 
 impl Region {
@@ -59,7 +62,7 @@ impl Region {
     /// only pages that nobody has seen yet: what is there when it starts stays as it is.
     #[must_use]
     pub fn new(start: HostAddr, run: PageRun, backing: Backing) -> Region {
-        Region { start, run, backing, shared: backing == Backing::Memfd, alias: None }
+        Region { start, run, backing, shared: backing == Backing::Memfd, alias: None, file: None }
     }
 
     /// Whether the mapping is `MAP_SHARED`: a memfd by default, nothing else.
@@ -77,6 +80,28 @@ impl Region {
     pub fn with_alias(mut self, alias: HostAddr) -> Region {
         self.alias = Some(alias);
         self
+    }
+
+    /// The file behind it, and where in the file it begins. Shared memory needs it to be frozen: the file tells which pages
+    /// exist, whoever has filled them.
+    ///
+    /// The promise that a snapshot ends if the file is punched or written to past the memory covers files that hold these
+    /// regions and nothing else; of other files it is not noticed what happens to pages in the first moments, which have
+    /// not been looked up yet.
+    #[must_use]
+    pub fn with_file(mut self, file: Arc<File>, offset: FileOffset) -> Region {
+        self.file = Some((file, offset));
+        self
+    }
+
+    /// Whether the kernel merges equal pages of it (KSM), if it is asked to.
+    pub(crate) fn may_be_merged(&self) -> bool {
+        !self.shared && self.backing != Backing::Hugetlb
+    }
+
+    /// Whether it is shared memory of small pages.
+    pub(crate) fn is_shared_memfd(&self) -> bool {
+        self.shared && self.backing == Backing::Memfd
     }
 
     /// What an engine registers it for.

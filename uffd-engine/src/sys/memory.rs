@@ -202,15 +202,6 @@ pub(crate) fn write_alias(at: HostAddr, bytes: &page_source::PageBytes<'_>) -> i
     bytes.copy_to(to)
 }
 
-/// Copies guest memory of this process. Nobody writes to it while it is write-protected; a writer that goes around the
-/// protection (which the owner of the memory rules out) could only make the copy a mixture.
-pub(crate) fn read_granule(at: HostAddr, to: &mut [u8]) {
-    let from: *const u8 = std::ptr::with_exposed_provenance(len_of(at));
-    // SAFETY: a range of a region, which its owner promised to keep mapped and readable; `to` is our own memory, and
-    // no Rust reference to the guest's memory exists.
-    unsafe { std::ptr::copy_nonoverlapping(from, to.as_mut_ptr(), to.len()) };
-}
-
 fn len_of(addr: HostAddr) -> usize {
     ByteLen(addr.0).get()
 }

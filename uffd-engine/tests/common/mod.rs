@@ -1,6 +1,7 @@
 //! Memory to be served, and a look at every byte of it.
 #![allow(dead_code, reason = "each test file uses its part")]
 
+pub(crate) mod behind;
 pub(crate) mod blocked;
 pub(crate) mod collector;
 pub(crate) mod discards;
@@ -9,6 +10,7 @@ pub(crate) mod scripted;
 
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -114,6 +116,10 @@ impl Memory {
                     Kind::HugetlbShared | Kind::HugetlbAlias => (Backing::Hugetlb, true),
                 };
                 let region = Region::new(self.addr(run.block), run, backing).with_shared(shared);
+                let region = match self.maps[run.block.0 as usize].file_offset() {
+                    Some(file) => region.with_file(Arc::clone(file.arc()), page_units::FileOffset(file.start())),
+                    None => region,
+                };
                 match &self.aliases[run.block.0 as usize] {
                     Some(alias) => region.with_alias(HostAddr(alias.as_ptr() as u64)),
                     None => region,

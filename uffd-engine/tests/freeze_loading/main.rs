@@ -74,8 +74,6 @@ fn two_snapshots(seed: u64, kind: Kind) {
             guest.progress(random.random_range(0..40));
             match guest.freeze(&engine, pool) {
                 (Ok(frozen), expected) => drop(save(frozen, &expected, oracle.layout())),
-                // It was quick: complete by now, and frozen without it.
-                (Err(FreezeError::EngineEnded), _) => drop(engine.wait().unwrap()),
                 (Err(error), _) => panic!("seed {seed}, {kind:?}: {error}"),
             }
         }
@@ -167,13 +165,17 @@ fn an_engine_is_complete_only_after_the_freeze() {
     engine.wait().unwrap();
     guest.assert_memory();
     drop(feed);
-    // From now on it is ordinary memory.
+    // From now on it is ordinary memory, and frozen as such, with its engine or without it.
     let options = FreezeOptions::default();
-    let ended = engine.freezer(memory.regions(), memory.layout.clone(), &options);
-    assert!(matches!(ended, Err(FreezeError::EngineEnded)));
-    let frozen = Freezer::prepare(memory.regions(), memory.layout.clone(), &options).unwrap().arm(&[]).unwrap();
-    let expected = guest.model.lock().clone();
-    save(frozen, &expected, oracle.layout());
+    let freezers = [
+        engine.freezer(memory.regions(), memory.layout.clone(), &options),
+        Freezer::prepare(memory.regions(), memory.layout.clone(), &options),
+    ];
+    for freezer in freezers {
+        let frozen = freezer.unwrap().arm().unwrap();
+        let expected = guest.model.lock().clone();
+        save(frozen, &expected, oracle.layout());
+    }
 }
 
 #[test]
@@ -188,19 +190,19 @@ fn one_that_is_given_up_changes_nothing() {
             guest.runs(seed, || {
                 let (frozen, _) = guest.freeze(&engine, ByteLen(1));
                 let frozen = frozen.unwrap();
-                let handle = frozen.handle();
                 // There is one buffer: writers wait when it is given up.
-                while handle.stats().waits_for_pool == 0 {
+                while frozen.stats().waits_for_pool == 0 {
                     std::thread::yield_now();
                 }
                 match number % 3 {
                     0 => drop(frozen),
                     1 => {
-                        handle.cancel();
-                        assert!(matches!(handle.wait(), Err(FrozenError::Cancelled)));
+                        frozen.cancel();
+                        assert!(matches!(frozen.wait(), Err(FrozenError::Cancelled)));
                     }
                     _ => {
                         let sink = Collector::new(oracle.layout(), None, number / 3);
+                        let handle = frozen.handle();
                         let feed = Box::new(frozen).start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
                         assert!(!sink.complete());
                         assert!(matches!(handle.wait(), Err(FrozenError::Sink(_))));
@@ -248,9 +250,9 @@ fn failure(source: impl Into<Source>, oracle: &Arc<Oracle>, meanwhile: impl FnOn
     let guest = Guest::new(&memory, oracle);
     let (frozen, _) = guest.freeze(&engine, ByteLen(1 << 16));
     let frozen = frozen.unwrap();
-    let handle = frozen.handle();
     meanwhile(&memory, &engine);
     let sink = Collector::new(oracle.layout(), None, u64::MAX);
+    let handle = frozen.handle();
     let feed = Box::new(frozen).start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
     assert!(!sink.complete(), "nothing is published");
     let error = handle.wait().unwrap_err();
@@ -306,9 +308,8 @@ fn an_engine_that_is_dropped_ends_the_freeze() {
     let guest = Guest::new(&memory, &oracle);
     let (frozen, _) = guest.freeze(&engine, ByteLen(1 << 16));
     let frozen = frozen.unwrap();
-    let handle = frozen.handle();
     drop(engine);
-    assert!(matches!(handle.wait(), Err(FrozenError::Engine(why)) if matches!(*why, EngineError::Cancelled)));
+    assert!(matches!(frozen.wait(), Err(FrozenError::Engine(why)) if matches!(*why, EngineError::Cancelled)));
     assert!(memory.read(BlockId(0), PageIndex(1)).is_err(), "poisoned, not zero");
     drop(frozen);
     assert!(memory.read(BlockId(0), PageIndex(2)).is_err(), "poisoned, not zero");
@@ -321,7 +322,7 @@ fn plain_freezing_does_not_take_memory_from_an_engine() {
     let memory = Memory::new(Kind::Anonymous, oracle.layout());
     let engine = paused(&memory, Arc::new(MemorySource::new(Arc::clone(&oracle))));
     let freezer = Freezer::prepare(memory.regions(), memory.layout.clone(), &FreezeOptions::default()).unwrap();
-    assert!(matches!(freezer.arm(&[]), Err(FreezeError::Arm { errno: nix::errno::Errno::EBUSY, .. })));
+    assert!(matches!(freezer.arm(), Err(FreezeError::Arm { errno: nix::errno::Errno::EBUSY, .. })));
     engine.resume_background();
     engine.wait().unwrap();
     memory.assert_equals(&oracle);

@@ -10,7 +10,6 @@ use page_units::{ByteLen, PageCount};
 
 use super::LiveError;
 use super::mappings::{self, Other};
-use crate::populated::Existing;
 use crate::ram::GuestRam;
 
 /// For device state and headers, which nobody knows beforehand.
@@ -57,15 +56,10 @@ fn in_memory(file: &File) -> bool {
 
 /// Whether what exists of the memory, and what is `missing` of it, fits on the disk of the file that `writer` has begun.
 /// Its name may lie elsewhere: a symlink is followed.
-pub(super) fn space(
-    ram: &GuestRam,
-    existing: &Existing<'_>,
-    writer: &Writer,
-    missing: PageCount,
-) -> Result<(), LiveError> {
+pub(super) fn space(ram: &GuestRam, writer: &Writer, missing: PageCount) -> Result<(), LiveError> {
     let (file, path) = (writer.file(), writer.path());
-    let runs = existing.pages().map_err(LiveError::Populated)?;
-    let pages = PageCount(missing.0 + runs.iter().flatten().map(|run| run.pages.0).sum::<u64>());
+    let runs = ram.populated().map_err(LiveError::Populated)?;
+    let pages = PageCount(missing.0 + runs.iter().map(|run| run.pages.0).sum::<u64>());
     // A bit for each page, whether it exists or not.
     let needed = ByteLen(pages.to_bytes().0 + ram.layout().total().to_pages().0 / 8 + METADATA.0);
     let of = fstatvfs(file).map_err(|errno| LiveError::Statistics { path: path.into(), error: errno.into() })?;

@@ -102,7 +102,7 @@ pub enum LiveError {
     Populated(#[source] io::Error),
     /// The memory can't be write-protected.
     #[error(transparent)]
-    Freeze(#[from] FreezeError),
+    Freeze(FreezeError),
     /// The file could not be begun.
     #[error(transparent)]
     Create(#[from] CreateError),
@@ -124,4 +124,13 @@ pub enum LiveError {
     /// The thread that saves is gone.
     #[error("the thread that saves has ended before its work was done")]
     Died,
+}
+
+impl From<FreezeError> for LiveError {
+    fn from(error: FreezeError) -> LiveError {
+        match error {
+            FreezeError::Load(error) => LiveError::Load(*error),
+            error => LiveError::Freeze(error),
+        }
+    }
 }

@@ -4,8 +4,11 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
 
-use page_units::{BlockId, ByteLen, GuestAddr, HostAddr, Layout, LayoutError, PageIndex, PageRun, RamBlock};
+use page_units::{
+    BlockId, ByteLen, FileOffset, GuestAddr, HostAddr, Layout, LayoutError, PageIndex, PageRun, RamBlock,
+};
 use uffd_engine::{Backing, Region};
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
@@ -177,16 +180,27 @@ impl GuestRam {
             }
             numbers.push(found.0);
         }
-        let regions = self.pieces.iter().zip(&self.aliases).map(|(piece, alias)| {
+        let mapped = self.aliases.iter().zip(self.memory.iter());
+        let regions = self.pieces.iter().zip(mapped).map(|(piece, (alias, memory))| {
             let number = usize::try_from(piece.run.block.0).ok().and_then(|at| numbers.get(at)).copied();
             let run = PageRun { block: number.unwrap_or(piece.run.block), ..piece.run };
             let region = Region::new(piece.host, run, piece.backing).with_shared(piece.shared);
+            let region = match memory.file_offset() {
+                Some(file) => region.with_file(Arc::clone(file.arc()), FileOffset(file.start())),
+                None => region,
+            };
             match alias {
                 Some(alias) => region.with_alias(HostAddr(alias.as_ptr().addr() as u64)),
                 None => region,
             }
         });
         Ok(regions.collect())
+    }
+
+    /// Finds the pages that exist, in the RAM blocks' own numbers; nothing is touched for it.
+    pub(crate) fn populated(&self) -> std::io::Result<Vec<PageRun>> {
+        let regions = self.regions(&self.layout).map_err(std::io::Error::other)?;
+        uffd_engine::populated(&regions)
     }
 
     /// Refuses memory whose files hold pages already, although no guest has touched them: an engine maps what is there, and

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 use page_units::{ByteLen, PageSize, RamBlock};
@@ -14,13 +15,16 @@ use vm_memory::{FileOffset, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
 use super::OwnersBitmap;
 
 pub(super) fn file_of(block: &RamBlock, backing: Backing) -> io::Result<Option<File>> {
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
     let flags = match backing {
         Backing::Anonymous => return Ok(None),
-        Backing::Memfd => MFdFlags::MFD_CLOEXEC,
-        Backing::Hugetlb => MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB,
+        Backing::Memfd => flags,
+        Backing::Hugetlb => flags | MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB,
     };
     let file = File::from(memfd_create(block.name(), flags)?);
     file.set_len(block.length().0)?;
+    // Whoever else gets it can't cut memory off, which would be a SIGBUS for each of its users.
+    fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW))?;
     Ok(Some(file))
 }
 

@@ -10,7 +10,6 @@ use page_source::{
 };
 use page_units::{Layout, PageCount, PageRun};
 
-use crate::populated::Existing;
 use crate::ram::GuestRam;
 use crate::sys;
 
@@ -48,9 +47,9 @@ impl RamSource {
             return Err(std::io::Error::other(reason));
         }
         let mut populated = vec![Vec::new(); ram.layout().blocks().len()];
-        for (piece, runs) in ram.pieces().iter().zip(Existing::new(&ram)?.pages()?) {
-            if let Some(block) = usize::try_from(piece.run.block.0).ok().and_then(|block| populated.get_mut(block)) {
-                block.extend(runs);
+        for run in ram.populated()? {
+            if let Some(block) = usize::try_from(run.block.0).ok().and_then(|block| populated.get_mut(block)) {
+                block.push(run);
             }
         }
         populated.iter_mut().for_each(|runs: &mut Vec<PageRun>| runs.sort_unstable_by_key(|run| run.first));

@@ -11,7 +11,6 @@ use page_source::{PumpError, PumpOptions, SinkError, pump};
 use page_units::{ByteLen, PageCount};
 use vmstate::{Configuration, DeviceWriter, WriteError};
 
-use crate::snapshot::blueprint;
 use crate::state::{Host, StateError};
 use crate::sys::WritesFail;
 use crate::{Machine, RamSource, StopError};
@@ -99,7 +98,7 @@ pub fn save(machine: &dyn Machine, host: &Host, path: &Path, options: &SaveOptio
     let ram = machine.ram();
     let mut held = machine.hold(options.stop_limit)?;
     let mut devices = DeviceWriter::new(FIRST_DEVICE);
-    devices.push(blueprint::section(ram)?);
+    devices.push(ram.section()?);
     for section in held.sections(host)? {
         devices.push(section);
     }
