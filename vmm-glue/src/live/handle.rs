@@ -12,7 +12,7 @@ use super::{Blackout, LiveError};
 use crate::GuestRam;
 use crate::machine::FOR_EVER;
 
-/// How often whoever waits looks whether the thread that saves still lives.
+/// How often a waiting thread checks that the saving thread still lives.
 const TICK: Duration = Duration::from_millis(100);
 
 /// How far a live snapshot is.

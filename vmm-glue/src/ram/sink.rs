@@ -60,6 +60,6 @@ impl PageSink for RamSink {
         ControlFlow::Break(SinkError::Source { error })
     }
 
-    /// Whoever pumps learns how it ended.
+    /// The caller of `pump` learns how it ended.
     fn end(&self, _: End) {}
 }

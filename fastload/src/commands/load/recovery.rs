@@ -37,7 +37,7 @@ impl Load {
             return done;
         };
         let connected = match Qmp::connect(&self.qmp, ANSWER) {
-            // Whoever was left behind has it, for a moment.
+            // The stand-by process has it, for a moment.
             Err(QmpError::NoGreeting { .. }) => monitor::connect(&self.qmp),
             other => other,
         };
