@@ -104,8 +104,8 @@ impl Load {
         Ok((server, waiting))
     }
 
-    /// Serves a QEMU that says nothing, since its main thread waits for a page of the guest. Whoever stood by when the
-    /// server before was killed has let it listen.
+    /// Serves a QEMU that says nothing, since its main thread waits for a page of the guest. The stand-by process of the
+    /// server that was killed has let it listen.
     fn unasked(&self, begun: Instant, image: &Image, beside: &Beside, note: &Note) -> Result<(), Failure> {
         note.is_about(image, &self.snapshot)?;
         let server = image.server(&note.page_sizes(), self.options(note.preempt))?;
