@@ -8,6 +8,30 @@
 //!
 //! A page that the file does not vouch for is an error, never zeros.
 //!
+//! ```
+//! use mapped_ram::{FileRun, Snapshot, Writer};
+//! use page_units::{BlockId, ByteLen, Layout, PageCount, PageIndex, PageRun, PageSize, RamBlock};
+//! use vmstate::{Configuration, DeviceWriter, Section};
+//!
+//! # let directory = tempfile::tempdir()?;
+//! # let path = directory.path().join("guest.snap");
+//! // 64 MiB of RAM, of which two pages are not zero, and the state of one device.
+//! let ram = RamBlock::new("ram", ByteLen(64 << 20), PageSize::SMALL)?;
+//! let writer = Writer::create(&path, &Configuration::new("my-vmm"), Layout::new(vec![ram])?)?;
+//! writer.write(PageRun::new(BlockId(0), PageIndex(3), PageCount(2)), &[7; 8192])?;
+//! let mut devices = DeviceWriter::new(2);
+//! devices.push(Section::builder("cpu", 0, 1).u64("rip", 0xfff0).build()?);
+//! writer.finish(&devices.finish("my-vmm")?)?;
+//!
+//! let snapshot = Snapshot::open(&path)?;
+//! let all = PageCount(u64::MAX);
+//! assert_eq!(snapshot.load_run(BlockId(0), PageIndex(0), all)?, FileRun::Zero(PageCount(3)));
+//! assert_eq!(snapshot.load_run(BlockId(0), PageIndex(3), all)?, FileRun::Stored(PageCount(2)));
+//! let cpu = snapshot.device("cpu", 0)?.ok_or("no such device")?;
+//! assert_eq!(cpu.decode()?.field("rip")?.as_u64()?, 0xfff0);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
 //! The format is QEMU's (`docs/devel/migration/mapped-ram.rst`): a migration stream whose list of RAM blocks has, for
 //! each block, a header with the place of a bitmap and of the block's pages.
 

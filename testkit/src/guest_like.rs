@@ -17,7 +17,7 @@
 use page_units::PAGE_SIZE;
 
 /// Length of a page.
-const PAGE: usize = PAGE_SIZE as usize;
+const PAGE: usize = 4096;
 /// How many pages of a kind lie together.
 const TOGETHER: u64 = 32;
 /// How many words the vocabulary has.
@@ -113,7 +113,7 @@ fn sparse(page: &mut [u8; PAGE], random: &mut Random) {
     }
 }
 
-/// Copies as much of `bytes` as the page has room for.
+/// Copies as much of `bytes` as fits into the page.
 fn put(page: &mut [u8; PAGE], at: &mut usize, bytes: &[u8]) {
     let length = bytes.len().min(PAGE - *at);
     page[*at..*at + length].copy_from_slice(&bytes[..length]);

@@ -34,7 +34,7 @@ pub enum Prerequisite {
     OlderQemu,
     /// `qemu-img`, `qemu-io` and `qemu-storage-daemon` run.
     QemuTools,
-    /// A 2 MiB huge page can be had (through overcommit, see [`hugepages::Overcommit`]).
+    /// A 2 MiB huge page is available (through overcommit, see [`hugepages::Overcommit`]).
     Hugepages,
     /// The test runs as root.
     Root,
@@ -81,7 +81,7 @@ impl Prerequisite {
             Prerequisite::Hugepages => {
                 let _one_more = hugepages::Overcommit::reserve(1)
                     .map_err(|error| format!("nr_overcommit_hugepages can't be raised: {error}"))?;
-                sys::try_huge_page().map_err(|error| format!("no 2 MiB page can be had: {error}"))
+                sys::try_huge_page().map_err(|error| format!("no 2 MiB page is available: {error}"))
             }
             Prerequisite::Root if nix::unistd::geteuid().is_root() => Ok(()),
             Prerequisite::Root => Err(format!("running as user {}", nix::unistd::geteuid())),

@@ -85,7 +85,7 @@ fn a_file_that_is_rewritten_in_place_is_noticed_at_the_end() {
         let source = Arc::new(MappedRam::open(&path).unwrap());
         let engine = memory.engine(source).background(Background::default().paused()).start().unwrap();
         memory.assert_equals(&oracle);
-        // A page is counted after whoever waited for it goes on.
+        // A page is counted after its waiters go on.
         while engine.missing().0 > 0 {
             std::thread::yield_now();
         }

@@ -48,7 +48,7 @@ fn memory_of_our_own_is_let_go() {
             match few_threads(threads, || start(memory.engine(source))) {
                 Err(error) => {
                     assert!(threads < THREADS && no_thread(&error), "{threads}: {error}");
-                    // Nobody serves it, so whoever waited for a fault would wait for ever. What came is right.
+                    // No thread serves it, so a fault would wait for ever. What came is right.
                     for run in memory.layout.runs() {
                         for page in run.iter() {
                             let bytes = memory.load(run.block, page);

@@ -251,7 +251,7 @@ fn pages_that_somebody_else_makes_before_they_are_looked_up_end_the_snapshot() {
     );
 }
 
-/// Pages that were allocated before the freeze point, and written to after it: beside others and far from any.
+/// Pages that were allocated before the freeze point, and written to after it: next to others and far from any.
 #[test]
 fn pages_that_were_only_allocated_are_zero_in_the_snapshot() {
     testkit::require!(Userfaultfd);

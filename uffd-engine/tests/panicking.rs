@@ -1,4 +1,4 @@
-//! A source that panics when an engine's thread asks it something: the engine fails closed, and whoever waits is answered.
+//! A source that panics when an engine's thread asks it something: the engine fails closed, and every waiter is answered.
 
 mod common;
 
@@ -23,7 +23,7 @@ enum Question {
     Start,
 }
 
-/// Panics whenever a thread of that name asks that, after it has asked so often.
+/// Panics whenever a thread of that name asks that, after it has asked a number of times.
 #[derive(Clone, Debug)]
 struct Panicking {
     inner: MemorySource,
@@ -83,7 +83,7 @@ fn oracle() -> Arc<Oracle> {
     Arc::new(Oracle::new([("ram", (0..PAGES).flat_map(page).collect())]).unwrap())
 }
 
-/// Lets the source panic, sees what comes of it, and answers how many pages can't be had.
+/// Lets the source panic, sees what comes of it, and answers how many pages are unavailable.
 fn refused(
     question: Question,
     thread: &'static str,

@@ -1,4 +1,4 @@
-//! A page that can't be had ends the guest with a clean error, in whatever way KVM shows it; it never becomes MMIO, and
+//! An unavailable page ends the guest with a clean error, in whatever way KVM shows it; it never becomes MMIO, and
 //! never zeros.
 
 mod common;
@@ -84,7 +84,7 @@ impl PageSink for Gap {
     }
 }
 
-/// A guest in the middle of its work, of which the page at `guest` can't be had any more.
+/// A guest in the middle of its work, of which the page at `guest` is no longer available.
 fn restored_without(
     privilege: Privilege,
     backing: Backing,

@@ -252,7 +252,8 @@ pub(crate) fn address(qmp: &QmpAddress) -> String {
     }
 }
 
-/// Something that people want to know, beside the result. If nobody can hear it, as after a hangup, the work goes on.
+/// Says something that people want to know in addition to the result. If nobody can hear it, as after a hangup, the work
+/// goes on.
 pub(crate) fn note(text: &str) {
     let _ = writeln!(std::io::stderr(), "fastload: {text}");
 }
@@ -285,7 +286,7 @@ mod tests {
             let yes = explained(yes, Fate::Unknown);
             assert!(yes.contains("RECOVER") && !yes.contains("QEMU ends"), "{yes}");
         }
-        // Whoever can ask, asks.
+        // A command that can ask QEMU does so.
         for started in [Started::Perhaps, Started::Yes] {
             assert!(explained(silent(started), Fate::Waits).contains("The guest is not lost"));
             assert!(!explained(silent(started), Fate::Ended).contains("RECOVER"));

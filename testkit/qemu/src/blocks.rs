@@ -83,14 +83,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_of_the_table() {
+    fn a_line_of_the_table_is_parsed() {
         let line = "  0000:00:02.0/vga.vram    4 KiB  0x0000000008080000 0x0000000001000000 0x0000000001000000 0x00007f6f9ba00000  rw";
         assert_eq!(parse(line), Some(("0000:00:02.0/vga.vram".to_owned(), 0x100_0000, 0x7f6f_9ba0_0000)));
         assert_eq!(parse("nonsense"), None);
     }
 
     #[test]
-    fn differences() {
+    fn differences_are_named() {
         let blocks = |rom: &[u8], ram: &[u8]| Hidden {
             blocks: vec![("a/rom".into(), None, rom.to_vec()), ("pc.ram".into(), Some(0xa_0000), ram.to_vec())],
         };

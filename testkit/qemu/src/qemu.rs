@@ -316,7 +316,7 @@ impl Qemu {
         }
     }
 
-    /// Stops the guest and takes all its RAM, as the guest sees it and beside that, and the firmware below 4 GiB. (What
+    /// Stops the guest and takes all its RAM, what the guest sees and what it does not, and the firmware below 4 GiB. (What
     /// only devices have, as the registers and the palette of a graphics card, is not RAM, and is not taken.)
     ///
     /// # Errors
@@ -334,7 +334,7 @@ impl Qemu {
             let whole =
                 tempfile::tempfile_in(self.dir.path()).and_then(|file| file.set_len(last - first).map(|()| file));
             let whole = whole.map_err(failed)?;
-            // A piece at a time, since zero pages take room in the file that QEMU writes.
+            // A piece at a time, since zero pages take space in the file that QEMU writes.
             for at in (first..last).step_by(DUMPED) {
                 let size = (last - at).min(DUMPED as u64);
                 let path = pieces.as_ref().map_or(self.dir.path(), Scratch::path).join("dump");

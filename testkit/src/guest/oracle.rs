@@ -1,4 +1,4 @@
-//! The same guest in plain Rust: what the counter, the checksum and every byte of memory must be after so many steps.
+//! The same guest in plain Rust: what the counter, the checksum and every byte of memory must be after a number of steps.
 
 use std::fmt::{self, Debug};
 

@@ -200,7 +200,7 @@ impl Memory {
     }
 }
 
-/// A page or a fault is counted after whoever waited for it goes on, and after the engine is complete: the statistics as
+/// A page or a fault is counted after its waiters go on, and after the engine is complete: the statistics as
 /// soon as `all` are in, or as they are when that did not happen.
 pub(crate) fn counted(engine: &Engine, all: impl Fn(&Stats) -> bool) -> Stats {
     let begun = Instant::now();

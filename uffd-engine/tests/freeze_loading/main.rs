@@ -93,7 +93,7 @@ fn what_is_saved_is_what_was_there_at_the_freeze_point() {
 }
 
 #[test]
-fn and_of_huge_pages_too() {
+fn huge_pages_that_are_loading_are_frozen() {
     testkit::require!(Userfaultfd, Hugepages);
     let _pages = Overcommit::reserve(16).unwrap();
     let kinds = freezable_while_loading(&[Kind::HugetlbPrivate, Kind::HugetlbShared, Kind::HugetlbAlias]);
@@ -118,7 +118,7 @@ fn nothing_is_brought_into_memory_for_it() {
             guest.write(BlockId(0), PageIndex(page), 5);
         }
         let touched = [0, 77, 4095].iter().filter(|&&page| !oracle.zero_at(BlockId(0), PageIndex(page))).count() as u64;
-        // They are counted after whoever waited for them goes on.
+        // They are counted after their waiters go on.
         while engine.stats().demand_pages < touched {
             std::thread::yield_now();
         }

@@ -63,6 +63,6 @@ impl PageSink for RamSink {
         SinkError::Source { error }.into()
     }
 
-    /// The pump says how it ended.
+    /// The caller of `pump` learns how it ended.
     fn end(&self, _: End) {}
 }

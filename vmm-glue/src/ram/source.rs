@@ -13,7 +13,7 @@ use page_units::{Layout, PageCount, PageRun};
 use crate::ram::GuestRam;
 use crate::sys;
 
-/// So much is copied at a time.
+/// How much is copied at a time.
 const CHUNK: PageCount = PageCount(256);
 
 /// Guest memory that nobody writes to. Pages that do not exist are zero without being touched, and a page that can't be

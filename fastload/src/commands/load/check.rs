@@ -7,14 +7,14 @@ use fastload_qmp::{GuestBlock, Qmp};
 use mapped_ram::Snapshot;
 use page_units::{PageSize, RamBlock};
 use serde_json::json;
-use vmstate::SectionKind;
+use vmstate::{GlobalState, SectionKind};
 
 use super::devices;
 use crate::commands::Failure;
 use crate::contents;
 use crate::recognise::{self, Known};
 
-/// What is compared beside machine type and RAM.
+/// What is compared in addition to machine type and RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Compared {
     /// Processors and devices.
@@ -64,12 +64,13 @@ pub(super) fn saved_state(snapshot: &Snapshot) -> Result<String, Failure> {
         let state = if header.was_running { "running" } else { "paused, says libvirt" };
         return Ok(state.to_owned());
     }
-    let state = snapshot.sections().iter().find(|s| s.kind == SectionKind::Full && s.name == "globalstate");
-    let Some(state) = state else { return Ok("running".to_owned()) };
-    // QEMU migration/global_state.c: length (4 bytes), then the name of the run state.
-    let body = contents::read(snapshot, state.body.clone())?;
-    let text: Vec<u8> = body.iter().skip(4).copied().take_while(|byte| *byte != 0).collect();
-    Ok(String::from_utf8_lossy(&text).into_owned())
+    let failed = |error: &dyn std::error::Error| format!("{}: {error}", snapshot.path().display());
+    let state = snapshot.sections().iter().find(|s| s.kind == SectionKind::Full && s.name == GlobalState::SECTION);
+    let Some(device) = state.map(|entry| contents::device(snapshot, entry)).transpose()?.flatten() else {
+        return Ok("running".to_owned());
+    };
+    let value = device.decode().map_err(|error| failed(&error))?;
+    Ok(GlobalState::from_value(&value).map_err(|error| failed(&error))?.runstate)
 }
 
 fn uuid(qmp: &mut Qmp, snapshot: &Snapshot, path: &Path) -> Result<(), Failure> {

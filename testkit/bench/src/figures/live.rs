@@ -78,7 +78,7 @@ impl Busy {
         }
     }
 
-    /// What a snapshot's blackout is, in milliseconds: all of it, and what of it is neither stopping nor state.
+    /// Measures a snapshot's blackout in milliseconds: all of it, and the part that is neither stopping nor state.
     fn blackout(&self, path: &Path) -> Measured<[f64; 2]> {
         self.run_on();
         let snapshot = snapshot_live(&self.vcpus, &self.host, path, &LiveOptions::default())?;

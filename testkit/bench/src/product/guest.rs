@@ -23,7 +23,7 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 /// The guest's configuration.
 pub const CONFIG: GuestConfig = GuestConfig { privilege: Privilege::Kernel, vcpus: 1 };
 
-/// Notes when the guest first speaks, and stops it after so many steps, when it is done, or when it complains.
+/// Notes when the guest first speaks, and stops it after a number of steps, when it is done, or when it complains.
 #[derive(Debug)]
 pub struct Port {
     steps: AtomicU64,
@@ -33,7 +33,7 @@ pub struct Port {
 }
 
 impl Port {
-    /// A port that stops the guest after so many steps.
+    /// A port that stops the guest after a number of steps.
     #[must_use]
     pub fn stopping_after(steps: u64) -> Arc<Port> {
         Arc::new(Port {
@@ -44,7 +44,7 @@ impl Port {
         })
     }
 
-    /// Lets the guest do so many steps more than it has done, or any number.
+    /// Lets the guest do a number of further steps, or any number.
     pub fn stop_after(&self, more: Option<u64>) {
         let done = self.steps.load(Ordering::Relaxed);
         self.stop_after.store(more.map_or(u64::MAX, |more| done + more), Ordering::Relaxed);
@@ -104,7 +104,7 @@ pub struct Prepared {
     pub program: Program,
 }
 
-/// Makes a guest of so much RAM, of which about `percent` is filled by the host.
+/// Makes a guest with `ram` bytes of RAM, of which the host fills about `percent`.
 ///
 /// # Errors
 /// If there is no such memory.
@@ -123,7 +123,7 @@ pub fn prepare(ram: ByteLen, percent: u64, steps: u64) -> Done<Prepared> {
 }
 
 impl Prepared {
-    /// Runs the guest for so many steps, and leaves it stopped.
+    /// Runs the guest for a number of steps, and leaves it stopped.
     ///
     /// # Errors
     /// If KVM refuses, or the guest does something else.

@@ -61,7 +61,7 @@ pub struct Plan {
     pub stride: u64,
     /// ... the first `stored` have content; the others stay zero.
     pub stored: u64,
-    /// It compares a word every so many bytes: a multiple of 8 that divides 4096.
+    /// The distance of the words that it compares, in bytes: a multiple of 8 that divides 4096.
     pub step: u64,
     /// How many processors it starts, at most [`MOST_CPUS`].
     pub cpus: u64,

@@ -146,7 +146,7 @@ fn memory_that_a_capture_would_allocate_is_said() {
 }
 
 #[test]
-fn a_machine_without_memory() {
+fn a_machine_without_memory_is_refused() {
     testkit::require!(Qemu);
     let dir = tempfile::tempdir().unwrap();
     let qmp: PathBuf = dir.path().join("qmp");

@@ -145,7 +145,7 @@ fn a_socket_that_is_held_is_named_with_its_holder() {
 
 /// QEMU sees another directory under the name of ours: it is given the directory itself.
 #[test]
-fn a_mount_namespace_of_its_own() {
+fn a_qemu_in_another_mount_namespace_is_recovered() {
     testkit::require!(Qemu, Userfaultfd, Root);
     let (setup, saved) = small();
     let (ours, theirs) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
@@ -160,7 +160,7 @@ fn a_mount_namespace_of_its_own() {
 
 /// QEMU sees nothing but a directory of its own.
 #[test]
-fn another_root_directory() {
+fn a_qemu_in_another_root_directory_is_recovered() {
     testkit::require!(Qemu, Userfaultfd, Root);
     let (setup, saved) = small();
     let (dir, root) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());

@@ -26,7 +26,7 @@ pub(crate) fn refused_with(saved: &Saved, setup: &Setup, more: &[&str], words: &
 }
 
 #[test]
-fn another_machine() {
+fn another_machine_is_refused() {
     testkit::require!(Qemu);
     let setup = Setup { virtio: true, cpus: 2, ..Setup::new(Machine::Q35, 64) };
     let saved = Saved::new(&setup, &Plan::check(16 * MIB), How::default());
@@ -62,7 +62,7 @@ fn a_qemu_that_does_not_wait() {
 }
 
 #[test]
-fn a_qemu_without_the_right_to_userfaultfd() {
+fn a_qemu_without_the_right_to_userfaultfd_is_refused_by_name() {
     testkit::require!(Qemu, Root);
     let allowed = std::fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd").unwrap_or_default();
     let setup = Setup::new(Machine::Pc, 64);

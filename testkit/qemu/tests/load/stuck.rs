@@ -13,7 +13,7 @@ use testkit_qemu::{Fastload, Machine, Qemu, Setup};
 use crate::MIB;
 use crate::support::{How, Saved, settings_are_back};
 
-/// Whoever stands by for this `fastload`.
+/// The process that stands by for this `fastload`.
 pub(crate) fn standing_by(server: &Fastload) -> Option<nix::unistd::Pid> {
     let parent = format!("PPid:\t{}", server.id());
     let processes = std::fs::read_dir("/proc").unwrap().map_while(Result::ok);
@@ -36,7 +36,7 @@ fn left_alone(saved: &Saved, more: &[&str]) -> Qemu {
     qemu
 }
 
-/// What we leave beside the QMP socket.
+/// What we leave next to the QMP socket.
 fn left_behind(qemu: &Qemu) -> Vec<PathBuf> {
     let names = std::fs::read_dir(qemu.dir()).unwrap().map(|entry| entry.unwrap().path());
     names.filter(|path| path.file_name().unwrap().to_str().unwrap().starts_with(".fastload")).collect()
