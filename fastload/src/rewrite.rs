@@ -59,7 +59,7 @@ impl Written {
 
 /// Writes what `source` has as a mapped-ram file, with the configuration and the device state of `template`.
 pub(crate) fn to_mapped_ram(
-    source: &dyn PageSource,
+    source: Arc<dyn PageSource>,
     template: &Snapshot,
     output: &Path,
     json: bool,
@@ -83,24 +83,27 @@ pub(crate) fn to_mapped_ram(
     let machine = Some(writer.machine().to_owned());
     let device_state_bytes = device_state.len() as u64;
     let sink = Arc::new(MappedRamSink::new(writer));
-    sink.set_device_state(device_state);
-    let pumped = pump_with_bar(source, Arc::clone(&sink) as Arc<dyn PageSink>, json)?;
-    sink.outcome()?;
+    let pumped = pump_with_bar(Arc::clone(&source), Arc::clone(&sink) as Arc<dyn PageSink>, json)?;
+    sink.publish(&device_state)?;
     Ok(written(output, "mapped-ram", machine, source.layout(), pumped, device_state_bytes, blocks))
 }
 
 /// Writes what `source` has as a flat file, one block after the other.
-pub(crate) fn to_flat(source: &dyn PageSource, output: &Path, json: bool) -> Result<Written, Failure> {
+pub(crate) fn to_flat(source: Arc<dyn PageSource>, output: &Path, json: bool) -> Result<Written, Failure> {
     let blocks = FlatBlock::concatenated(source.layout().blocks().to_vec())?;
     let sink = Arc::new(FlatSink::create(output, &blocks)?);
-    let pumped = pump_with_bar(source, Arc::clone(&sink) as Arc<dyn PageSink>, json)?;
-    sink.outcome()?;
+    let pumped = pump_with_bar(Arc::clone(&source), Arc::clone(&sink) as Arc<dyn PageSink>, json)?;
+    sink.publish()?;
     let blocks = places(source.layout(), blocks.iter().map(|block| block.offset));
     Ok(written(output, "flat", None, source.layout(), pumped, 0, blocks))
 }
 
 /// [`pump`], telling how far it is, to people or to programs.
-pub(crate) fn pump_with_bar(source: &dyn PageSource, sink: Arc<dyn PageSink>, json: bool) -> Result<Pumped, PumpError> {
+pub(crate) fn pump_with_bar(
+    source: Arc<dyn PageSource>,
+    sink: Arc<dyn PageSink>,
+    json: bool,
+) -> Result<Pumped, PumpError> {
     let shown = screen::Progress::new(source.layout().total().0, json);
     let progress = |progress: Progress| shown.set(progress.done.to_bytes().0);
     let threads = thread::available_parallelism().map_or(1, |threads| threads.get().min(4));
@@ -156,8 +159,8 @@ mod tests {
     use std::os::unix::fs::FileExt;
 
     use page_files::FlatFile;
-    use page_source::{Feed, SourceError, Span};
-    use page_units::{BlockId, PageIndex};
+    use page_source::{Feed, Pages, SourceError, Span};
+    use page_units::PageRun;
     use testkit::samples;
 
     use super::*;
@@ -166,15 +169,17 @@ mod tests {
     #[derive(Debug)]
     struct Meddler(FlatFile, PathBuf);
 
-    impl PageSource for Meddler {
+    impl Pages for Meddler {
         fn layout(&self) -> &Layout {
             self.0.layout()
         }
 
-        fn run_at(&self, block: BlockId, first: PageIndex) -> Span {
-            self.0.run_at(block, first)
+        fn content(&self, run: PageRun) -> Span {
+            self.0.content(run)
         }
+    }
 
+    impl PageSource for Meddler {
         fn start(&self, sink: Arc<dyn PageSink>) -> Result<Box<dyn Feed>, SourceError> {
             meddle(&self.1);
             self.0.start(sink)
@@ -197,13 +202,13 @@ mod tests {
         let template = Snapshot::open(&path).unwrap();
         fs::File::create(&flat).unwrap().set_len(template.layout().total().0).unwrap();
         let blocks = FlatBlock::concatenated(template.layout().blocks().to_vec()).unwrap();
-        let source = Meddler(FlatFile::open(&flat, blocks).unwrap(), path.clone());
+        let source: Arc<dyn PageSource> = Arc::new(Meddler(FlatFile::open(&flat, blocks).unwrap(), path.clone()));
         // It changes while pages are copied: its part was read before.
-        let written = to_mapped_ram(&source, &template, &output, true);
+        let written = to_mapped_ram(Arc::clone(&source), &template, &output, true);
         assert_eq!(written.is_ok(), output.exists(), "{:?}", written.err().map(|error| error.to_string()));
         let _ = fs::remove_file(&output);
         // It has changed before: nothing is written.
-        let failed = to_mapped_ram(&source, &template, &output, true).unwrap_err().to_string();
+        let failed = to_mapped_ram(Arc::clone(&source), &template, &output, true).unwrap_err().to_string();
         assert!(failed.contains("changed") && failed.starts_with(&path.display().to_string()), "{failed}");
         assert!(!output.exists());
     }

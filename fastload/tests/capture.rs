@@ -58,7 +58,7 @@ struct Plan {
     doubts: usize,
     /// Whether capabilities can't be turned off again.
     keeps_capabilities: bool,
-    /// What `query-migrate` says beside the state.
+    /// What `query-migrate` says in addition to the state.
     blocked: Option<&'static str>,
 }
 

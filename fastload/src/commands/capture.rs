@@ -7,7 +7,6 @@ mod output;
 mod promise;
 mod run_state;
 mod session;
-mod sink;
 mod take;
 
 use std::ffi::OsString;
@@ -58,7 +57,7 @@ pub(crate) struct Capture {
     /// The file to write.
     #[arg(value_name = "OUT")]
     output: PathBuf,
-    /// Begin even if the disk has no room for all of RAM: zero pages take none. A disk that is full fails the capture.
+    /// Begin even if the disk has no space for all of RAM: zero pages take none. A disk that is full fails the capture.
     #[arg(long)]
     any_space: bool,
     /// Run a command at the freeze point, while the guest stands still: to copy its disk images, for example.
@@ -132,7 +131,7 @@ impl Capture {
     }
 }
 
-/// Something that people want to know, beside the result.
+/// Says something that people want to know in addition to the result.
 fn note(text: &str) {
     serving::note(text);
 }

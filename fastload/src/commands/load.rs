@@ -48,7 +48,7 @@ was saved. A paused guest is started by `fastload resume`. Its disks must be fre
 If `fastload load` is killed after the guest was started, the guest waits for the pages it misses, until:
   fastload load vm.snap --qmp /run/vm.qmp --recover
 That works although a guest that waits may hold up QEMU's main thread, and its monitor with it: a second process of this
-program stands by meanwhile, and a note (.fastload-*.json) lies beside the QMP socket. Kill both, and it depends on
+program stands by meanwhile, and a note (.fastload-*.json) lies next to the QMP socket. Kill both, and it depends on
 the guest: --recover says within seconds that QEMU hears nobody, and who could help.
 Ctrl-C (or SIGTERM, or SIGHUP) once the guest runs sends the rest, then ends; a second one leaves at once.")]
 pub(crate) struct Load {
@@ -170,7 +170,7 @@ impl Load {
             Note::new(&self.snapshot, image, self.preempt, &blocks, waiting.before()).with_recovery(&self.recovery());
         if let Err(error) = beside.write(&note) {
             let beside = beside.socket.display();
-            serving::note(&format!("nothing can be noted beside {beside}, should this be killed: {error}"));
+            serving::note(&format!("no note can be left next to {beside}, should this be killed: {error}"));
         }
         Ok((server, waiting))
     }

@@ -272,7 +272,7 @@ mod tests {
             let yes = explained(yes, Fate::Unknown);
             assert!(yes.contains("RECOVER") && !yes.contains("QEMU ends"), "{yes}");
         }
-        // Whoever can ask, asks.
+        // A command that can ask QEMU does so.
         for started in [Started::Perhaps, Started::Yes] {
             assert!(explained(silent(started), Fate::Waits).contains("The guest is not lost"));
             assert!(!explained(silent(started), Fate::Ended).contains("RECOVER"));
