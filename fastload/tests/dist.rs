@@ -94,7 +94,7 @@ fn manual(dir: &Path) -> Vec<PathBuf> {
 }
 
 #[test]
-fn man_pages_render_without_a_complaint() {
+fn mandoc_renders_the_man_pages_and_has_no_complaint() {
     testkit::require!(Mandoc);
     let dir = tempfile::tempdir().unwrap();
     for page in manual(dir.path()) {

@@ -140,7 +140,7 @@ Upstream-Name: fastload
 Files: *
 Copyright: the maintainers of fastload
 License: Apache-2.0 or MIT
- The texts of both are beside this file: LICENSE-APACHE and LICENSE-MIT.
+ The texts of both are next to this file: LICENSE-APACHE and LICENSE-MIT.
 ";
 
 /// What a command prints, if it succeeds.

@@ -41,15 +41,7 @@ use crate::parse;
 
 The command of --exec-frozen is run by sh. It finds FASTLOAD_QMP (the QMP socket, which it can't use), FASTLOAD_OUT (the \
 file to come) and FASTLOAD_DISKS (the images that the guest writes to, one a line). The guest stands still until it has \
-ended; if it fails, or takes too long, nothing is captured and the guest goes on.
-
-If it is killed (SIGKILL) the guest goes on as well, but QEMU's capability background-snapshot \
-stays on until the next capture of it through the same QMP socket; the capability events, which \
-does no harm, stays on.
-
-With --json there is an event `frozen` right after the freeze point (not if the guest was paused), and one \
-`complete` when the file is there. With --exec-frozen the first comes before the command is run, and after it \
-`resumed` with the blackout.")]
+ended; if it fails, or takes too long, nothing is captured and the guest goes on.")]
 pub(crate) struct Capture {
     /// QEMU's QMP socket: a path, or unix:PATH. No other program may hold it meanwhile.
     #[arg(long, value_name = "ADDRESS", value_parser = parse::qmp())]

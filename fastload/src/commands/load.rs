@@ -47,9 +47,7 @@ was saved. A paused guest is started by `fastload resume`. Its disks must be fre
 
 If `fastload load` is killed after the guest was started, the guest waits for the pages it misses, until:
   fastload load vm.snap --qmp /run/vm.qmp --recover
-That works although a guest that waits may hold up QEMU's main thread, and its monitor with it: a second process of this \
-program stands by meanwhile, and a note (.fastload-*.json) lies next to the QMP socket. Kill both, and it depends on \
-the guest: --recover says within seconds that QEMU hears nobody, and who could help. \
+
 Ctrl-C (or SIGTERM, or SIGHUP) once the guest runs sends the rest, then ends; a second one leaves at once.")]
 pub(crate) struct Load {
     /// A file that QEMU saved with the capability mapped-ram.
