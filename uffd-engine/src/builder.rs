@@ -200,6 +200,7 @@ impl Builder {
         }
         region::check(&self.regions, source.layout())?;
         if self.descriptor.is_none() {
+            region::check_local(&self.regions)?;
             region::check_unseen(&self.regions)?;
         }
         placement::check_cores(self.handlers.cores.iter().flatten().chain(&self.background.cores))?;

@@ -7,6 +7,7 @@ mod spec;
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
 use page_units::{BlockId, ByteLen, GuestAddr, HostAddr, Layout, LayoutError, PageIndex, PageRun, RamBlock};
@@ -51,7 +52,7 @@ pub struct GuestRam {
     layout: Layout,
     pieces: Vec<Piece>,
     /// Second mappings of shared huge pages, by piece.
-    aliases: Vec<Option<MmapRegion<()>>>,
+    aliases: Vec<Option<Arc<MmapRegion<()>>>>,
     /// A live snapshot has it write-protected.
     frozen: Frozen,
 }
@@ -98,7 +99,7 @@ impl GuestRam {
             pieces.push(Piece { guest, host: HostAddr(region.as_ptr().addr() as u64), run, backing, shared });
             let region = GuestRegionMmap::new(region, GuestAddress(guest.0));
             mapped.push(region.ok_or_else(|| MemoryError::Collection(format!("{guest} is too high")))?);
-            aliases.push(alias);
+            aliases.push(alias.map(Arc::new));
         }
         let memory = Memory::from_regions(mapped).map_err(|error| MemoryError::Collection(error.to_string()))?;
         Ok(GuestRam { memory, layout, pieces, aliases, frozen: Frozen::default() })
@@ -170,11 +171,7 @@ impl GuestRam {
         let regions = self.pieces.iter().zip(&self.aliases).map(|(piece, alias)| {
             let number = usize::try_from(piece.run.block.0).ok().and_then(|at| numbers.get(at)).copied();
             let run = PageRun { block: number.unwrap_or(piece.run.block), ..piece.run };
-            let region = Region::new(piece.host, run, piece.backing).with_shared(piece.shared);
-            match alias {
-                Some(alias) => region.with_alias(HostAddr(alias.as_ptr().addr() as u64)),
-                None => region,
-            }
+            sys::region(self.memory.clone(), alias.clone(), piece, run)
         });
         Ok(regions.collect())
     }

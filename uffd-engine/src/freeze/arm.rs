@@ -9,7 +9,7 @@ use userfaultfd::RegisterMode;
 use super::freeze::Shared;
 use super::freezer::FreezeError;
 use super::owner::Owner;
-use crate::memory::region::Backing;
+use crate::memory::backing::Backing;
 use crate::sys::ops;
 
 /// So much is protected by one call, from one multiple to the next: what one entry of the second level of a page table
@@ -35,13 +35,11 @@ fn arm(shared: &Shared, number: usize, populated: &[PageRun]) -> Result<(), Free
             Owner::Freeze { .. } => RegisterMode::MISSING,
             Owner::Engine { .. } => region.mode(),
         };
-    shared.owner.descriptor().register(region.start, region.len(), mode).map_err(|error| {
-        let errno = match error {
-            userfaultfd::Error::SystemError(errno) => Errno::from_raw(errno as i32),
-            _ => Errno::last(),
-        };
-        refused(region.start, region.len(), errno)
-    })?;
+    shared
+        .owner
+        .descriptor()
+        .register(region.start, region.len(), mode)
+        .map_err(|error| refused(region.start, region.len(), Errno::from_raw(error.raw_os_error().unwrap_or(0))))?;
     zone.registered.store(true, Ordering::Release);
     let once = |at: u64, end: u64| {
         ops::write_protect(shared.owner.descriptor().fd(), at, end - at, true)

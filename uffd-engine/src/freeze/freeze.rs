@@ -12,8 +12,8 @@ use super::owner::Owner;
 use super::page_table::PageTable;
 use super::pool::Pool;
 use super::saved::Saved;
-use crate::PausePoint;
 use crate::memory::region::Region;
+use crate::pause::PausePoint;
 use crate::sys::memory::Scratch;
 
 /// A region with what of it is saved.

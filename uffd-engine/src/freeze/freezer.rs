@@ -17,9 +17,10 @@ use super::pool::Pool;
 use super::saved::Saved;
 use super::writers;
 use crate::memory::Memory;
+use crate::memory::backing::Backing;
 use crate::memory::descriptor::Descriptor;
 use crate::memory::holder::Fetch;
-use crate::memory::region::{self, Backing, Region};
+use crate::memory::region::{self, Region};
 use crate::serve::placement::check_cores;
 use crate::sys::abi::Features;
 use crate::{Handlers, OpenError, StartError};
@@ -93,6 +94,9 @@ impl Freezer {
     /// If anything is missing. Nothing has happened to the memory then.
     pub fn prepare(regions: Vec<Region>, layout: Layout, options: &FreezeOptions) -> Result<Freezer, FreezeError> {
         region::check(&regions, &layout)?;
+        if regions.iter().any(|region| region.foreign) {
+            return Err(FreezeError::Foreign);
+        }
         check_cores(options.handlers.cores.iter().flatten())?;
         let mut features = Features::EVENT_REMOVE;
         for region in &regions {

@@ -6,8 +6,8 @@ use super::freeze::{Shared, Zone};
 use super::frozen::FrozenError;
 use super::owner::Owner;
 use super::saver::page_table_error;
+use crate::memory::backing::Backing;
 use crate::memory::holder::{Fetch, MissingContent};
-use crate::memory::region::Backing;
 use crate::memory::states::State;
 use crate::memory::{Memory, Place};
 

@@ -15,8 +15,8 @@ use super::locate::{ContentAt, fetched_at_a_time};
 use super::order::{Order, PIECE};
 use super::owner::Owner;
 use super::pool::Copied;
-use crate::PausePoint;
 use crate::memory::holder::FetchError;
+use crate::pause::PausePoint;
 use crate::sys::memory::{Scratch, read_granule};
 use crate::sys::ops;
 

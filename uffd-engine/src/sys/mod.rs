@@ -6,6 +6,7 @@
 //! - [`open`]: a new descriptor, or the exact reason why there is none;
 //! - [`memory`]: zeroed tables, scratch mappings, discards;
 //! - [`mapping`]: a second mapping of a file;
+//! - [`owned`]: memory of its own for somebody else to use;
 //! - [`scan`]: where in a page table there is something.
 #![expect(unsafe_code, reason = "system calls on raw addresses")]
 
@@ -14,6 +15,7 @@ pub(crate) mod mapping;
 pub(crate) mod memory;
 pub(crate) mod open;
 pub(crate) mod ops;
+pub(crate) mod owned;
 pub(crate) mod scan;
 
 /// The descriptor as the `userfaultfd` crate's type, which closes it.

@@ -57,6 +57,18 @@ fn map(len: usize, flags: i32, file: Option<FileOffset>) -> MmapRegion {
     builder.build().expect("memory for a test")
 }
 
+/// Of a mapping that lives longer than the engine: the tests see to that.
+#[expect(unsafe_code, reason = "mappings of another crate")]
+fn region(map: &MmapRegion, alias: Option<&MmapRegion>, run: PageRun, backing: Backing) -> Region {
+    // SAFETY: the mapping is as long as its block, and outlives the engine; nobody has a reference into it.
+    let region = unsafe { Region::from_raw(HostAddr(map.as_ptr() as u64), run, backing) };
+    match alias {
+        // SAFETY: a second mapping of the same file, for which the same holds.
+        Some(alias) => unsafe { region.with_alias(HostAddr(alias.as_ptr() as u64)) },
+        None => region,
+    }
+}
+
 impl Memory {
     pub(crate) fn new(kind: Kind, layout: &Layout) -> Memory {
         let mut aliases = Vec::new();
@@ -105,11 +117,8 @@ impl Memory {
                     Kind::HugetlbPrivate => (Backing::Hugetlb, false),
                     Kind::HugetlbShared | Kind::HugetlbAlias => (Backing::Hugetlb, true),
                 };
-                let region = Region::new(self.addr(run.block), run, backing).with_shared(shared);
-                match &self.aliases[run.block.0 as usize] {
-                    Some(alias) => region.with_alias(HostAddr(alias.as_ptr() as u64)),
-                    None => region,
-                }
+                let number = run.block.0 as usize;
+                region(&self.maps[number], self.aliases[number].as_ref(), run, backing).with_shared(shared)
             })
             .collect()
     }
