@@ -3,9 +3,12 @@
 pub(crate) mod capture;
 pub(crate) mod check;
 pub(crate) mod convert;
+pub(crate) mod disks;
 pub(crate) mod inspect;
 pub(crate) mod load;
+pub(crate) mod monitor;
 pub(crate) mod repair;
+pub(crate) mod resume;
 pub(crate) mod serve;
 pub(crate) mod serving;
 

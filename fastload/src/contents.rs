@@ -70,8 +70,7 @@ mod tests {
         let path = sample.unpack(dir.path()).unwrap();
         // Sparse: a terabyte that takes no room.
         std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(1 << 40).unwrap();
-        let Ok(snapshot) = Snapshot::open_with(&path, &mapped_ram::Options { damaged: true, ..Default::default() })
-        else {
+        let Ok(snapshot) = Snapshot::open_with(&path, &mapped_ram::Options::default().with_damaged(true)) else {
             panic!("it opens: it is whole, with zeros behind");
         };
         let name = path.display().to_string();

@@ -66,9 +66,9 @@ fn content(snapshot: &Snapshot, run: PageRun) -> Result<Option<PageIndex>, Failu
     let mut page = vec![0; usize::try_from(PAGE_SIZE)?];
     let mut rest = run;
     while !rest.is_empty() {
-        let (stored, pages) = snapshot.load_run_at(run.block, rest.first, rest.pages)?;
-        let (now, later) = rest.split_at(pages.max(PageCount(1)));
-        for index in (now.first.0..now.first.0 + now.pages.0).filter(|_| stored) {
+        let found = snapshot.load_run(run.block, rest.first, rest.pages)?;
+        let (now, later) = rest.split_at(found.pages().max(PageCount(1)));
+        for index in (now.first.0..now.first.0 + now.pages.0).filter(|_| found.is_stored()) {
             let at = place.pages_offset.0 + PageIndex(index).byte_offset().0;
             snapshot.file().read_exact_at(&mut page, at).map_err(|error| {
                 format!("{}: reading at offset {} failed: {error}", snapshot.path().display(), FileOffset(at))

@@ -21,6 +21,7 @@ use clap::{Parser, Subcommand};
   fastload inspect vm.snap                          what is in a file
   fastload check vm.snap                            whether it is whole
   fastload load vm.snap --qmp /run/vm.qmp           into a QEMU started with -incoming defer: its guest runs at once
+  fastload resume --qmp /run/vm.qmp                 starts a guest that was loaded paused
   fastload capture --qmp /run/vm.qmp vm.snap        out of a QEMU whose guest goes on running
   fastload convert old.snap new.snap                the same snapshot, without stale bytes
   fastload repair broken.snap good.snap             bitmaps for a file that QEMU saved without
@@ -41,6 +42,7 @@ enum Command {
     Repair(commands::repair::Repair),
     Load(Box<commands::load::Load>),
     Serve(Box<commands::serve::Serve>),
+    Resume(commands::resume::Resume),
     Capture(commands::capture::Capture),
     #[command(hide = true)]
     StandBy(commands::load::StandBy),
@@ -54,6 +56,7 @@ fn main() -> ExitCode {
         Command::Repair(repair) => repair.run(),
         Command::Load(load) => load.run(),
         Command::Serve(serve) => serve.run(),
+        Command::Resume(resume) => resume.run(),
         Command::Capture(capture) => capture.run(),
         Command::StandBy(stand_by) => stand_by.run(),
     };

@@ -1,5 +1,13 @@
 //! Arguments that clap does not know by itself.
 
+use clap::builder::{OsStringValueParser, TypedValueParser};
+use fastload_qmp::QmpAddress;
+
+/// The address of a QMP monitor.
+pub(crate) fn qmp() -> impl TypedValueParser<Value = QmpAddress> {
+    OsStringValueParser::new().try_map(|text| QmpAddress::parse(&text))
+}
+
 /// A number of bytes as QEMU takes it: decimal or `0x`, with an optional suffix `k`, `M` or `G` (powers of 1024).
 pub(crate) fn bytes(text: &str) -> Result<u64, String> {
     let (number, shift) = match text.char_indices().last() {

@@ -171,7 +171,11 @@ impl Qemu {
                 json!({})
             }
             "x-query-ramblock" => json!({"human-readable-text": TABLE}),
-            "query-memory-devices" => json!([]),
+            "query-memory-devices" | "query-memdev" | "query-named-block-nodes" | "qom-list" | "query-block" => {
+                json!([])
+            }
+            "human-monitor-command" => json!(""),
+            "qom-get" if arguments["property"] == "type" => json!("pc-i440fx-10.0-machine"),
             "qom-get" => json!(false),
             "migrate" => {
                 assert!(self.capabilities["background-snapshot"] && self.capabilities["events"]);

@@ -17,6 +17,7 @@ pub struct FrameWriter<W> {
     entries: Vec<Entry>,
     encoded: FileOffset,
     decoded: FileOffset,
+    zeros: ByteLen,
 }
 
 /// What was written.
@@ -29,6 +30,8 @@ pub struct Summary {
     pub frames: u64,
     /// How many bytes the file decodes to.
     pub decoded: ByteLen,
+    /// How many of them stand in frames of zeros.
+    pub zeros: ByteLen,
     /// The length of the file.
     pub encoded: ByteLen,
     /// The part of it that is index and seek table.
@@ -40,7 +43,15 @@ impl<W: Write> FrameWriter<W> {
     /// from 1 to [`MAX_FRAME`].
     pub fn new(to: W, codec: Codec, frame_limit: ByteLen) -> FrameWriter<W> {
         let frame_limit = frame_limit.clamp(ByteLen(1), MAX_FRAME);
-        FrameWriter { to, codec, frame_limit, entries: Vec::new(), encoded: FileOffset(0), decoded: FileOffset(0) }
+        FrameWriter {
+            to,
+            codec,
+            frame_limit,
+            entries: Vec::new(),
+            encoded: FileOffset(0),
+            decoded: FileOffset(0),
+            zeros: ByteLen(0),
+        }
     }
 
     /// How many bytes the frames so far decode to: where the next one begins.
@@ -80,6 +91,7 @@ impl<W: Write> FrameWriter<W> {
             self.check_room()?;
             let encoded = zeros::write(self.codec, now.0, &mut self.to).map_err(|error| self.failed(error))?;
             self.add(ByteLen(encoded), now, Digest::ZEROS)?;
+            self.zeros += now;
         }
         Ok(())
     }
@@ -97,6 +109,7 @@ impl<W: Write> FrameWriter<W> {
             root,
             frames: self.entries.len() as u64,
             decoded: ByteLen(self.decoded.0),
+            zeros: self.zeros,
             encoded: ByteLen(self.encoded.0 + index.0),
             index,
         };

@@ -44,13 +44,14 @@ pub fn snapshot(data: &[u8]) {
     file.as_file().write_all_at(head, 0).expect("writing");
     file.as_file().write_all_at(tail, SECOND_PART).expect("writing");
     for damaged in [false, true] {
-        let Ok(snapshot) = Snapshot::open_with(file.path(), &Options { base: None, damaged }) else { continue };
+        let Ok(snapshot) = Snapshot::open_with(file.path(), &Options::default().with_damaged(damaged)) else { continue };
         for (block, ram) in snapshot.layout().iter() {
             let mut page = PageIndex(0);
             while page.0 < ram.pages().0 {
-                let Ok((stored, run)) = snapshot.load_run_at(block, page, ram.pages()) else { break };
+                let Ok(found) = snapshot.load_run(block, page, ram.pages()) else { break };
+                let run = found.pages();
                 assert!(run.0 > 0 && page.0 + run.0 <= ram.pages().0);
-                assert_eq!(snapshot.known_run_at(block, page), Some((stored, run)));
+                assert_eq!(snapshot.known_run(block, page, ram.pages()), Some(found));
                 page += run;
             }
             let _ = snapshot.stored_pages(block);

@@ -44,7 +44,7 @@ fn look_up(criterion: &mut Criterion, path: &Path) {
         let mut page = 0;
         bencher.iter(|| {
             page = (page + 1_048_583) % PAGES;
-            snapshot.known_run_within(BLOCK, PageIndex(page), PageCount(1))
+            snapshot.known_run(BLOCK, PageIndex(page), PageCount(1))
         });
     });
     let window = PageCount(4096);
@@ -53,10 +53,10 @@ fn look_up(criterion: &mut Criterion, path: &Path) {
         bencher.iter(|| {
             let (mut page, mut stored) = (PageIndex(0), 0);
             while page.0 < window.0 {
-                let known = snapshot.known_run_within(BLOCK, page, PageCount(window.0 - page.0));
-                let (set, run) = known.unwrap();
-                stored += if set { run.0 } else { 0 };
-                page += run;
+                let known = snapshot.known_run(BLOCK, page, PageCount(window.0 - page.0));
+                let run = known.unwrap();
+                stored += if run.is_stored() { run.pages().0 } else { 0 };
+                page += run.pages();
             }
             stored
         });

@@ -8,7 +8,7 @@
 
 use std::error::Error;
 
-use mapped_ram::{Snapshot, Writer};
+use mapped_ram::{FileRun, Snapshot, Writer};
 use page_units::{PageCount, PageIndex, PageRun};
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -26,13 +26,13 @@ fn main() -> Result<(), Box<dyn Error>> {
         let mut page = PageIndex(0);
         while page.0 < ram.pages().0 {
             // The bitmap tells stored pages from zero pages; here in runs of at most 1 MiB.
-            let (stored, pages) = snapshot.load_run_at(block, page, PageCount(256))?;
-            if stored {
+            let found = snapshot.load_run(block, page, PageCount(256))?;
+            if let FileRun::Stored(pages) = found {
                 let run = PageRun::new(block, page, pages);
                 let at = snapshot.page_offset(block, page).ok_or("no such page")?;
                 writer.write(run, &snapshot.read(at..at + run.len())?)?;
             }
-            page += pages;
+            page += found.pages();
         }
         println!("{}: {} of {} pages stored", ram.name(), writer.stored_pages(block), ram.pages());
     }

@@ -10,13 +10,39 @@ use std::sync::OnceLock;
 use page_units::{ByteLen, FileOffset, PAGE_SIZE, PageCount, PageIndex};
 
 use crate::header::bitmap_len;
+use crate::{Identity, Watch};
 
 /// Words of one piece: 4 KiB of bitmap, 128 MiB of RAM.
 const WORDS: usize = 512;
 const CHUNK_PAGES: u64 = WORDS as u64 * 64;
 const CHUNK_BYTES: usize = WORDS * 8;
-/// Pieces that are read in one call at most.
+/// The most pieces that are read in one call.
 const BATCH: u64 = 16;
+
+/// Neighbouring pages of a block that are all stored in the file, or all zero.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FileRun {
+    /// How many are stored.
+    Stored(PageCount),
+    /// How many are zero, whatever the file holds in their place.
+    Zero(PageCount),
+}
+
+impl FileRun {
+    /// How many pages it has.
+    #[must_use]
+    pub fn pages(self) -> PageCount {
+        match self {
+            FileRun::Stored(pages) | FileRun::Zero(pages) => pages,
+        }
+    }
+
+    /// Whether its pages are stored.
+    #[must_use]
+    pub fn is_stored(self) -> bool {
+        matches!(self, FileRun::Stored(_))
+    }
+}
 
 #[derive(Debug)]
 pub(crate) struct Bitmap {
@@ -42,6 +68,22 @@ pub(crate) enum BitmapError {
     Io { at: FileOffset, error: io::Error },
     BeyondBlock { at: FileOffset },
     BeyondFile { last: PageIndex },
+    Changed { what: &'static str },
+}
+
+/// An open file, and what it was when it was opened.
+#[derive(Debug)]
+pub(crate) struct Watched<'a> {
+    pub(crate) file: &'a File,
+    pub(crate) opened: &'a Identity,
+    pub(crate) watch: Watch,
+}
+
+impl Watched<'_> {
+    /// What is different now.
+    pub(crate) fn difference(&self) -> io::Result<Option<&'static str>> {
+        Ok(self.opened.difference(&Identity::of(self.file)?, self.watch))
+    }
 }
 
 impl Bitmap {
@@ -53,7 +95,7 @@ impl Bitmap {
 
     /// The run of equal pages from `first` on, as far as it is loaded and at most `most` pages; `None` if `first` is
     /// not loaded. `first` must be a page of the block.
-    pub(crate) fn known(&self, first: PageIndex, most: PageCount) -> Option<(bool, PageCount)> {
+    pub(crate) fn known(&self, first: PageIndex, most: PageCount) -> Option<FileRun> {
         let end = self.pages.0.min(first.0.saturating_add(most.0));
         let mut at = first.0;
         let mut kind = None;
@@ -67,25 +109,21 @@ impl Bitmap {
                 break;
             }
         }
-        kind.map(|set| (set, PageCount(at - first.0)))
+        let pages = PageCount(at - first.0);
+        kind.map(|set| if set { FileRun::Stored(pages) } else { FileRun::Zero(pages) })
     }
 
     /// The same, but loads what it needs.
-    pub(crate) fn load(
-        &self,
-        file: &File,
-        first: PageIndex,
-        most: PageCount,
-    ) -> Result<(bool, PageCount), BitmapError> {
+    pub(crate) fn load(&self, file: &Watched<'_>, first: PageIndex, most: PageCount) -> Result<FileRun, BitmapError> {
         let most = PageCount(most.0.max(1));
         let end = self.pages.0.min(first.0.saturating_add(most.0));
         loop {
             match self.known(first, most) {
-                Some((set, run)) => {
-                    let at = first.0 + run.0;
+                Some(run) => {
+                    let at = first.0 + run.pages().0;
                     let unloaded = at < end && at.is_multiple_of(CHUNK_PAGES) && self.chunk(at).is_none();
                     if !unloaded {
-                        return Ok((set, run));
+                        return Ok(run);
                     }
                     self.read(file, at, end)?;
                 }
@@ -95,7 +133,7 @@ impl Bitmap {
     }
 
     /// How many pages are stored.
-    pub(crate) fn count(&self, file: &File) -> Result<PageCount, BitmapError> {
+    pub(crate) fn count(&self, file: &Watched<'_>) -> Result<PageCount, BitmapError> {
         let mut total = 0;
         for start in (0..self.pages.0).step_by(usize::try_from(CHUNK_PAGES).unwrap_or(usize::MAX)) {
             if self.chunk(start).is_none() {
@@ -115,27 +153,33 @@ impl Bitmap {
         self.chunks.get(index)?.get()
     }
 
-    /// Reads the piece of `page`, and those behind it up to `end` (at most a batch) that are not known yet. Several
-    /// threads may read the same piece; they find the same.
-    fn read(&self, file: &File, page: u64, end: u64) -> Result<(), BitmapError> {
+    /// Reads the piece of `page` and those after it up to `end`, at most a batch. Several threads may read the same
+    /// piece, and find the same in it.
+    fn read(&self, file: &Watched<'_>, page: u64, end: u64) -> Result<(), BitmapError> {
         let first = page / CHUNK_PAGES;
         let last = end.div_ceil(CHUNK_PAGES).clamp(first + 1, first + BATCH);
         let from = first * CHUNK_BYTES as u64;
         let to = (last * CHUNK_BYTES as u64).min(bitmap_len(self.pages).0);
         let at = FileOffset(self.offset.0.saturating_add(from));
         let mut bytes = vec![0; ByteLen(to.saturating_sub(from)).get()];
-        file.read_exact_at(&mut bytes, at.0).map_err(|error| BitmapError::Io { at, error })?;
+        let read = file.file.read_exact_at(&mut bytes, at.0);
+        // After it was read and before anybody believes it: what is published stays.
+        if let Some(what) = file.difference().map_err(|error| BitmapError::Io { at, error })? {
+            return Err(BitmapError::Changed { what });
+        }
+        read.map_err(|error| BitmapError::Io { at, error })?;
         for (number, bytes) in (first..last).zip(bytes.chunks(CHUNK_BYTES)) {
             let chunk = self.check(number, bytes)?;
             let index = usize::try_from(number).unwrap_or(usize::MAX);
             if let Some(place) = self.chunks.get(index) {
-                // Another thread may have been faster, with the same.
+                // Another thread may have set the same before.
                 let _ = place.set(chunk);
             }
         }
         Ok(())
     }
 
+    /// Makes a piece of its bytes, if no bit is set where there is no page.
     fn check(&self, number: u64, bytes: &[u8]) -> Result<Chunk, BitmapError> {
         let start = number * CHUNK_PAGES;
         if bytes.iter().all(|byte| *byte == 0) {

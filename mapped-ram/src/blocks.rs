@@ -5,11 +5,28 @@ use std::io::{Read, Seek};
 use page_units::{ByteLen, FileOffset, GuestAddr, PAGE_SIZE, PageSize, RamBlock};
 use vmstate::StreamReader;
 
+use crate::OpenErrorKind;
 use crate::header::{BlockHeader, HEADER_VERSION, bitmap_len};
-use crate::{BlockFile, OpenErrorKind};
 
 /// The most RAM that is believed: 64 TiB.
 const MAX_RAM: ByteLen = ByteLen(64 << 40);
+
+/// Where a RAM block is in the file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlockFile {
+    /// Where its header is.
+    pub header_offset: FileOffset,
+    /// Where its bitmap is.
+    pub bitmap_offset: FileOffset,
+    /// Length of the bitmap: a multiple of 8 bytes.
+    pub bitmap_len: ByteLen,
+    /// Where its first page is.
+    pub pages_offset: FileOffset,
+    /// Its guest-physical address, where the file tells (with x-ignore-shared).
+    pub guest_address: Option<GuestAddr>,
+    /// Whether the file has its pages. With x-ignore-shared, memory that is shared is left out.
+    pub in_file: bool,
+}
 
 /// A block and where it is.
 #[derive(Debug)]
@@ -18,7 +35,7 @@ pub(crate) struct Block {
     pub(crate) file: BlockFile,
 }
 
-/// The parts of the file that belong to a block, for the check that no two share bytes.
+/// A part of the file that belongs to a block: its first byte, the byte after its last, and the number of the block.
 pub(crate) type Area = (FileOffset, FileOffset, usize);
 
 /// How a list of blocks is read.
@@ -30,6 +47,7 @@ pub(crate) struct Format {
     pub(crate) size: FileOffset,
 }
 
+/// Refuses a total that no guest has.
 pub(crate) fn check_total(at: FileOffset, total: ByteLen) -> Result<(), OpenErrorKind> {
     if total <= MAX_RAM {
         return Ok(());
@@ -99,6 +117,7 @@ impl Block {
         FileOffset(self.file.pages_offset.0.saturating_add(self.ram.length().0))
     }
 
+    /// The bitmap and the pages, of the block with this number.
     pub(crate) fn areas(&self, number: usize) -> [Area; 2] {
         let file = &self.file;
         let bitmap_end = FileOffset(file.bitmap_offset.0.saturating_add(file.bitmap_len.0));

@@ -62,7 +62,7 @@ impl Snapshot {
         match (&stored, self.block(block).zip(self.layout().get(block))) {
             (Err(PageError::BeyondFile { .. }), Some((place, ram))) => {
                 let bitmap = Bitmap::new(place.bitmap_offset, ram.pages(), u64::MAX);
-                bitmap.count(self.file()).map_err(|error| self.page_error(block, error))
+                bitmap.count(&self.watched()).map_err(|error| self.page_error(block, error))
             }
             _ => stored,
         }

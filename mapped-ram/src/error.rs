@@ -3,7 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
-use page_units::{ByteLen, FileOffset, LayoutError};
+use page_units::{BlockId, ByteLen, FileOffset, LayoutError, PageIndex};
 use vmstate::{DescError, StreamError, WriteError};
 use whole_file::WholeFileError;
 
@@ -159,6 +159,16 @@ pub enum PageError {
         /// Where the wrong byte is.
         at: FileOffset,
     },
+    /// The file is not what it was when it was opened: nothing of it that was not read before is trusted.
+    #[error("{}: the file has changed while it was in use: {what}; seen at the bitmap of RAM block \"{block}\"", path.display())]
+    Changed {
+        /// The file.
+        path: PathBuf,
+        /// The block.
+        block: String,
+        /// What about it.
+        what: &'static str,
+    },
     /// The file ends before a page that it should have.
     #[error(
         "{}: RAM block \"{block}\" needs the file up to offset {needed}, but it ends at {actual}: it was truncated",
@@ -193,14 +203,14 @@ pub enum PageError {
         path: PathBuf,
     },
     /// There is no such page.
-    #[error("{}: RAM block number {block} has no page {page}", path.display())]
+    #[error("{}: RAM block number {} has no page {page}", path.display(), block.0)]
     NoSuchPage {
         /// The file.
         path: PathBuf,
         /// The block's number.
-        block: u32,
+        block: BlockId,
         /// The page.
-        page: u64,
+        page: PageIndex,
     },
 }
 

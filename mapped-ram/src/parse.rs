@@ -13,15 +13,14 @@ use vmstate::{
 
 use crate::blocks::Block;
 use crate::cursor::Cursor;
-use crate::open::check_kind;
 use crate::{OpenErrorKind, Warning};
 
 /// More sections than any file has: each round of a live save adds one.
 const MAX_SECTIONS: usize = 1 << 20;
 
-/// What a file consists of.
+/// What the metadata of a file says.
 #[derive(Debug)]
-pub(crate) struct Parts {
+pub(crate) struct Parsed {
     pub(crate) configuration: Configuration,
     pub(crate) blocks: Vec<Block>,
     pub(crate) sections: Vec<SectionEntry>,
@@ -33,8 +32,20 @@ pub(crate) struct Parts {
     pub(crate) warnings: Vec<Warning>,
 }
 
+/// Reads the metadata of the stream that begins at `base` of a file, which ends at `size`.
+///
+/// # Errors
+/// If it is not a whole mapped-ram stream; with `damaged`, only if not even its list of RAM blocks begins.
+pub(crate) fn parse(file: &File, base: FileOffset, size: FileOffset, damaged: bool) -> Result<Parsed, OpenErrorKind> {
+    let mut parser = Parser::new(file, base, size, damaged)?;
+    if let Err(error) = parser.run() {
+        parser.give_up(error)?;
+    }
+    parser.finish()
+}
+
 #[derive(Debug)]
-pub(crate) struct Parser<'a> {
+struct Parser<'a> {
     reader: StreamReader<BufReader<Cursor<'a>>>,
     size: FileOffset,
     damaged: bool,
@@ -43,18 +54,13 @@ pub(crate) struct Parser<'a> {
     /// Where the sections after RAM begin, and the end mark is.
     devices_start: Option<FileOffset>,
     eof: Option<FileOffset>,
-    parts: Parts,
+    parsed: Parsed,
 }
 
 impl<'a> Parser<'a> {
-    pub(crate) fn new(
-        file: &'a File,
-        base: FileOffset,
-        size: FileOffset,
-        damaged: bool,
-    ) -> Result<Parser<'a>, OpenErrorKind> {
+    fn new(file: &'a File, base: FileOffset, size: FileOffset, damaged: bool) -> Result<Parser<'a>, OpenErrorKind> {
         let cursor = Cursor::new(file, base.0..size.0)?;
-        let mut parts = Parts {
+        let mut parsed = Parsed {
             configuration: Configuration::default(),
             blocks: Vec::new(),
             sections: Vec::new(),
@@ -68,32 +74,32 @@ impl<'a> Parser<'a> {
         let text = find_vmdesc(&mut cursor.clone(), base..size)?;
         if let Some(text) = &text {
             match VmDesc::parse(&text.value) {
-                Ok(vmdesc) => parts.vmdesc = Some(vmdesc),
+                Ok(vmdesc) => parsed.vmdesc = Some(vmdesc),
                 Err(error) => {
                     let at = FileOffset(text.range.end.0.saturating_sub(text.value.len() as u64));
                     let error = OpenErrorKind::Description { at, error };
                     if !damaged {
                         return Err(error);
                     }
-                    parts.warnings.push(Warning::Incomplete { what: error.to_string() });
+                    parsed.warnings.push(Warning::Incomplete { what: error.to_string() });
                 }
             }
-            parts.end = text.range.end;
+            parsed.end = text.range.end;
         }
         let described_at = text.map(|text| text.range.start);
         let reader = StreamReader::new(BufReader::with_capacity(4 << 10, cursor), base);
-        Ok(Parser { reader, size, damaged, has_ram: false, described_at, devices_start: None, eof: None, parts })
+        Ok(Parser { reader, size, damaged, has_ram: false, described_at, devices_start: None, eof: None, parsed })
     }
 
     /// Reads the stream from its header to its end.
-    pub(crate) fn run(&mut self) -> Result<(), OpenErrorKind> {
+    fn run(&mut self) -> Result<(), OpenErrorKind> {
         while self.eof.is_none() {
             let Some(event) = self.reader.next_event()? else { break };
             let at = event.range.start;
             match event.value {
                 Event::Configuration(configuration) => {
                     check_kind(&configuration)?;
-                    self.parts.configuration = configuration;
+                    self.parsed.configuration = configuration;
                 }
                 Event::SectionStart(header) => {
                     if header.name != ram::SECTION || self.has_ram {
@@ -108,7 +114,7 @@ impl<'a> Parser<'a> {
                 Event::SectionPart { id } => self.more_ram(SectionKind::Part, at, id)?,
                 Event::SectionEnd { id } => {
                     self.more_ram(SectionKind::End, at, id)?;
-                    self.parts.ram_ended = true;
+                    self.parsed.ram_ended = true;
                 }
                 Event::SectionFull(header) => {
                     let described = self.full_section(at, header)?;
@@ -127,7 +133,7 @@ impl<'a> Parser<'a> {
         }
         let Some(eof) = self.eof else { return Err(OpenErrorKind::NoRam) };
         match self.described_at {
-            None => self.parts.end = self.reader.position(),
+            None => self.parsed.end = self.reader.position(),
             Some(described_at) if described_at == self.reader.position() => {}
             Some(described_at) => {
                 let what = format!("the stream ends here, but its description is at {described_at}");
@@ -142,14 +148,14 @@ impl<'a> Parser<'a> {
             return Err(OpenErrorKind::NoRam);
         }
         if self.described_at.is_none() {
-            self.parts.warnings.push(Warning::NoDescription);
+            self.parsed.warnings.push(Warning::NoDescription);
         }
-        let end = self.parts.end;
+        let end = self.parsed.end;
         if end < self.size {
-            self.parts.warnings.push(Warning::TrailingBytes { at: end, length: self.size - end });
+            self.parsed.warnings.push(Warning::TrailingBytes { at: end, length: self.size - end });
         }
-        self.parts.devices = self.devices_start.unwrap_or(eof)..eof;
-        self.parts.complete = true;
+        self.parsed.devices = self.devices_start.unwrap_or(eof)..eof;
+        self.parsed.complete = true;
         Ok(())
     }
 
@@ -158,7 +164,7 @@ impl<'a> Parser<'a> {
         if self.has_ram {
             self.devices_start.get_or_insert(at);
         }
-        let Some(vmdesc) = &self.parts.vmdesc else {
+        let Some(vmdesc) = &self.parsed.vmdesc else {
             return if self.has_ram && self.described_at.is_none() {
                 Ok(false)
             } else {
@@ -194,19 +200,27 @@ impl<'a> Parser<'a> {
             return Err(StreamError::Truncated { at: self.size, what: "the state of the devices" }.into());
         }
         self.eof = Some(last);
-        self.parts.end = self.size;
+        self.parsed.end = self.size;
         self.complete(last)?;
-        self.parts.complete = false;
+        self.parsed.complete = false;
         Ok(())
     }
 
     fn open_section(&mut self, kind: SectionKind, at: FileOffset, header: SectionHeader) -> Result<(), OpenErrorKind> {
-        if self.parts.sections.len() >= MAX_SECTIONS {
+        if self.parsed.sections.len() >= MAX_SECTIONS {
             return Err(StreamError::Invalid { at, what: format!("more than {MAX_SECTIONS} sections") }.into());
         }
         let body = self.reader.position();
         let SectionHeader { id, name, instance, version } = header;
-        self.parts.sections.push(SectionEntry { kind, id, name, instance, version, range: at..body, body: body..body });
+        self.parsed.sections.push(SectionEntry {
+            kind,
+            id,
+            name,
+            instance,
+            version,
+            range: at..body,
+            body: body..body,
+        });
         Ok(())
     }
 
@@ -216,36 +230,44 @@ impl<'a> Parser<'a> {
         let closed = self.reader.next_event().map(drop);
         match &closed {
             Ok(()) => {
-                if let Some(entry) = self.parts.sections.last_mut() {
+                if let Some(entry) = self.parsed.sections.last_mut() {
                     entry.body.end = body_end;
                     entry.range.end = self.reader.position();
                 }
             }
             // A section that is not whole is none.
-            Err(_) => drop(self.parts.sections.pop()),
+            Err(_) => drop(self.parsed.sections.pop()),
         }
         Ok(closed?)
     }
 
     /// After an error: whether what was read is enough for a look at a damaged file.
-    pub(crate) fn give_up(&mut self, error: OpenErrorKind) -> Result<(), OpenErrorKind> {
-        if !self.damaged || self.parts.blocks.is_empty() || matches!(error, OpenErrorKind::PlainStream { .. }) {
+    fn give_up(&mut self, error: OpenErrorKind) -> Result<(), OpenErrorKind> {
+        if !self.damaged || self.parsed.blocks.is_empty() || matches!(error, OpenErrorKind::PlainStream { .. }) {
             return Err(error);
         }
-        self.parts.devices = self.size..self.size;
-        self.parts.end = self.size;
-        self.parts.sections.retain(|entry| entry.kind != SectionKind::Start || entry.body.end > entry.body.start);
-        self.parts.warnings.push(match error {
+        self.parsed.devices = self.size..self.size;
+        self.parsed.end = self.size;
+        self.parsed.sections.retain(|entry| entry.kind != SectionKind::Start || entry.body.end > entry.body.start);
+        self.parsed.warnings.push(match error {
             OpenErrorKind::Truncated { block, needed, actual } => Warning::TruncatedPages { block, needed, actual },
             error => Warning::Incomplete { what: error.to_string() },
         });
         Ok(())
     }
 
-    pub(crate) fn finish(self) -> Result<Parts, OpenErrorKind> {
-        if self.parts.blocks.is_empty() {
+    fn finish(self) -> Result<Parsed, OpenErrorKind> {
+        if self.parsed.blocks.is_empty() {
             return Err(OpenErrorKind::NoRam);
         }
-        Ok(self.parts)
+        Ok(self.parsed)
     }
+}
+
+/// Refuses a stream whose configuration does not say that it is of this kind.
+fn check_kind(configuration: &Configuration) -> Result<(), OpenErrorKind> {
+    if configuration.has_capability(vmstate::MAPPED_RAM) {
+        return Ok(());
+    }
+    Err(OpenErrorKind::PlainStream { machine: configuration.machine.clone() })
 }

@@ -7,12 +7,13 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use page_units::{BlockId, ByteLen, FileOffset, GuestAddr, Layout, PageCount, PageIndex};
+use page_units::{BlockId, ByteLen, FileOffset, Layout, PageCount, PageIndex};
 use vmstate::{Configuration, SectionEntry, VmDesc};
 
-use crate::bitmap::{Bitmap, BitmapError};
-use crate::open::{self, Options};
-use crate::{Identity, OpenError, PageError, Warning};
+use crate::bitmap::{Bitmap, BitmapError, Watched, pages_between};
+use crate::open::{self, Opened, Options};
+use crate::parse::Parsed;
+use crate::{BlockFile, FileRun, Identity, OpenError, OpenErrorKind, PageError, Warning, Watch};
 
 /// The most that goes into memory at once.
 const MAX_READ: ByteLen = ByteLen(1 << 30);
@@ -26,6 +27,7 @@ pub struct Snapshot {
     pub(crate) path: PathBuf,
     pub(crate) file: File,
     pub(crate) identity: Identity,
+    pub(crate) watch: Watch,
     pub(crate) base: FileOffset,
     pub(crate) configuration: Configuration,
     pub(crate) layout: Layout,
@@ -40,23 +42,6 @@ pub struct Snapshot {
     pub(crate) complete: bool,
     pub(crate) no_bitmaps: bool,
     pub(crate) warnings: Vec<Warning>,
-}
-
-/// Where a RAM block is in the file.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct BlockFile {
-    /// Where its header is.
-    pub header_offset: FileOffset,
-    /// Where its bitmap is.
-    pub bitmap_offset: FileOffset,
-    /// Length of the bitmap: a multiple of 8 bytes.
-    pub bitmap_len: ByteLen,
-    /// Where its first page is.
-    pub pages_offset: FileOffset,
-    /// Its guest-physical address, where the file tells (with x-ignore-shared).
-    pub guest_address: Option<GuestAddr>,
-    /// Whether the file has its pages. With x-ignore-shared, memory that is shared is left out.
-    pub in_file: bool,
 }
 
 impl Snapshot {
@@ -76,7 +61,53 @@ impl Snapshot {
     /// blocks begins.
     pub fn open_with(path: impl AsRef<Path>, options: &Options) -> Result<Snapshot, OpenError> {
         let path = path.as_ref();
-        open::open(path, options).map_err(|kind| OpenError { path: path.to_owned(), kind })
+        let opened = open::open(path, options).and_then(|opened| Snapshot::new(path, opened));
+        opened.map_err(|kind| OpenError { path: path.to_owned(), kind })
+    }
+
+    /// A snapshot of what was found in a file.
+    fn new(path: &Path, opened: Opened) -> Result<Snapshot, OpenErrorKind> {
+        let Opened { file, identity, watch, base, parsed } = opened;
+        let Parsed { configuration, blocks, sections, devices, end, vmdesc, complete, ram_ended, warnings } = parsed;
+        let size = FileOffset(identity.size);
+        let bitmaps = blocks.iter().map(|block| {
+            let pages_in_file = pages_between(block.file.pages_offset, size);
+            block.file.in_file.then(|| Bitmap::new(block.file.bitmap_offset, block.ram.pages(), pages_in_file))
+        });
+        let bitmaps = bitmaps.collect();
+        let (ram, blocks) = blocks.into_iter().map(|block| (block.ram, block.file)).unzip();
+        let layout = Layout::new(ram)?;
+        let mut snapshot = Snapshot {
+            path: path.to_owned(),
+            file,
+            identity,
+            watch,
+            base,
+            configuration,
+            layout,
+            blocks,
+            bitmaps,
+            sections,
+            by_device: OnceLock::new(),
+            devices,
+            end,
+            vmdesc,
+            complete,
+            no_bitmaps: false,
+            warnings,
+        };
+        if !ram_ended && snapshot.nothing_stored() {
+            snapshot.no_bitmaps = true;
+            snapshot.warnings.push(Warning::BitmapsNotWritten);
+        }
+        Ok(snapshot)
+    }
+
+    /// Whether the bitmaps tell of no page at all, although there are pages in the file. Reads all of them: only for
+    /// files whose RAM section never ended.
+    fn nothing_stored(&self) -> bool {
+        let mut blocks = self.layout.iter().filter(|(id, _)| self.bitmap(*id).is_some()).peekable();
+        blocks.peek().is_some() && blocks.all(|(id, _)| self.stored_pages(id).is_ok_and(|pages| pages.0 == 0))
     }
 
     /// The name under which it was opened.
@@ -121,17 +152,10 @@ impl Snapshot {
         self.block(block).filter(|block| block.in_file)?.pages_offset.checked_add(page.byte_offset())
     }
 
-    /// What is known of the pages from `first` on without reading: whether they are stored (or zero), and how many.
-    /// `None` if nothing is known yet, or nothing can be.
+    /// What is known of the pages from `first` on without reading: the equal ones at the beginning, at most `most`. Its
+    /// cost does not grow with RAM. `None` if nothing is known yet, or nothing can be.
     #[must_use]
-    pub fn known_run_at(&self, block: BlockId, first: PageIndex) -> Option<(bool, PageCount)> {
-        self.known_run_within(block, first, PageCount(u64::MAX))
-    }
-
-    /// As [`known_run_at`](Snapshot::known_run_at), but looks at no more than `most` pages, so that its cost does not grow
-    /// with RAM.
-    #[must_use]
-    pub fn known_run_within(&self, block: BlockId, first: PageIndex, most: PageCount) -> Option<(bool, PageCount)> {
+    pub fn known_run(&self, block: BlockId, first: PageIndex, most: PageCount) -> Option<FileRun> {
         if self.no_bitmaps {
             return None;
         }
@@ -139,20 +163,15 @@ impl Snapshot {
         bitmap.known(first, most)
     }
 
-    /// Whether the pages from `first` on are stored (or zero), and how many, at most `most`; reads as much of the
-    /// bitmap as is needed for that and was not read before (4 KiB of bitmap are 128 MiB of RAM).
+    /// Like [`known_run`](Snapshot::known_run), but reads as much of the bitmap as it takes and was not read before:
+    /// 4 KiB of bitmap are 128 MiB of RAM.
     ///
     /// # Errors
     /// If there is no such page, the bitmap can't be read or can't be right, or the block has none.
-    pub fn load_run_at(
-        &self,
-        block: BlockId,
-        first: PageIndex,
-        most: PageCount,
-    ) -> Result<(bool, PageCount), PageError> {
+    pub fn load_run(&self, block: BlockId, first: PageIndex, most: PageCount) -> Result<FileRun, PageError> {
         let path = || self.path.clone();
         let Some(ram) = self.layout.get(block).filter(|ram| first.0 < ram.pages().0) else {
-            return Err(PageError::NoSuchPage { path: path(), block: block.0, page: first.0 });
+            return Err(PageError::NoSuchPage { path: path(), block, page: first });
         };
         if self.no_bitmaps {
             return Err(PageError::NoBitmaps { path: path() });
@@ -160,7 +179,7 @@ impl Snapshot {
         let Some(bitmap) = self.bitmap(block) else {
             return Err(PageError::NotInFile { path: path(), block: ram.name().to_owned() });
         };
-        bitmap.load(&self.file, first, most).map_err(|error| self.page_error(block, error))
+        bitmap.load(&self.watched(), first, most).map_err(|error| self.page_error(block, error))
     }
 
     /// How many pages of a block are stored; of a block that is not in the file, none. Reads the block's whole bitmap.
@@ -169,7 +188,7 @@ impl Snapshot {
     /// If the bitmap can't be read or can't be right.
     pub fn stored_pages(&self, block: BlockId) -> Result<PageCount, PageError> {
         match self.bitmap(block) {
-            Some(bitmap) => bitmap.count(&self.file).map_err(|error| self.page_error(block, error)),
+            Some(bitmap) => bitmap.count(&self.watched()).map_err(|error| self.page_error(block, error)),
             None => Ok(PageCount(0)),
         }
     }
@@ -241,12 +260,22 @@ impl Snapshot {
         &self.identity
     }
 
+    /// By what a change of the file is noticed.
+    #[must_use]
+    pub fn watch(&self) -> Watch {
+        self.watch
+    }
+
     /// What has changed about the file since it was opened, if anything has.
     ///
     /// # Errors
     /// If the system can't tell.
     pub fn changed(&self) -> io::Result<Option<&'static str>> {
-        Ok(self.identity.difference(&Identity::of(&self.file)?))
+        self.watched().difference()
+    }
+
+    pub(crate) fn watched(&self) -> Watched<'_> {
+        Watched { file: &self.file, opened: &self.identity, watch: self.watch }
     }
 
     pub(crate) fn bitmap(&self, block: BlockId) -> Option<&Bitmap> {
@@ -258,6 +287,7 @@ impl Snapshot {
         let name = self.layout.get(block).map(|ram| ram.name().to_owned()).unwrap_or_default();
         match error {
             BitmapError::Io { at, error } => PageError::Io { path, block: name, at, error },
+            BitmapError::Changed { what } => PageError::Changed { path, block: name, what },
             BitmapError::BeyondBlock { at } => PageError::BeyondBlock { path, block: name, at },
             BitmapError::BeyondFile { last } => {
                 let start = self.block(block).map(|block| block.pages_offset).unwrap_or_default();

@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use page_units::{BlockId, ByteLen, FileOffset, Layout, PageCount, PageIndex, PageRun};
+use page_units::{BlockId, ByteLen, FileOffset, Layout, PageCount, PageRun};
 use parking_lot::Mutex;
 use vmstate::ram::{self, RecordWriter};
 use vmstate::{Configuration, ConfigurationSubsection, Event, MAPPED_RAM, SectionHeader, StreamWriter, WriteError};
@@ -168,12 +168,6 @@ impl Writer {
     #[must_use]
     pub fn stored_pages(&self, block: BlockId) -> PageCount {
         self.written.get(block.0 as usize).map_or(PageCount(0), WrittenBitmap::count)
-    }
-
-    /// Whether a page is marked as stored.
-    #[must_use]
-    pub fn is_stored(&self, block: BlockId, page: PageIndex) -> bool {
-        self.written.get(block.0 as usize).is_some_and(|written| written.has(page))
     }
 
     /// Writes bitmaps and device state, makes the file durable and publishes it, replacing what had its name. Every

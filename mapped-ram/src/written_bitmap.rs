@@ -63,12 +63,6 @@ impl WrittenBitmap {
         Some((chunk, usize::try_from(page.0 % CHUNK_PAGES / 64).ok()?))
     }
 
-    /// Whether the bit of a page is set.
-    pub(crate) fn has(&self, page: PageIndex) -> bool {
-        let word = self.place(page).and_then(|(chunk, word)| chunk.get()?.get(word));
-        word.is_some_and(|word| word.load(Ordering::Acquire) >> (page.0 % 64) & 1 == 1)
-    }
-
     /// Counts the bits that are set.
     pub(crate) fn count(&self) -> PageCount {
         let words = self.chunks.iter().filter_map(OnceLock::get).flat_map(|chunk| chunk.iter());
@@ -89,6 +83,14 @@ impl WrittenBitmap {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    impl WrittenBitmap {
+        /// Whether the bit of a page is set.
+        fn has(&self, page: PageIndex) -> bool {
+            let word = self.place(page).and_then(|(chunk, word)| chunk.get()?.get(word));
+            word.is_some_and(|word| word.load(Ordering::Acquire) >> (page.0 % 64) & 1 == 1)
+        }
+    }
 
     #[test]
     fn bits_are_those_of_the_runs_and_cost_memory_only_there() {

@@ -19,12 +19,14 @@ fn ram_of(snapshot: &Snapshot, bytes: &[u8], id: BlockId) -> Vec<u8> {
     let mut page = PageIndex(0);
     while page.0 < ram.pages().0 {
         // The repair of QEMU's empty bitmaps is not done here: such a file has no content.
-        let Ok((stored, run)) = snapshot.load_run_at(id, page, PageCount(1 << 20)) else { return content };
-        assert_eq!(snapshot.known_run_at(id, page), Some((stored, run)));
+        let Ok(found) = snapshot.load_run(id, page, PageCount(1 << 20)) else { return content };
+        let run = found.pages();
+        assert_eq!(snapshot.known_run(id, page, PageCount(1 << 20)), Some(found));
         for most in [PageCount(1), PageCount(100), PageCount(1 << 40)] {
-            assert_eq!(snapshot.known_run_within(id, page, most), Some((stored, run.min(most))));
+            let known = snapshot.known_run(id, page, most).unwrap();
+            assert_eq!((known.is_stored(), known.pages().min(run)), (found.is_stored(), run.min(most)));
         }
-        if stored {
+        if found.is_stored() {
             let from = usize::try_from(snapshot.page_offset(id, page).unwrap().0).unwrap();
             let to = usize::try_from(page.byte_offset().0).unwrap();
             let length = run.to_bytes().get();
@@ -133,9 +135,9 @@ fn only_qemus_empty_bitmaps_are_warned_of() {
         assert_eq!(snapshot.warnings(), [Warning::BitmapsNotWritten], "{}", sample.name);
         assert!(matches!(warnings.as_slice(), [Warning::BitmapsAllZero { .. }]), "{}: {warnings:?}", sample.name);
         // No page of it is given out as zero.
-        let error = snapshot.load_run_at(BlockId(0), PageIndex(0), PageCount(1)).unwrap_err();
+        let error = snapshot.load_run(BlockId(0), PageIndex(0), PageCount(1)).unwrap_err();
         assert!(error.to_string().contains("background-snapshot"), "{error}");
-        assert_eq!(snapshot.known_run_at(BlockId(0), PageIndex(0)), None);
+        assert_eq!(snapshot.known_run(BlockId(0), PageIndex(0), PageCount(1)), None);
     }
 }
 
@@ -145,8 +147,8 @@ fn memory_that_was_left_out_is_not_zero() {
     let sample = all.iter().find(|sample| sample.name.contains("ignore-shared")).unwrap();
     let (_directory, _, snapshot) = open(sample);
     assert!(!snapshot.block(BlockId(0)).unwrap().in_file);
-    assert!(snapshot.load_run_at(BlockId(0), PageIndex(0), PageCount(1)).is_err());
-    assert_eq!(snapshot.known_run_at(BlockId(0), PageIndex(0)), None);
+    assert!(snapshot.load_run(BlockId(0), PageIndex(0), PageCount(1)).is_err());
+    assert_eq!(snapshot.known_run(BlockId(0), PageIndex(0), PageCount(1)), None);
     assert_eq!(snapshot.page_offset(BlockId(0), PageIndex(0)), None);
 }
 
@@ -156,7 +158,7 @@ fn a_stream_behind_a_foreign_header_is_where_it_is_said_to_be() {
     let sample = all.iter().find(|sample| sample.name.contains("offset-unaligned")).unwrap();
     let directory = tempfile::tempdir().unwrap();
     let path = sample.unpack(directory.path()).unwrap();
-    let options = |base| Options { base: Some(FileOffset(base)), damaged: false };
+    let options = |base| Options::default().with_base(FileOffset(base));
     assert_eq!(Snapshot::open_with(&path, &options(0x1234)).unwrap().base(), FileOffset(0x1234));
     let error = Snapshot::open_with(&path, &options(0)).unwrap_err();
     assert!(matches!(error.kind, OpenErrorKind::NotAStream { base: FileOffset(0), searched: false }), "{error}");

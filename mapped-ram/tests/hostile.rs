@@ -14,7 +14,7 @@ use vmstate::{Configuration, SectionKind};
 
 /// Does everything that a reader can do with a file.
 fn exercise(path: &Path, damaged: bool) {
-    let snapshot = match Snapshot::open_with(path, &Options { base: None, damaged }) {
+    let snapshot = match Snapshot::open_with(path, &Options::default().with_damaged(damaged)) {
         Ok(snapshot) => snapshot,
         Err(error) => {
             let line = error.to_string();
@@ -25,7 +25,8 @@ fn exercise(path: &Path, damaged: bool) {
     for (block, ram) in snapshot.layout().iter() {
         let mut page = PageIndex(0);
         while page.0 < ram.pages().0 {
-            let Ok((_, run)) = snapshot.load_run_at(block, page, ram.pages()) else { break };
+            let Ok(found) = snapshot.load_run(block, page, ram.pages()) else { break };
+            let run = found.pages();
             assert!(run.0 > 0 && page.0 + run.0 <= ram.pages().0);
             page += run;
         }
@@ -196,12 +197,12 @@ fn bits_for_pages_that_do_not_exist() {
     // 100 pages: bit 104 is in byte 13.
     let _original = Original::change(&path, bitmap + 13, &[1]);
     let snapshot = Snapshot::open(&path).unwrap();
-    let error = snapshot.load_run_at(BlockId(0), PageIndex(0), PageCount(1)).unwrap_err().to_string();
+    let error = snapshot.load_run(BlockId(0), PageIndex(0), PageCount(1)).unwrap_err().to_string();
     assert!(error.contains("microvm.ram") && error.contains(&format!("{:#x}", bitmap + 13)), "{error}");
-    assert!(snapshot.load_run_at(BlockId(1), PageIndex(0), PageCount(1)).is_ok());
+    assert!(snapshot.load_run(BlockId(1), PageIndex(0), PageCount(1)).is_ok());
     assert!(matches!(snapshot.diagnose().unwrap().as_slice(), [Warning::Bitmap { .. }]));
-    assert!(snapshot.load_run_at(BlockId(0), PageIndex(100), PageCount(1)).is_err());
-    assert!(snapshot.load_run_at(BlockId(9), PageIndex(0), PageCount(1)).is_err());
+    assert!(snapshot.load_run(BlockId(0), PageIndex(100), PageCount(1)).is_err());
+    assert!(snapshot.load_run(BlockId(9), PageIndex(0), PageCount(1)).is_err());
 }
 
 #[test]
@@ -246,7 +247,7 @@ fn a_change_under_us_is_seen() {
     let other = directory.path().join("other");
     std::fs::write(&other, "something else").unwrap();
     std::fs::rename(&other, &path).unwrap();
-    assert!(snapshot.load_run_at(BlockId(0), PageIndex(0), PageCount(9)).is_ok());
+    assert!(snapshot.load_run(BlockId(0), PageIndex(0), PageCount(9)).is_ok());
 }
 
 #[test]
@@ -260,7 +261,7 @@ fn device_state_without_description_is_refused() {
     // It may have been cut at a byte that happens to be zero: not to be loaded.
     let error = Snapshot::open(&path).unwrap_err();
     assert!(matches!(error.kind, OpenErrorKind::NoDescription { .. }), "{error}");
-    let look = Snapshot::open_with(&path, &Options { base: None, damaged: true }).unwrap();
+    let look = Snapshot::open_with(&path, &Options::default().with_damaged(true)).unwrap();
     assert_eq!(look.device_state(), devices);
     assert_eq!(look.warnings(), [Warning::NoDescription]);
     assert!(!look.is_complete());

@@ -41,7 +41,7 @@ fn both_tell_the_offset_and_the_numbers() {
         assert!(expected, "{announced} pages: {error}");
         assert!(error.to_string().contains(&format!("at offset {at}: lengths disagree")), "{error}");
 
-        let damaged = Options { base: None, damaged: true };
+        let damaged = Options::default().with_damaged(true);
         let Ok(look) = Snapshot::open_with(&path, &damaged) else {
             assert_eq!(at, entry(0), "not even the first block is there");
             continue;

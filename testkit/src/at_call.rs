@@ -34,7 +34,7 @@ const RETURN: u32 = libc::BPF_RET | libc::BPF_K;
 #[derive(Clone, Copy)]
 enum To {
     Next,
-    /// So many steps further.
+    /// That many steps further.
     Over(usize),
     Kill,
     Allow,

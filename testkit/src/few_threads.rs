@@ -1,4 +1,4 @@
-//! Runs something that may start only so many threads: each further one fails, as on a host whose limit is reached.
+//! Runs something with a limit of threads: each further one fails, as on a host whose limit is reached.
 #![expect(unsafe_code, reason = "system calls without a safe wrapper")]
 
 use std::io;

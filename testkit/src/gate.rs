@@ -52,7 +52,7 @@ impl Gate {
         state.passes = 0;
     }
 
-    /// Lets exactly so many more pass.
+    /// Lets exactly `count` more pass.
     pub fn pass(&self, count: u64) {
         self.0.state.lock().passes += count;
         self.0.moved.notify_all();
@@ -64,7 +64,13 @@ impl Gate {
         self.0.state.lock().passed
     }
 
-    /// Waits until so many threads stand at the gate.
+    /// How many threads wait at it now.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.0.state.lock().waiting
+    }
+
+    /// Waits until that many threads stand at the gate.
     pub fn wait_for(&self, threads: usize) {
         let mut state = self.0.state.lock();
         while state.waiting < threads {
@@ -72,7 +78,7 @@ impl Gate {
         }
     }
 
-    /// Waits until so many have passed, ever.
+    /// Waits until `count` have passed in all.
     pub fn wait_for_passed(&self, count: u64) {
         let mut state = self.0.state.lock();
         while state.passed < count {

@@ -25,4 +25,4 @@ pub use program::{Operation, Pattern, Program};
 pub use report::{Report, Signal};
 
 /// Guest memory as the tests use it.
-pub type Memory = vm_memory::GuestMemoryMmap<()>;
+pub type Memory<B = ()> = vm_memory::GuestMemoryMmap<B>;

@@ -8,12 +8,12 @@ use nix::fcntl::{Flock, FlockArg};
 
 const LIMIT: &str = "/proc/sys/vm/nr_overcommit_hugepages";
 
-/// Room beyond what a holder asks for: while huge pages are being filled, the kernel (6.18) now and then counts one page
-/// more as taken or promised than is mapped, and whoever maps huge pages in that moment is refused (seen in 3 of 100 runs
+/// Pages beyond what a holder asks for: while huge pages are being filled, the kernel (6.18) now and then counts one page
+/// more as taken or promised than is mapped, and refuses to map huge pages in that moment (seen in 3 of 100 runs
 /// of three tests side by side: 9 for 8). The limit costs nothing; a page beyond it does.
 const SLACK: u64 = 16;
 
-/// Room for some more 2 MiB pages, until it is dropped.
+/// Allows some more 2 MiB pages, until it is dropped.
 ///
 /// Several tests, also of several processes, may hold one at a time. A file says who holds how much, so that what a
 /// killed process held is taken back by the next one that comes.

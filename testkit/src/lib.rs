@@ -6,6 +6,7 @@ pub mod faults;
 mod few_threads;
 pub mod gate;
 pub mod guest;
+pub mod guest_like;
 pub mod hugepages;
 pub mod late;
 pub mod oracle;

@@ -1,6 +1,6 @@
 //! Real files made with unmodified QEMU, packed; and the facts about them.
 //!
-//! The ones in `testkit/samples` have patterns in place of RAM content. Where the full ones lie beside the workspace
+//! The ones in `testkit/samples` have patterns in place of RAM content. Where the full ones lie next to the workspace
 //! (`../shared/samples`), the tests use them as well.
 
 use std::fs::File;
@@ -75,7 +75,7 @@ pub fn stripped() -> Vec<Sample> {
     samples
 }
 
-/// The full samples, if they lie beside the workspace; otherwise none.
+/// The full samples, if they lie next to the workspace; otherwise none.
 #[must_use]
 pub fn full() -> Vec<Sample> {
     load(&root().join("../shared/samples"))

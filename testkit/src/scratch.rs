@@ -11,7 +11,7 @@ use tempfile::TempDir;
 /// What the directories' names begin with.
 const PREFIX: &str = "fastload-scratch-";
 
-/// A directory that goes away with this value. If its process is killed, it goes when the next one is made beside it: an
+/// A directory that goes away with this value. If its process is killed, it goes when the next one is made in the same place: an
 /// owner that lives holds a lock, which ends with its process.
 #[derive(Debug)]
 pub struct Scratch {
@@ -92,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn many_at_once() {
+    fn many_are_made_at_once() {
         let parent = tempfile::tempdir().unwrap();
         std::thread::scope(|scope| {
             for _ in 0..8 {

@@ -1,4 +1,4 @@
-//! The seed of "random" moments and places: another one in each run, told, and given back by whoever repeats the run.
+//! The seed of "random" moments and places: another one in each run, printed, and given back to repeat the run.
 //!
 //! ```
 //! let seed = testkit::seed::seed();
@@ -28,7 +28,7 @@ pub fn seed() -> u64 {
     u64::from(seed)
 }
 
-/// So many seeds, each with its number, from which a test may choose what has to occur in every run.
+/// Seeds, each with its number, from which a test may choose what has to occur in every run.
 pub fn seeds(count: u64) -> impl Iterator<Item = (u64, u64)> + Clone {
     let first = seed();
     (0..count).map(move |number| (number, first + number))

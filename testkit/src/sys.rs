@@ -20,6 +20,26 @@ pub(crate) fn userfaultfd_from_syscall() -> io::Result<OwnedFd> {
     owned(RawFd::try_from(fd).map_err(io::Error::other)?)
 }
 
+/// `struct uffdio_api`
+#[repr(C)]
+#[derive(Default)]
+struct Api {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
+/// `UFFDIO_API`
+const UFFD_API_IOCTL: libc::Ioctl = 0xc018_aa3f;
+
+/// What the kernel's userfaultfd can do (`UFFD_FEATURE_*`). The descriptor is of no use afterwards.
+pub(crate) fn userfaultfd_features(uffd: &OwnedFd) -> io::Result<u64> {
+    let mut api = Api { api: 0xaa, ..Api::default() };
+    // SAFETY: `api` is the structure that this ioctl reads and writes.
+    let status = unsafe { libc::ioctl(uffd.as_raw_fd(), UFFD_API_IOCTL, &raw mut api) };
+    if status < 0 { Err(io::Error::last_os_error()) } else { Ok(api.features) }
+}
+
 /// Maps one private 2 MiB page and gives it back.
 pub(crate) fn try_huge_page() -> io::Result<()> {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | libc::MAP_HUGE_2MB | libc::MAP_POPULATE;

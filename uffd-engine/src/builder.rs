@@ -170,10 +170,10 @@ impl Builder {
         self
     }
 
-    /// Calls `at` at each [`PausePoint`](crate::PausePoint), on the thread that reaches it. For tests.
+    /// Calls `at` at each [`PausePoint`](crate::pause::PausePoint), on the thread that reaches it. For tests.
     #[cfg(feature = "pause-points")]
     #[must_use]
-    pub fn pauses(mut self, at: impl Fn(crate::PausePoint) + Send + Sync + 'static) -> Builder {
+    pub fn pauses(mut self, at: impl Fn(crate::pause::PausePoint) + Send + Sync + 'static) -> Builder {
         self.pauses = Pauses(Arc::new(at));
         self
     }

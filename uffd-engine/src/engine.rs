@@ -132,25 +132,27 @@ impl Engine {
 }
 
 impl Engine {
-    /// As [`Freezer::prepare`], for memory that this engine is still loading. Its own handlers serve the writers then,
-    /// those of the options are not used; what the engine brings from the freeze point on comes write-protected, and what
-    /// is missing is taken from its source as long as that is [repeatable](page_source::PageSource::repeatable): it is
-    /// not brought into the memory for it. Pages of another source are waited for.
+    /// As [`Freezer::prepare`], for memory that this engine is still loading. Its own handlers serve the writers then;
+    /// what the engine brings from the freeze point on comes write-protected, and what is missing is taken from its source as
+    /// long as that is [repeatable](page_source::PageSource::repeatable): it is not brought into the memory for it. Pages
+    /// of another source are waited for.
     ///
     /// `regions` are those of the engine, in any order, with the pages that `layout` gives them. While memory is frozen
-    /// the engine does not become complete. Should it fail or be dropped, the freeze fails.
+    /// the engine does not become complete. Should it fail or be dropped, the freeze fails. An engine that becomes complete
+    /// before the freeze point, even before this, is not needed any more: the memory is frozen without it, with the
+    /// handlers of the options.
     ///
     /// # Errors
-    /// If anything is missing, the regions are others, or the kernel lacks write protection. Nothing has happened to the
-    /// memory then. [`FreezeError::EngineEnded`], here or from [`Freezer::arm`], says that the engine is not needed any
-    /// more, or has failed.
+    /// If anything is missing, the regions are others, the engine has failed, or the kernel lacks write protection. Nothing
+    /// has happened to the memory then.
     pub fn freezer(
         &self,
         regions: Vec<Region>,
         layout: Layout,
         options: &FreezeOptions,
     ) -> Result<Freezer, FreezeError> {
-        let load = self.load.as_ref().ok_or(FreezeError::EngineEnded)?;
+        let ended = || FreezeError::Load(Box::new(EngineError::Cancelled));
+        let load = self.load.as_ref().ok_or_else(ended)?;
         Freezer::of_loading(&self.intake.memory, Arc::new(fetch::Source::of(load)), regions, layout, options)
     }
 }

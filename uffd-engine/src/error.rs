@@ -23,6 +23,14 @@ impl Errno {
     pub(crate) fn of(errno: nix::errno::Errno) -> Errno {
         Errno(errno as i32)
     }
+
+    pub(crate) fn from_io(error: &io::Error) -> Errno {
+        Errno(error.raw_os_error().unwrap_or(0))
+    }
+
+    pub(crate) fn is(self, errno: nix::errno::Errno) -> bool {
+        self == Errno::of(errno)
+    }
 }
 
 impl From<Errno> for io::Error {

@@ -133,7 +133,7 @@ fn the_end_does_not_wait_for_a_source_that_hangs() {
     let engine = memory.engine(Arc::<Held>::clone(&source)).start().unwrap();
     gate.wait_for(1);
     let freezer = engine.freezer(memory.regions(), oracle.layout().clone(), &FreezeOptions::default()).unwrap();
-    drop(freezer.arm(&[]).unwrap());
+    drop(freezer.arm().unwrap());
     // The end of the freeze has it look what is missing: from then on it is on its way to begin again.
     source.checked.wait_for_passed(1);
     std::thread::scope(|scope| {

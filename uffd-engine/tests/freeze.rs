@@ -39,9 +39,13 @@ fn copy_of(memory: &Memory, exists: &[PageRun]) -> Vec<Vec<u8>> {
     copy
 }
 
-fn freeze(memory: &Memory, populated: &[PageRun], pool: ByteLen, handlers: usize) -> Frozen {
-    let options = FreezeOptions { pool, handlers: Handlers::threads(handlers) };
-    Freezer::prepare(memory.regions(), memory.layout.clone(), &options).unwrap().arm(populated).unwrap()
+fn options(pool: ByteLen, handlers: usize) -> FreezeOptions {
+    FreezeOptions::default().with_pool(pool).with_handlers(Handlers::threads(handlers))
+}
+
+fn freeze(memory: &Memory, pool: ByteLen, handlers: usize) -> Frozen {
+    let options = options(pool, handlers);
+    Freezer::prepare(memory.regions(), memory.layout.clone(), &options).unwrap().arm().unwrap()
 }
 
 /// One writer for each seed, which touches every page again and again until told to stop; each write is a new value.
@@ -97,7 +101,7 @@ fn what_is_delivered_is_what_was_there_at_the_freeze_point() {
         }
         let before = copy_of(&memory, &stored);
         let pool = if number % 2 == 0 { ByteLen(8 << 20) } else { ByteLen(1) };
-        let frozen = freeze(&memory, &stored, pool, 1 + usize::try_from(number % 2).unwrap());
+        let frozen = freeze(&memory, pool, 1 + usize::try_from(number % 2).unwrap());
         let stop = AtomicBool::new(false);
         storm(&memory, &stop, &[seed, seed + (1 << 32)], number % 4 < 2, || {
             let sink = Collector::new(oracle.layout(), None, u64::MAX);
@@ -127,7 +131,7 @@ fn transparent_huge_pages_are_frozen_exactly() {
         }
         let before = copy_of(&memory, &[PageRun::new(BlockId(0), PageIndex(0), PageCount(pages))]);
         let pool = if number % 2 == 0 { ByteLen(32 << 20) } else { ByteLen(64 << 12) };
-        let frozen = freeze(&memory, &[], pool, 1 + usize::try_from(number % 2).unwrap());
+        let frozen = freeze(&memory, pool, 1 + usize::try_from(number % 2).unwrap());
         let stop = AtomicBool::new(false);
         storm(&memory, &stop, &[seed, seed + (1 << 32)], number % 4 < 2, || {
             let sink = Collector::new(oracle.layout(), None, u64::MAX);
@@ -146,7 +150,7 @@ fn handlers_on_cores_that_do_not_exist_are_refused() {
     let oracle = Oracle::random(5, layout(&[8]), 255);
     let memory = Memory::new(Kind::Anonymous, oracle.layout());
     for core in [1000, 1 << 20] {
-        let options = FreezeOptions { handlers: Handlers::on_cores([0, core]), ..FreezeOptions::default() };
+        let options = FreezeOptions::default().with_handlers(Handlers::on_cores([0, core]));
         let error = Freezer::prepare(memory.regions(), memory.layout.clone(), &options).unwrap_err();
         assert!(matches!(error, FreezeError::Start(StartError::Core(found)) if found == core), "{error}");
         assert!(error.to_string().contains(&core.to_string()), "{error}");
@@ -160,7 +164,7 @@ fn writers_go_on_while_the_sink_stands_still() {
     let memory = Memory::new(Kind::Anonymous, oracle.layout());
     let stored = populate(&memory, &oracle);
     let before = copy_of(&memory, &stored);
-    let frozen = freeze(&memory, &stored, ByteLen(4 << 20), 1);
+    let frozen = freeze(&memory, ByteLen(4 << 20), 1);
     let gate = Gate::closed();
     let sink = Collector::new(oracle.layout(), Some(gate.clone()), u64::MAX);
     let feed = frozen.start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
@@ -184,7 +188,7 @@ fn a_hole_that_is_written_is_zero_in_the_snapshot() {
         memory.store(BlockId(0), PageIndex(7), &[1; PAGE]);
         let stored = [PageRun::single(BlockId(0), PageIndex(7))];
         let before = copy_of(&memory, &stored);
-        let frozen = freeze(&memory, &stored, ByteLen(1 << 20), 1);
+        let frozen = freeze(&memory, ByteLen(1 << 20), 1);
         for page in (0..4096).step_by(3) {
             memory.store(BlockId(0), PageIndex(page), &[9; 8]);
         }
@@ -204,20 +208,20 @@ fn two_freezes_in_a_row_and_one_that_is_given_up() {
     for kind in [Kind::Anonymous, Kind::MemfdShared] {
         let oracle = Oracle::random(6, layout(&[1500]), 200);
         let memory = Memory::new(kind, oracle.layout());
-        let stored = populate(&memory, &oracle);
+        populate(&memory, &oracle);
         let stop = AtomicBool::new(false);
         storm(&memory, &stop, &[seed()], false, || {
             // Given up before, in the middle of, and without a delivery: the writer goes on.
-            drop(freeze(&memory, &stored, ByteLen(1), 1));
+            drop(freeze(&memory, ByteLen(1), 1));
             for fail_at in [0, 1, 2] {
-                let frozen = freeze(&memory, &stored, ByteLen(1 << 16), 1);
+                let frozen = freeze(&memory, ByteLen(1 << 16), 1);
                 let sink = Collector::new(oracle.layout(), None, fail_at);
                 let feed = frozen.start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
                 assert!(!sink.complete());
                 assert!(matches!(frozen.wait(), Err(FrozenError::Sink(_))));
                 drop(feed);
             }
-            let frozen = freeze(&memory, &stored, ByteLen(1 << 16), 1);
+            let frozen = freeze(&memory, ByteLen(1 << 16), 1);
             frozen.cancel();
             assert!(matches!(frozen.wait(), Err(FrozenError::Cancelled)));
         });
@@ -225,7 +229,7 @@ fn two_freezes_in_a_row_and_one_that_is_given_up() {
         let all: Vec<_> = memory.layout.runs().collect();
         for round in 0..2u8 {
             let before = copy_of(&memory, &all);
-            let frozen = freeze(&memory, &all, ByteLen(1 << 20), 1);
+            let frozen = freeze(&memory, ByteLen(1 << 20), 1);
             memory.store(BlockId(0), PageIndex(100), &[round; PAGE]);
             let sink = Collector::new(oracle.layout(), None, u64::MAX);
             let _feed = frozen.start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
@@ -240,8 +244,8 @@ fn memory_that_is_given_back_before_it_is_saved_fails_the_snapshot() {
     testkit::require!(Userfaultfd);
     let oracle = Oracle::random(7, layout(&[64]), 255);
     let memory = Memory::new(Kind::Anonymous, oracle.layout());
-    let stored = populate(&memory, &oracle);
-    let frozen = freeze(&memory, &stored, ByteLen(1 << 20), 1);
+    populate(&memory, &oracle);
+    let frozen = freeze(&memory, ByteLen(1 << 20), 1);
     give_back(&memory);
     assert!(matches!(frozen.wait(), Err(FrozenError::Discarded { .. })), "{:?}", frozen.stats());
     assert!(memory.load(BlockId(0), PageIndex(3)).iter().all(|&byte| byte == 0));
@@ -253,9 +257,9 @@ fn tight(kind: Kind, pauses: impl Fn(PausePoint) + Send + Sync + 'static) -> (Me
     let memory = Memory::new(kind, oracle.layout());
     let stored = populate(&memory, &oracle);
     let before = copy_of(&memory, &stored);
-    let options = FreezeOptions { pool: ByteLen(1), handlers: Handlers::threads(1) };
+    let options = options(ByteLen(1), 1);
     let freezer = Freezer::prepare(memory.regions(), memory.layout.clone(), &options).unwrap();
-    let frozen = freezer.pauses(pauses).arm(&stored).unwrap();
+    let frozen = freezer.pauses(pauses).arm().unwrap();
     (memory, frozen, before)
 }
 

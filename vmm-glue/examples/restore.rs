@@ -18,7 +18,7 @@ use page_units::{ByteLen, GuestAddr};
 use testkit::guest::{GuestConfig, GuestImage, Privilege, Program, Signal, fill_pages, layout};
 use uffd_engine::{Background, Event, Handlers};
 use vmm_glue::{
-    Backing, Bus, GuestRam, Host, Machine, MachineConfig, Next, RamSpec, RestoreOptions, SaveOptions, SavedVm,
+    Backing, Bus, GuestRam, Host, MachineConfig, NewVm, Next, RamSpec, RestoreOptions, SaveOptions, SavedVm,
     VcpuOptions, Vcpus, save,
 };
 
@@ -94,7 +94,7 @@ fn snapshot(dir: &Path) -> Result<PathBuf, Box<dyn Error>> {
     let program = Program { report_every: 5000, ..Program::write_all(image.window_len()) };
     image.write_program(ram.memory(), 0, &program);
 
-    let machine = Machine::new(&kvm, ram, MachineConfig::full(1))?;
+    let machine = NewVm::new(&kvm, ram, MachineConfig::full(1))?;
     for (number, vcpu) in (0..).zip(machine.vcpus()) {
         image.boot_vcpu(&kvm, vcpu, number);
     }

@@ -16,20 +16,19 @@ use std::time::{Duration, Instant};
 
 use mapped_ram::Writer;
 use page_source::{PageSink, PageSource};
-use page_units::{ByteLen, PageCount, PageRun};
-use uffd_engine::{Engine, FreezeError, Freezer, Frozen};
-use vmstate::{Configuration, DeviceWriter};
+use page_units::{ByteLen, PageCount};
+use uffd_engine::{Engine, Freezer, Frozen};
+use vmstate::{Configuration, DeviceWriter, Section};
 
 pub use self::error::LiveError;
 pub use self::handle::{LiveProgress, LiveReport, LiveSnapshot};
 pub use self::options::{LiveEvent, LiveOptions};
 use self::sink::LiveSink;
-use crate::memory::FreezeClaim;
-use crate::populated::Existing;
-use crate::save::FIRST_DEVICE;
-use crate::state::{Host, MachineState};
-use crate::vcpu::Hold;
-use crate::{GuestRam, Vcpus, blueprint};
+use crate::ram::FreezeClaim;
+use crate::snapshot::FIRST_DEVICE;
+use crate::state::Host;
+use crate::sys::WritesFail;
+use crate::{GuestRam, Machine};
 
 /// What the blackout was spent on.
 #[derive(Clone, Copy, Debug, Default)]
@@ -41,25 +40,10 @@ pub struct Blackout {
     pub drain: Duration,
     /// Reading the device state from KVM, after that: the interrupts of I/O that was drained are in it.
     pub state: Duration,
-    /// Looking up where shared memory has pages; which ones exactly is looked up when the guest runs again. Private memory
-    /// needs no look-up.
-    pub look_up: Duration,
-    /// Write-protecting them.
+    /// Write-protecting memory. Which pages of shared memory exist exactly is looked up when the guest runs again.
     pub arm: Duration,
     /// All of it: from the request to stop until the vCPUs were let go. No vCPU stood still longer.
     pub total: Duration,
-}
-
-/// Lets the held vCPUs go on, whatever happens.
-struct Held<'a> {
-    vcpus: &'a Vcpus,
-    hold: Hold,
-}
-
-impl Drop for Held<'_> {
-    fn drop(&mut self) {
-        self.vcpus.let_go(&self.hold);
-    }
 }
 
 /// Takes a snapshot while the guest runs. Returns when it runs again; the file is written from then on, appears at
@@ -90,56 +74,46 @@ impl Drop for Held<'_> {
 /// # Errors
 /// If anything fails: the guest goes on as it was, and there is no file, or the one that was there before.
 pub fn snapshot_live(
-    vcpus: &Vcpus,
+    machine: &dyn Machine,
     host: &Host,
     path: &Path,
     options: &LiveOptions,
 ) -> Result<LiveSnapshot, LiveError> {
-    take(vcpus, host, path, options, None)
+    take(machine, host, path, options, None)
 }
 
 /// As [`snapshot_live`], with the engine that loads the memory, if one does.
 pub(crate) fn take(
-    vcpus: &Vcpus,
+    machine: &dyn Machine,
     host: &Host,
     path: &Path,
     options: &LiveOptions,
     engine: Option<&Engine>,
 ) -> Result<LiveSnapshot, LiveError> {
     let begun = Instant::now();
-    let ram = vcpus.ram();
+    // In the threads that are started here as well, and that write.
+    let _writes = WritesFail::new().map_err(LiveError::Signals)?;
+    let ram = machine.ram();
     check::memory(ram)?;
     if options.check_mappings {
         check::mappings(ram)?;
     }
-    let existing = Existing::new(ram).map_err(LiveError::Populated)?;
-    existing.prepare().map_err(LiveError::Populated)?;
     let claim = FreezeClaim::new(ram).ok_or(LiveError::Busy)?;
     let freezer = freezer(ram, options, engine)?;
     let mut devices = DeviceWriter::new(FIRST_DEVICE);
-    devices.push(blueprint::section(ram)?);
+    devices.push(ram.section()?);
     let configuration = Configuration::new(options.machine.clone());
     let writer = Writer::create(path, &configuration, ram.layout().clone())?;
     if options.check_space {
-        check::space(ram, &existing, &writer, engine.map_or(PageCount(0), Engine::missing))?;
+        check::space(ram, &writer, engine.map_or(PageCount(0), Engine::missing))?;
     }
     let sink = Arc::new(LiveSink::new(writer, claim));
 
-    let Taken { state, frozen, mut populated, blackout } = match freeze(vcpus, host, freezer, &existing, options) {
-        // The last page came just before the freeze point: the memory is complete, and frozen without the engine.
-        Err(LiveError::Freeze(FreezeError::EngineEnded)) => {
-            freeze(vcpus, host, self::freezer(ram, options, engine)?, &existing, options)
-        }
-        done => done,
-    }?;
+    let Taken { sections, frozen, blackout } = freeze(machine, host, freezer, options)?;
     options.tell(&LiveEvent::FreezePoint { blackout: blackout.total });
-    if !frozen.is_loading() {
-        existing.refine(&mut populated).map_err(LiveError::Populated)?;
-        frozen.set_populated(&populated.concat());
-    }
 
     let frozen = Arc::new(frozen);
-    for section in state.sections()? {
+    for section in sections {
         devices.push(section);
     }
     let state = devices.finish(&options.machine)?;
@@ -151,55 +125,38 @@ pub(crate) fn take(
 
 /// Everything a freeze needs: with the engine, as long as that is loading.
 fn freezer(ram: &GuestRam, options: &LiveOptions, engine: Option<&Engine>) -> Result<Freezer, LiveError> {
-    let regions = ram.regions(ram.layout())?;
-    match engine.map(|engine| (engine, engine.freezer(regions.clone(), ram.layout().clone(), &options.freeze))) {
-        Some((engine, Err(FreezeError::EngineEnded))) => match engine.wait() {
-            Ok(_) => {}
-            Err(error) => return Err(LiveError::Load(error)),
-        },
-        Some((_, done)) => return Ok(done?),
-        None => {}
-    }
-    Ok(Freezer::prepare(regions, ram.layout().clone(), &options.freeze)?)
+    let (regions, layout) = (ram.regions(ram.layout())?, ram.layout().clone());
+    Ok(match engine {
+        Some(engine) => engine.freezer(regions, layout, &options.freeze)?,
+        None => Freezer::prepare(regions, layout, &options.freeze)?,
+    })
 }
 
 /// What was taken while the guest stood still.
 struct Taken {
-    state: MachineState,
+    sections: Vec<Section>,
     frozen: Frozen,
-    /// Where shared memory has pages, by piece.
-    populated: Vec<Vec<PageRun>>,
     blackout: Blackout,
 }
 
 /// The blackout, and all of it.
-fn freeze(
-    vcpus: &Vcpus,
-    host: &Host,
-    freezer: Freezer,
-    existing: &Existing<'_>,
-    options: &LiveOptions,
-) -> Result<Taken, LiveError> {
+fn freeze(machine: &dyn Machine, host: &Host, freezer: Freezer, options: &LiveOptions) -> Result<Taken, LiveError> {
     let begun = Instant::now();
     let mut last = begun;
     let mut lap = || {
         let now = Instant::now();
         now - std::mem::replace(&mut last, now)
     };
-    let held = Held { vcpus, hold: vcpus.hold(options.stop_limit)? };
+    let mut held = machine.hold(options.stop_limit)?;
     let stop = lap();
     // First: I/O that ends raises interrupts, which belong into the state.
-    options.drain(vcpus.ram()).map_err(LiveError::Drain)?;
+    options.drain(machine.ram()).map_err(LiveError::Drain)?;
     let drain = lap();
-    let state = vcpus.save_state(host)?;
+    let sections = held.sections(host)?;
     let saved = lap();
-    // An engine knows itself which pages there are, and has to know of no others.
-    let populated = if freezer.is_loading() { existing.shared_pages() } else { existing.shared_page_tables() };
-    let populated = populated.map_err(LiveError::Populated)?;
-    let look_up = lap();
-    let frozen = freezer.arm(&populated.concat())?;
+    let frozen = freezer.arm()?;
     let arm = lap();
     drop(held);
-    let blackout = Blackout { stop, state: saved, drain, look_up, arm, total: begun.elapsed() };
-    Ok(Taken { state, frozen, populated, blackout })
+    let blackout = Blackout { stop, state: saved, drain, arm, total: begun.elapsed() };
+    Ok(Taken { sections, frozen, blackout })
 }

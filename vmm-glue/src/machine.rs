@@ -1,129 +1,82 @@
-//! A VM, made in the order that is fast and right.
+//! What saving a machine asks of its VMM.
 
-use std::io;
+use std::error::Error;
 use std::sync::Arc;
+use std::time::Duration;
 
-use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
-use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use vmstate::Section;
 
-use crate::{GuestRam, MachineState, MemoryError};
+#[cfg(feature = "vcpus")]
+use crate::VcpuError;
+use crate::{GuestRam, Host, StateError};
 
-/// What a machine consists of besides memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MachineConfig {
-    /// How many vCPUs.
-    pub vcpus: u32,
-    /// Whether the interrupt controllers (local APICs, I/O APIC, two 8259) are in the kernel.
-    pub irqchip: bool,
-    /// Whether the timer (8254) is in the kernel; takes `irqchip`.
-    pub pit: bool,
-}
+/// No time limit: longer than anything waits, and still a time that can be added to now.
+pub(crate) const FOR_EVER: Duration = Duration::from_secs(1 << 32);
 
-impl MachineConfig {
-    /// So many vCPUs and no interrupt controllers.
-    #[must_use]
-    pub fn bare(vcpus: u32) -> MachineConfig {
-        MachineConfig { vcpus, irqchip: false, pit: false }
-    }
+/// A machine that can be saved, also while it runs: its memory, and how its vCPUs are made to stand still. The
+/// [`Vcpus`](crate::Vcpus) of this crate are one; a VMM with vCPU threads of its own implements it for them
+/// (`examples/own_vmm`).
+pub trait Machine: Send + Sync {
+    /// The guest's memory.
+    fn ram(&self) -> &Arc<GuestRam>;
 
-    /// So many vCPUs, interrupt controllers and timer.
-    #[must_use]
-    pub fn full(vcpus: u32) -> MachineConfig {
-        MachineConfig { vcpus, irqchip: true, pit: true }
-    }
-
-    /// The machine that such state needs.
-    #[must_use]
-    pub fn of(state: &MachineState) -> MachineConfig {
-        let vcpus = u32::try_from(state.vcpus.len()).unwrap_or(u32::MAX);
-        MachineConfig { vcpus, irqchip: state.vm.interrupts.is_some(), pit: state.vm.pit.is_some() }
-    }
-}
-
-/// A VM with its memory and its vCPUs, of which none has a thread yet.
-#[derive(Debug)]
-pub struct Machine {
-    // Dropped in this order: the vCPUs and the VM go before the memory that KVM knows by address.
-    pub(crate) vcpus: Vec<VcpuFd>,
-    pub(crate) vm: VmFd,
-    pub(crate) ram: Arc<GuestRam>,
-    pub(crate) config: MachineConfig,
-}
-
-/// Why a machine can't be made.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum MachineError {
-    /// KVM refused.
-    #[error("{call} failed: {error}")]
-    Kvm {
-        /// Which call.
-        call: &'static str,
-        /// What KVM said.
-        #[source]
-        error: io::Error,
-    },
-    /// Memory could not be given to it.
-    #[error(transparent)]
-    Memory(#[from] MemoryError),
-}
-
-fn failed(call: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> MachineError {
-    move |error| MachineError::Kvm { call, error: error.into() }
-}
-
-impl Machine {
-    /// Makes a VM: memory slots first, then the chips (the first slot would take milliseconds after them), then the
-    /// vCPUs.
+    /// Makes all vCPUs stand still, and returns when they do, at the latest after `limit`.
+    ///
+    /// What an implementation has to see to:
+    /// - No vCPU is in `KVM_RUN`, and none begins it before the guard is dropped. What its last exit asked for is
+    ///   completed: after an I/O or MMIO exit KVM finishes the instruction in the next `KVM_RUN`, with `immediate_exit` set.
+    /// - It holds nothing that a page fault handler needs, and waits for nothing but vCPUs: one that waits for a page of
+    ///   memory inside the kernel may not stop before that is there, hence the limit.
+    /// - vCPUs that stood still before (paused, or stopped by a device) do not run afterwards either.
     ///
     /// # Errors
-    /// If KVM refuses.
-    pub fn new(kvm: &Kvm, ram: Arc<GuestRam>, config: MachineConfig) -> Result<Machine, MachineError> {
-        let vm = Machine::empty(kvm)?;
-        ram.set_slots(&vm)?;
-        Machine::furnish(vm, ram, config)
+    /// If not all of them stop in time, or one of them can't go on. Those that were stopped for this run again then.
+    fn hold(&self, limit: Duration) -> Result<Box<dyn Held + '_>, StopError>;
+}
+
+impl<M: Machine + ?Sized> Machine for Arc<M> {
+    fn ram(&self) -> &Arc<GuestRam> {
+        M::ram(self)
     }
 
-    /// A VM with nothing in it.
-    pub(crate) fn empty(kvm: &Kvm) -> Result<VmFd, MachineError> {
-        kvm.create_vm().map_err(failed("KVM_CREATE_VM"))
+    fn hold(&self, limit: Duration) -> Result<Box<dyn Held + '_>, StopError> {
+        M::hold(self, limit)
     }
+}
 
-    /// Puts chips and vCPUs into a VM that has its memory.
-    pub(crate) fn furnish(vm: VmFd, ram: Arc<GuestRam>, config: MachineConfig) -> Result<Machine, MachineError> {
-        if config.irqchip {
-            vm.create_irq_chip().map_err(failed("KVM_CREATE_IRQCHIP"))?;
-        }
-        if config.pit {
-            let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..kvm_pit_config::default() };
-            vm.create_pit2(pit).map_err(failed("KVM_CREATE_PIT2"))?;
-        }
-        let create = |id: u32| vm.create_vcpu(id.into()).map_err(failed("KVM_CREATE_VCPU"));
-        let vcpus = (0..config.vcpus).map(create).collect::<Result<_, _>>()?;
-        Ok(Machine { vcpus, vm, ram, config })
-    }
+/// vCPUs that stand still. Dropping it lets those run again that ran before, and their guest is told that it was stopped
+/// ([`tell_stopped`](crate::state::tell_stopped)).
+pub trait Held {
+    /// Takes the state of the machine as device sections: those of [`MachineState`](crate::MachineState), and those of the
+    /// VMM's own devices, by any other names. Called at most once, after the caller's devices have come to rest.
+    ///
+    /// # Errors
+    /// If it can't be taken: nothing is saved then.
+    fn sections(&mut self, host: &Host) -> Result<Vec<Section>, StateError>;
 
-    /// The VM.
-    #[must_use]
-    pub fn vm(&self) -> &VmFd {
-        &self.vm
-    }
+    /// Leaves the vCPUs as they are: they stand still until their VMM lets them run.
+    fn keep(self: Box<Self>);
+}
 
-    /// The vCPUs, in the order of their numbers.
-    #[must_use]
-    pub fn vcpus(&self) -> &[VcpuFd] {
-        &self.vcpus
-    }
-
-    /// The memory.
-    #[must_use]
-    pub fn ram(&self) -> &Arc<GuestRam> {
-        &self.ram
-    }
-
-    /// What it consists of.
-    #[must_use]
-    pub fn config(&self) -> MachineConfig {
-        self.config
-    }
+/// Why vCPUs did not stop.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StopError {
+    /// They are still in `KVM_RUN`: most likely they wait for a page of memory. They stop as soon as it is there.
+    #[error(
+        "vCPUs {vcpus:?} did not stop within {limit:?}: most likely they wait for pages of memory that have not come yet"
+    )]
+    Timeout {
+        /// Which.
+        vcpus: Vec<u32>,
+        /// The time they had.
+        limit: Duration,
+    },
+    /// One of them has failed.
+    #[cfg(feature = "vcpus")]
+    #[error(transparent)]
+    Failed(#[from] Arc<VcpuError>),
+    /// A VMM's own reason.
+    #[error("the vCPUs can't be stopped: {0}")]
+    Other(#[source] Box<dyn Error + Send + Sync>),
 }

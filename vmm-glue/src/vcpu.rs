@@ -8,14 +8,15 @@
 mod bus;
 mod exit;
 mod group;
+mod held;
 mod launch;
+mod new_vm;
 mod run;
 mod table;
 
 pub use bus::{Bus, Next};
 pub use exit::{FailedPage, VcpuError};
-pub(crate) use group::FOR_EVER;
-pub use group::{StopError, VcpuOptions, Vcpus};
+pub use group::{VcpuOptions, Vcpus};
 pub(crate) use launch::Launch;
-pub(crate) use table::Hold;
+pub use new_vm::{MachineConfig, MachineError, NewVm};
 pub use table::StopHandle;

@@ -10,8 +10,8 @@ use page_units::{GuestAddr, PageCount};
 use uffd_engine::{Engine, EngineError};
 
 use crate::live::{self, LiveError, LiveOptions, LiveSnapshot};
-use crate::report::RestoreReport;
-use crate::save::{SaveError, SaveOptions, Saved, save};
+use crate::snapshot::RestoreReport;
+use crate::snapshot::{SaveError, SaveOptions, Saved, save};
 use crate::state::Host;
 use crate::vcpu::VcpuError;
 use crate::{StopError, Vcpus};

@@ -70,7 +70,7 @@ fn huge_pages_too() {
             vcpus.resume();
             for pool in [32, 4] {
                 live::progress(&vcpus, &image, 100);
-                let freeze = FreezeOptions { pool: ByteLen(pool << 20), ..FreezeOptions::default() };
+                let freeze = FreezeOptions::default().with_pool(ByteLen(pool << 20));
                 live::snapshot(&vcpus, &path, &LiveOptions::default().with_freeze(freeze)).unwrap();
             }
             live::finish(&vcpus, &image, &bus, &kind);
@@ -90,7 +90,8 @@ fn a_tiny_pool_and_several_handlers_lose_nothing() {
         vcpus.resume();
         for (pages, threads) in [(1, 1), (1, 3), (5, 2), (64, 2)] {
             live::progress(&vcpus, &image, 100);
-            let freeze = FreezeOptions { pool: ByteLen(pages << 12), handlers: Handlers::threads(threads) };
+            let freeze =
+                FreezeOptions::default().with_pool(ByteLen(pages << 12)).with_handlers(Handlers::threads(threads));
             live::snapshot(&vcpus, &path, &LiveOptions::default().with_freeze(freeze)).unwrap();
         }
         live::finish(&vcpus, &image, &bus, &kind);
@@ -401,7 +402,7 @@ fn a_guest_that_ends_meanwhile_is_saved_all_the_same() {
         let host = Host::probe(&Kvm::new().unwrap()).unwrap();
         let copy = live::Copy::default();
         // A pool so small that vCPUs wait for it when they are told to end.
-        let freeze = FreezeOptions { pool: ByteLen(4096), ..FreezeOptions::default() };
+        let freeze = FreezeOptions::default().with_pool(ByteLen(4096));
         let options = copy.options(LiveOptions::default().with_freeze(freeze));
         let snapshot = snapshot_live(&vcpus, &host, &path, &options).unwrap();
         drop(vcpus);

@@ -18,7 +18,8 @@ use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng};
 use testkit::require;
 use vm_memory::Bytes;
-use vmm_glue::{Backing, GuestRam, Host, LiveError, LiveOptions, MachineConfig, Memory, Vcpus, snapshot_live};
+use vm_memory::GuestMemoryMmap;
+use vmm_glue::{Backing, GuestRam, Host, LiveError, LiveOptions, MachineConfig, Vcpus, snapshot_live};
 
 fn host() -> Host {
     Host::probe(&Kvm::new().unwrap()).unwrap()
@@ -200,9 +201,9 @@ fn memory_whose_writes_can_not_be_caught_is_refused_by_name() {
             let guest = vm_memory::GuestAddress(number << 24);
             vm_memory::GuestRegionMmap::new(builder.build().unwrap(), guest).unwrap()
         };
-        let memory = Memory::from_regions((0..mappings).map(region).collect()).unwrap();
+        let memory = GuestMemoryMmap::from_regions((0..mappings).map(region).collect()).unwrap();
         let ram = Arc::new(GuestRam::adopt(memory, |guest| format!("ram{guest}")).unwrap());
-        let machine = vmm_glue::Machine::new(&Kvm::new().unwrap(), ram, MachineConfig::bare(1)).unwrap();
+        let machine = vmm_glue::NewVm::new(&Kvm::new().unwrap(), ram, MachineConfig::bare(1)).unwrap();
         let options = vmm_glue::VcpuOptions { paused: true, ..vmm_glue::VcpuOptions::default() };
         let vcpus = Vcpus::start(machine, Arc::new(Signals::default()), options).unwrap();
         let error = snapshot_live(&vcpus, &host(), &dir.path().join("live.mr"), &LiveOptions::default()).unwrap_err();
@@ -280,9 +281,9 @@ fn a_limit_on_the_length_of_files() {
     for role in ["limited", "limited at the end"] {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("live.mr");
-        // The signal is ignored, and stays so over `exec`.
+        // The signal would end the process.
         let mut shell = Command::new("sh");
-        shell.args(["-c", "trap '' XFSZ; exec \"$0\" \"$@\""]).arg(std::env::current_exe().unwrap());
+        shell.args(["-c", "trap - XFSZ; exec \"$0\" \"$@\""]).arg(std::env::current_exe().unwrap());
         let output = child(&mut shell, role, &path).output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         assert_eq!(live::names(dir.path()), [""; 0]);

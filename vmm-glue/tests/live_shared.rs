@@ -18,12 +18,22 @@ use page_units::{ByteLen, GuestAddr, HostAddr};
 use testkit::guest::{GuestImage, Pattern, Privilege};
 use testkit::hugepages::Overcommit;
 use testkit::require;
+use vm_memory::bitmap::Bitmap;
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
-use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
-use vmm_glue::{
-    Backing, GuestRam, Host, LiveError, LiveOptions, Machine, MachineConfig, Memory, RamSpec, SaveOptions, VcpuOptions,
-    Vcpus, save, snapshot_live,
+use vm_memory::{
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
 };
+use vmm_glue::{
+    Backing, GuestRam, Host, LiveError, LiveOptions, MachineConfig, NewVm, RamSpec, SaveOptions, VcpuOptions, Vcpus,
+    save, snapshot_live,
+};
+
+/// Memory of a VMM, as it maps it.
+type Memory = GuestMemoryMmap<()>;
+
+fn write<B: Bitmap>(memory: &GuestMemoryMmap<B>, page: u64, byte: u8) {
+    memory.write_slice(&[byte; 5000], GuestAddress(page * HUGE + 3000)).unwrap();
+}
 
 const HUGE: u64 = 2 << 20;
 
@@ -48,7 +58,7 @@ fn adopted(memory: Memory) -> GuestRam {
 
 /// vCPUs that do not run, with this memory.
 fn standing(ram: GuestRam) -> Vcpus {
-    let machine = Machine::new(&Kvm::new().unwrap(), Arc::new(ram), MachineConfig::bare(1)).unwrap();
+    let machine = NewVm::new(&Kvm::new().unwrap(), Arc::new(ram), MachineConfig::bare(1)).unwrap();
     let options = VcpuOptions { paused: true, ..VcpuOptions::default() };
     Vcpus::start(machine, Arc::new(Signals::default()), options).unwrap()
 }
@@ -85,11 +95,8 @@ fn huge_pages_that_were_never_mapped_here_are_saved() {
         let file = File::from(memfd_create("shared", flags).unwrap());
         file.set_len(16 * HUGE).unwrap();
         let regions = blocks.map(|(first, pages)| map(&file, first, pages));
-        let vcpus = standing(adopted(Memory::from_regions(regions.into()).unwrap()));
-        let theirs = Memory::from_regions(vec![map(&file, 0, 16)]).unwrap();
-        let write = |memory: &Memory, page: u64, byte: u8| {
-            memory.write_slice(&[byte; 5000], GuestAddress(page * HUGE + 3000)).unwrap();
-        };
+        let vcpus = standing(adopted(GuestMemoryMmap::from_regions(regions.into()).unwrap()));
+        let theirs = GuestMemoryMmap::from_regions(vec![map(&file, 0, 16)]).unwrap();
         // Mapped here: 0 and 9. Filled there: 2, 3, 7, 8 and 12. There and zero: 5.
         for page in [0, 9] {
             write(vcpus.ram().memory(), page, 0x11);
@@ -182,7 +189,7 @@ fn a_sealed_memfd_can_not_be_mapped_writable_a_second_time() {
     let path = dir.path().join("live.mr");
     let file = File::from(memfd_create("sealed", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING).unwrap());
     file.set_len(2 * HUGE).unwrap();
-    let vcpus = standing(adopted(Memory::from_regions(vec![map(&file, 0, 2)]).unwrap()));
+    let vcpus = standing(adopted(GuestMemoryMmap::from_regions(vec![map(&file, 0, 2)]).unwrap()));
     fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::from_bits_retain(libc::F_SEAL_FUTURE_WRITE))).unwrap();
     let refused = |error: Option<i32>| assert_eq!(error, Some(libc::EPERM));
     refused(match map_with(&file, 0, 2, libc::PROT_READ | libc::PROT_WRITE) {

@@ -12,7 +12,7 @@ use page_files::{FlatBlock, FlatSink};
 use page_source::{PumpOptions, pump};
 use page_units::{BlockId, ByteLen, GuestAddr, HostAddr, Layout, PageIndex, PageSize, RamBlock};
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{Bytes, FileOffset, GuestAddress, GuestRegionMmap};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 use vmm_glue::{Backing, GuestRam, Memory, RamSource, RamSpec};
 
 /// A page that is touched may bring a whole huge page, where the system is set up so.
@@ -97,7 +97,7 @@ fn huge_pages_are_recognised() {
         let builder = builder.with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE).with_mmap_flags(flags);
         let builder = if let Some(file) = file { builder.with_file_offset(file) } else { builder };
         let region = GuestRegionMmap::new(builder.build().unwrap(), GuestAddress(0)).unwrap();
-        let ram = GuestRam::adopt(Memory::from_regions(vec![region]).unwrap(), |_| "ram".into())?;
+        let ram = GuestRam::adopt(GuestMemoryMmap::from_regions(vec![region]).unwrap(), |_| "ram".into())?;
         let piece = &ram.pieces()[0];
         Ok::<_, vmm_glue::MemoryError>((piece.backing, piece.shared))
     };
@@ -165,7 +165,7 @@ fn what_was_never_touched_here_is_saved_too() {
         let builder = builder.with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE).with_mmap_flags(flags);
         let builder = if let Some(file) = file { builder.with_file_offset(file) } else { builder };
         let region = GuestRegionMmap::new(builder.build().unwrap(), GuestAddress(0)).unwrap();
-        let memory = Memory::from_regions(vec![region]).unwrap();
+        let memory = GuestMemoryMmap::from_regions(vec![region]).unwrap();
         memory.write_slice(b"hello", GuestAddress(5 * 4096 + 7)).unwrap();
         expected[5 * 4096 + 7..][..5].copy_from_slice(b"hello");
         let ram = Arc::new(GuestRam::adopt(memory, |_| "ram".into()).unwrap());

@@ -12,29 +12,29 @@ use proptest::prelude::*;
 use testkit::guest::{GuestConfig, GuestImage, Privilege};
 use testkit::require;
 use vmm_glue::{
-    Backing, GuestRam, Host, Machine, MachineConfig, MachineState, RestoreOptions, Restored, SaveOptions, SavedVm,
+    Backing, GuestRam, Host, MachineConfig, MachineState, NewVm, RestoreOptions, Restored, SaveOptions, SavedVm,
     StateError, VcpuOptions, VcpuState, Vcpus, VmState,
 };
 use vmstate::{Section, VmDesc, walk};
 
-fn machine(kvm: &Kvm, config: MachineConfig) -> Machine {
+fn machine(kvm: &Kvm, config: MachineConfig) -> NewVm {
     let ram = Arc::new(GuestRam::allocate(&common::specs(), Backing::Anonymous).unwrap());
     let vcpus = u8::try_from(config.vcpus).unwrap();
     let image = GuestImage::build(ram.memory(), GuestConfig { privilege: Privilege::User, vcpus });
-    let machine = Machine::new(kvm, ram, config).unwrap();
+    let machine = NewVm::new(kvm, ram, config).unwrap();
     for (number, vcpu) in (0..).zip(machine.vcpus()) {
         image.boot_vcpu(kvm, vcpu, number);
     }
     machine
 }
 
-fn save(machine: &Machine, host: &Host) -> MachineState {
+fn save(machine: &NewVm, host: &Host) -> MachineState {
     let vcpus: Vec<_> = machine.vcpus().iter().collect();
     let config = machine.config();
     MachineState::save(machine.vm(), &vcpus, host, config.irqchip, config.pit).unwrap()
 }
 
-fn restore(state: &MachineState, machine: &Machine, host: &Host) -> Result<Restored, StateError> {
+fn restore(state: &MachineState, machine: &NewVm, host: &Host) -> Result<Restored, StateError> {
     let vcpus: Vec<_> = machine.vcpus().iter().collect();
     state.restore(machine.vm(), &vcpus, host)
 }
@@ -193,7 +193,7 @@ fn survives(words: &[u64], config: MachineConfig) {
 
 /// The same through a snapshot, and into a machine that was just created: there less is put back than in one that was
 /// used before.
-fn survives_in_a_file(machine: Machine, state: &MachineState, kvm: &Kvm, host: &Host, on_demand: bool) {
+fn survives_in_a_file(machine: NewVm, state: &MachineState, kvm: &Kvm, host: &Host, on_demand: bool) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("guest.mr");
     let bus = || Arc::new(Signals::default());

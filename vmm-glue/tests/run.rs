@@ -13,7 +13,7 @@ use testkit::gate::Gate;
 use testkit::guest::{Privilege, Program, Signal};
 use testkit::require;
 use vm_memory::{Bytes, GuestAddress};
-use vmm_glue::{Backing, Bus, GuestRam, Machine, MachineConfig, Next, RamSpec, StopError, VcpuOptions, Vcpus};
+use vmm_glue::{Backing, Bus, GuestRam, MachineConfig, NewVm, Next, RamSpec, StopError, VcpuOptions, Vcpus};
 
 #[test]
 fn guests_do_their_work_at_both_levels() {
@@ -130,7 +130,7 @@ fn a_stop_that_is_taken_back_is_no_stop() {
     let spec = RamSpec::new("ram").at(GuestAddr(0), ByteLen(0x1_0000));
     let ram = Arc::new(GuestRam::allocate(&[spec], Backing::Anonymous).unwrap());
     ram.memory().write_slice(&TWO_ACCESSES, GuestAddress(0x1000)).unwrap();
-    let machine = Machine::new(&kvm, ram, MachineConfig::bare(1)).unwrap();
+    let machine = NewVm::new(&kvm, ram, MachineConfig::bare(1)).unwrap();
     let vcpu = &machine.vcpus()[0];
     let mut sregs = vcpu.get_sregs().unwrap();
     (sregs.cs.base, sregs.cs.selector) = (0, 0);

@@ -9,7 +9,7 @@ use kvm_ioctls::Kvm;
 use testkit::guest::{GuestImage, Privilege};
 use testkit::require;
 use vm_memory::{Bytes, GuestAddress};
-use vmm_glue::{Backing, Bus, GuestRam, Host, Machine, MachineConfig, MachineState, VcpuOptions, Vcpus};
+use vmm_glue::{Backing, Bus, GuestRam, Host, MachineConfig, MachineState, NewVm, VcpuOptions, Vcpus};
 
 /// A second machine with a copy of the first one's memory and state.
 fn clone_of(rig: &Rig, state: &MachineState, host: &Host) -> Rig {
@@ -21,7 +21,7 @@ fn clone_of(rig: &Rig, state: &MachineState, host: &Host) -> Rig {
             ram.memory().write_slice(&page, GuestAddress(at)).unwrap();
         }
     }
-    let machine = Machine::new(&Kvm::new().unwrap(), Arc::clone(&ram), MachineConfig::of(state)).unwrap();
+    let machine = NewVm::new(&Kvm::new().unwrap(), Arc::clone(&ram), MachineConfig::of(state)).unwrap();
     let bus = Arc::new(common::Signals::default());
     let options = VcpuOptions { paused: true, ..VcpuOptions::default() };
     let vcpus = Vcpus::start(machine, Arc::clone(&bus) as Arc<dyn Bus>, options).unwrap();

@@ -180,8 +180,7 @@ impl<'a> Value<'a> {
     }
 
     /// Whether the encoding is a big-endian integer.
-    #[must_use]
-    pub fn is_integer(&self) -> bool {
+    pub(crate) fn is_integer(&self) -> bool {
         let kind = self.kind;
         kind == "bool" || kind == "timer" || kind.starts_with("uint") || kind.starts_with("int")
     }

@@ -14,6 +14,7 @@ mod bench;
 mod demo;
 mod e2e;
 mod hung;
+mod kernels;
 mod package;
 mod results;
 mod run;
@@ -40,6 +41,11 @@ enum Task {
     Test(test::Args),
     /// Run the tests against a real QEMU only
     E2e(e2e::Args),
+    /// Run the tests of memory and permissions on the kernels that users have, in QEMU
+    Kernels(kernels::Args),
+    /// Run the test programs, as the init of a test machine
+    #[command(hide = true)]
+    InGuest(kernels::GuestArgs),
     /// Measure, each figure as a ratio to the floor measured in the same run
     Bench(bench::Args),
     /// Install what is missing on this machine (as root on Debian), or print the command that does
@@ -53,6 +59,8 @@ fn main() -> ExitCode {
         Task::Demo(args) => demo::run(&args),
         Task::Test(args) => test::run(&args),
         Task::E2e(args) => e2e::run(&args),
+        Task::Kernels(args) => kernels::run(&args),
+        Task::InGuest(args) => kernels::run_guest(&args),
         Task::Bench(args) => bench::run(&args),
         Task::Setup(args) => setup::run(&args),
         Task::Tidy => tidy::run(),

@@ -38,6 +38,13 @@ impl Counts {
         }
     }
 
+    /// Adds those of another run.
+    pub(crate) fn add(&mut self, other: Counts) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.skipped += other.skipped;
+    }
+
     /// Moves the tests that returned early for lack of something from `passed` to `skipped`.
     pub(crate) fn take_skips(&mut self, skips: &[String]) {
         let count = u64::try_from(skips.len()).unwrap_or(u64::MAX);

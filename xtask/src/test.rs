@@ -5,6 +5,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use crate::e2e;
+use crate::kernels;
 use crate::package;
 use crate::results::{Counts, Limits, read_skips, run_counted};
 use crate::run::{Done, cargo, cargo_path, root, run as run_command, show, succeeded};
@@ -20,10 +21,10 @@ use crate::tidy;
   FASTLOAD_SEED=7 cargo xtask test
                                the same random moments as the run that said \"SEED ...: 7\"")]
 pub(crate) struct Args {
-    /// Also the long matrices (an hour or more)
+    /// Also the long matrices and all kernels (an hour or more)
     #[arg(long, conflicts_with = "quick")]
     full: bool,
-    /// Without documentation, packages, fuzz targets and QEMU
+    /// Without documentation, packages, fuzz targets, QEMU and other kernels
     #[arg(long)]
     quick: bool,
 }
@@ -59,6 +60,7 @@ pub(crate) fn run(args: &Args) -> Done {
         gate.step("packages", |_| package::run(root()));
         gate.step("fuzz targets", fuzz);
         gate.step("tests with QEMU", |gate| gate.e2e(&split.qemu));
+        gate.step("other kernels", |gate| kernels::in_gate(gate.full, &mut gate.counts));
     }
     gate.finish()
 }
@@ -127,7 +129,9 @@ impl Gate {
     }
 
     fn e2e(&mut self, targets: &[String]) -> Done {
-        setup::ensure_or_skip(Need::Qemu)?;
+        for need in [Need::Qemu, Need::QemuTools, Need::OlderQemu] {
+            setup::ensure_or_skip(need)?;
+        }
         if targets.is_empty() {
             return Ok(());
         }

@@ -1,7 +1,9 @@
 //! Commands, their answers, and events.
 
 use std::collections::VecDeque;
+use std::fs::File;
 use std::io::{self, IoSlice, Write};
+use std::net::{TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -14,8 +16,9 @@ use nix::sys::socket::{
 };
 use serde_json::{Value, json};
 
-use crate::QmpError;
+use crate::processes::{self, AtSocket};
 use crate::reader::{NoMessage, Reader};
+use crate::{QmpAddress, QmpError};
 
 /// Events kept until somebody asks; the oldest are dropped first.
 const MOST_EVENTS: usize = 4096;
@@ -27,8 +30,23 @@ const NEGOTIATION: &str = "qmp_capabilities";
 const AGAIN: Duration = Duration::from_millis(10);
 
 /// Connects; `None` if there was no room in time: QEMU takes one client, and lets one wait.
-fn connect_until(path: &Path, until: Instant) -> io::Result<Option<UnixStream>> {
-    let address = UnixAddr::new(path)?;
+fn connect_until(address: &QmpAddress, until: Instant) -> io::Result<Option<UnixStream>> {
+    match address {
+        QmpAddress::Unix(path) => connect_unix(path, until),
+        QmpAddress::Tcp(host, port) => connect_tcp(host, *port, until).map(Some),
+    }
+}
+
+fn connect_unix(path: &Path, until: Instant) -> io::Result<Option<UnixStream>> {
+    // A name that is longer than an address has room for is reached through its directory.
+    let mut near = None;
+    let address = match (UnixAddr::new(path), path.parent(), path.file_name()) {
+        (Err(Errno::ENAMETOOLONG), Some(directory), Some(name)) => {
+            let directory = near.insert(File::open(directory)?);
+            UnixAddr::new(&Path::new(&format!("/proc/self/fd/{}", directory.as_raw_fd())).join(name))?
+        }
+        (address, ..) => address?,
+    };
     let fd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC, None)?;
     while let Err(error) = connect(fd.as_raw_fd(), &address) {
         if !matches!(error, Errno::EAGAIN | Errno::EINTR) {
@@ -43,6 +61,22 @@ fn connect_until(path: &Path, until: Instant) -> io::Result<Option<UnixStream>> 
     let socket = UnixStream::from(fd);
     socket.set_nonblocking(false)?;
     Ok(Some(socket))
+}
+
+fn connect_tcp(host: &str, port: u16, until: Instant) -> io::Result<UnixStream> {
+    let mut failed = io::Error::from(io::ErrorKind::NotFound);
+    for address in (host, port).to_socket_addrs()? {
+        let left = until.saturating_duration_since(Instant::now()).max(AGAIN);
+        match TcpStream::connect_timeout(&address, left) {
+            Ok(socket) => {
+                socket.set_nodelay(true)?;
+                // From here on it is a stream of bytes like the other kind, and read, written and closed alike.
+                return Ok(UnixStream::from(OwnedFd::from(socket)));
+            }
+            Err(error) => failed = error,
+        }
+    }
+    Err(failed)
 }
 
 /// Something that QEMU said unasked.
@@ -68,6 +102,7 @@ pub struct Qmp {
     limit: Duration,
     version: (u64, u64, u64),
     out_of_band: bool,
+    passes_fds: bool,
 }
 
 impl Qmp {
@@ -75,18 +110,24 @@ impl Qmp {
     /// limit of each command.
     ///
     /// # Errors
-    /// If nothing answers at `path`, or not in time (QEMU serves one client at a time).
-    pub fn connect(path: &Path, limit: Duration) -> Result<Qmp, QmpError> {
+    /// If nothing answers there, or not in time (QEMU serves one client at a time): then with those who hold the socket.
+    pub fn connect(address: &QmpAddress, limit: Duration) -> Result<Qmp, QmpError> {
         let until = Instant::now() + limit;
-        let failed = |error| QmpError::Connect { path: path.to_owned(), error: Arc::new(error) };
-        let Some(socket) = connect_until(path, until).map_err(failed)? else {
-            return Err(QmpError::NoGreeting { path: path.to_owned() });
+        let at = || address.to_string();
+        let failed = |error| QmpError::Connect { at: at(), error: Arc::new(error) };
+        let there = || address.path().map(AtSocket::find).unwrap_or_default();
+        let Some(socket) = connect_until(address, until).map_err(failed)? else {
+            return Err(QmpError::NoGreeting { at: at(), there: there() });
         };
-        Qmp::greeted(socket, until, limit).map_err(|error| match error {
-            QmpError::Timeout { command, .. } if command == NEGOTIATION => QmpError::Mute { path: path.to_owned() },
-            QmpError::Timeout { .. } | QmpError::Closed => QmpError::NoGreeting { path: path.to_owned() },
+        let mut qmp = Qmp::greeted(socket, until, limit).map_err(|error| match error {
+            QmpError::Timeout { command, .. } if command == NEGOTIATION => {
+                QmpError::Mute { at: at(), qemu: there().listener }
+            }
+            QmpError::Timeout { .. } | QmpError::Closed => QmpError::NoGreeting { at: at(), there: there() },
             other => other,
-        })
+        })?;
+        qmp.passes_fds = address.path().is_some();
+        Ok(qmp)
     }
 
     /// The same over a socket that is connected already.
@@ -114,7 +155,8 @@ impl Qmp {
         let offered = greeting["QMP"]["capabilities"].as_array();
         let out_of_band = offered.is_some_and(|list| list.iter().any(|name| name == "oob"));
         let enable = if out_of_band { json!({"enable": ["oob"]}) } else { json!({}) };
-        let mut qmp = Qmp { socket, reader, events: VecDeque::new(), serial: 0, limit, version, out_of_band };
+        let (events, passes_fds) = (VecDeque::new(), true);
+        let mut qmp = Qmp { socket, reader, events, serial: 0, limit, version, out_of_band, passes_fds };
         qmp.execute(NEGOTIATION, enable)?;
         Ok(qmp)
     }
@@ -124,6 +166,18 @@ impl Qmp {
     #[must_use]
     pub fn is_out_of_band(&self) -> bool {
         self.out_of_band
+    }
+
+    /// Whether descriptors can be passed over this connection: not over TCP.
+    #[must_use]
+    pub fn passes_fds(&self) -> bool {
+        self.passes_fds
+    }
+
+    /// The process at the other end, as far as this one may see it: not over TCP, nor in another container.
+    #[must_use]
+    pub fn process(&self) -> Option<u32> {
+        if self.passes_fds { processes::peer(&self.socket) } else { None }
     }
 
     /// The same connection, for another process to take over when this one has gone.
@@ -180,14 +234,28 @@ impl Qmp {
     /// # Errors
     /// As [`execute`](Qmp::execute).
     pub fn pass_fd(&mut self, name: &str, fd: BorrowedFd<'_>) -> Result<(), QmpError> {
-        const COMMAND: &str = "getfd";
-        let line = self.line("execute", COMMAND, &json!({"fdname": name}));
+        self.execute_with("getfd", &json!({"fdname": name}), fd).map(drop)
+    }
+
+    /// Gives QEMU a file descriptor for good; its number in QEMU.
+    ///
+    /// # Errors
+    /// As [`execute`](Qmp::execute).
+    pub fn add_fd(&mut self, fd: BorrowedFd<'_>) -> Result<u64, QmpError> {
+        const COMMAND: &str = "add-fd";
+        let added = self.execute_with(COMMAND, &json!({"opaque": "fastload"}), fd)?;
+        let reason = || QmpError::Answer { command: COMMAND.to_owned(), reason: "no number".to_owned() };
+        added["fd"].as_u64().ok_or_else(reason)
+    }
+
+    fn execute_with(&mut self, command: &str, arguments: &Value, fd: BorrowedFd<'_>) -> Result<Value, QmpError> {
+        let line = self.line("execute", command, arguments);
         let fds = [fd.as_raw_fd()];
         let (part, with) = ([IoSlice::new(line.as_bytes())], [ControlMessage::ScmRights(&fds)]);
         let sent = sendmsg::<()>(self.socket.as_raw_fd(), &part, &with, MsgFlags::MSG_NOSIGNAL, None);
         let sent = sent.map_err(|_| QmpError::Closed)?;
         self.socket.write_all(line.as_bytes().get(sent..).unwrap_or_default()).map_err(|_| QmpError::Closed)?;
-        self.answer(COMMAND).map(drop)
+        self.answer(command)
     }
 
     fn line(&mut self, how: &str, command: &str, arguments: &Value) -> String {

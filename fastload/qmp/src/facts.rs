@@ -24,6 +24,28 @@ pub struct GuestBlock {
     pub most: u64,
 }
 
+/// A file that QEMU has open for a disk, a CD-ROM or a flash memory of the guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageFile {
+    /// The block node that has it.
+    pub node: String,
+    /// Its name, as QEMU knows it.
+    pub file: String,
+    /// Whether the guest's writes go there.
+    pub writable: bool,
+}
+
+/// A `memory-backend-...` object.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemoryBackend {
+    /// Its name; empty if it has none.
+    pub id: String,
+    /// Its length, in bytes.
+    pub size: u64,
+    /// Whether its memory is shared (`share=on`).
+    pub share: bool,
+}
+
 impl Qmp {
     /// The machine type by its full name, e.g. `pc-i440fx-10.0`.
     ///
@@ -91,6 +113,40 @@ impl Qmp {
             return Ok(());
         }
         self.execute("migrate-set-capabilities", json!({"capabilities": list})).map(drop)
+    }
+
+    /// The files that QEMU has open for the guest's disks.
+    ///
+    /// # Errors
+    /// As [`execute`](Qmp::execute).
+    pub fn image_files(&mut self) -> Result<Vec<ImageFile>, QmpError> {
+        let nodes = self.execute("query-named-block-nodes", json!({"flat": true}))?;
+        let files = nodes.as_array().into_iter().flatten().filter_map(|node| {
+            if !matches!(node["drv"].as_str()?, "file" | "host_device") {
+                return None;
+            }
+            let file = node["file"].as_str()?;
+            let file = file.strip_prefix("file:").unwrap_or(file).to_owned();
+            let (name, writable) = (node["node-name"].as_str().unwrap_or_default(), node["ro"] == false);
+            Some(ImageFile { node: name.to_owned(), file, writable })
+        });
+        Ok(files.collect())
+    }
+
+    /// The objects that guest memory is made of; none of a QEMU that does not tell.
+    ///
+    /// # Errors
+    /// As [`execute`](Qmp::execute).
+    pub fn memory_backends(&mut self) -> Result<Vec<MemoryBackend>, QmpError> {
+        let list = match self.execute("query-memdev", json!({})) {
+            Err(QmpError::Refused { .. }) => return Ok(Vec::new()),
+            answer => answer?,
+        };
+        let backends = list.as_array().into_iter().flatten().filter_map(|backend| {
+            let id = backend["id"].as_str().unwrap_or_default().to_owned();
+            Some(MemoryBackend { id, size: backend["size"].as_u64()?, share: backend["share"] == true })
+        });
+        Ok(backends.collect())
     }
 
     /// The RAM blocks that migrate.

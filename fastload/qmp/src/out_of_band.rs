@@ -10,6 +10,9 @@ use crate::QmpError;
 
 const COMMAND: &str = "migrate-recover";
 
+/// The longest message that is put together, in bytes.
+const LONGEST: usize = 1 << 20;
+
 /// How long to wait before the command is repeated that QEMU has refused.
 const AGAIN: Duration = Duration::from_millis(20);
 
@@ -23,13 +26,26 @@ const AGAIN: Duration = Duration::from_millis(20);
 /// # Errors
 /// If QEMU is gone, or goes on refusing (it has not noticed that its connection broke, or needs nothing any more).
 pub fn recover(socket: UnixStream, uri: &str, limit: Duration) -> Result<(), QmpError> {
+    insist(&socket, "exec-oob", COMMAND, &json!({"uri": uri}), limit)
+}
+
+/// Starts a guest that was stopped, over a connection that another process, which is gone, had.
+///
+/// # Errors
+/// If QEMU is gone, or goes on refusing.
+pub fn resume(socket: UnixStream, limit: Duration) -> Result<(), QmpError> {
+    insist(&socket, "execute", "cont", &json!({}), limit)
+}
+
+/// Gives a command until it is not refused.
+fn insist(mut to: &UnixStream, how: &str, name: &str, arguments: &Value, limit: Duration) -> Result<(), QmpError> {
     let until = Instant::now() + limit;
-    socket.set_read_timeout(Some(AGAIN)).and_then(|()| socket.set_write_timeout(Some(limit))).map_err(closed)?;
-    let (mut to, mut from) = (&socket, BufReader::new(&socket));
-    let (mut line, mut refused) = (Vec::new(), None);
+    to.set_read_timeout(Some(AGAIN)).and_then(|()| to.set_write_timeout(Some(limit))).map_err(closed)?;
+    let mut from = BufReader::new(to);
+    let (mut line, mut messages, mut refused) = (Vec::new(), Messages::default(), None);
     for serial in 0.. {
         let id = json!(format!("recover {serial}"));
-        let command = json!({"exec-oob": COMMAND, "arguments": {"uri": uri}, "id": id});
+        let command = json!({how: name, "arguments": arguments, "id": id});
         to.write_all(format!("{command}\n").as_bytes()).map_err(closed)?;
         let begun = Instant::now();
         let mut answered = false;
@@ -42,26 +58,51 @@ pub fn recover(socket: UnixStream, uri: &str, limit: Duration) -> Result<(), Qmp
                 Err(error) if error.kind() == ErrorKind::Interrupted => continue,
                 Err(error) => return Err(closed(error)),
             }
-            // The first may be the end of a line of which the other process has read the beginning.
-            let message: Value = serde_json::from_slice(&line).unwrap_or_default();
+            let message = messages.next(&line);
             line.clear();
-            if message["id"] != id {
+            let Some(message) = message.filter(|message| message["id"] == id) else {
                 continue;
-            }
+            };
             if message["error"].is_null() {
                 return Ok(());
             }
             let text = |name: &str| message["error"][name].as_str().unwrap_or_default().to_owned();
             let (class, description) = (text("class"), text("desc"));
-            refused = Some(QmpError::Refused { command: COMMAND.to_owned(), class, description });
+            refused = Some(QmpError::Refused { command: name.to_owned(), class, description });
             answered = true;
         }
         // What the last attempt has no answer to, an earlier one may have.
         if Instant::now() >= until {
-            return Err(refused.unwrap_or(QmpError::Timeout { command: COMMAND.to_owned(), limit }));
+            return Err(refused.unwrap_or(QmpError::Timeout { command: name.to_owned(), limit }));
         }
     }
     Err(QmpError::Closed)
+}
+
+/// Puts messages together from lines, of which the first may be the end of one whose beginning the other process has read.
+/// A message begins with a line that begins with a brace, however QEMU prints it (`pretty=on`).
+#[derive(Debug, Default)]
+struct Messages {
+    begun: Vec<u8>,
+}
+
+impl Messages {
+    /// The message that ends with this line.
+    fn next(&mut self, line: &[u8]) -> Option<Value> {
+        if line.starts_with(b"{") {
+            self.begun.clear();
+        } else if self.begun.is_empty() {
+            return None;
+        }
+        self.begun.extend_from_slice(line);
+        match serde_json::from_slice(&self.begun) {
+            Err(error) if error.is_eof() && self.begun.len() < LONGEST => None,
+            parsed => {
+                self.begun.clear();
+                parsed.ok()
+            }
+        }
+    }
 }
 
 fn closed(_: std::io::Error) -> QmpError {
@@ -81,12 +122,13 @@ mod tests {
         let mut to = socket.try_clone()?;
         // What the one before has left of a line, what was not for us, and what is no answer.
         write!(to, "0, \"event\": \"X\"}}\r\n{{\"return\": {{}}, \"id\": 7}}\r\n{{\"event\": \"STOP\"}}\r\n")?;
+        write!(to, "{{\r\n    \"event\": {{\r\n    }}\r\n}}\r\n")?;
         let mut refused = 0;
         for line in BufReader::new(socket).lines() {
             let command: Value = serde_json::from_str(&line?)?;
             assert_eq!((&command["exec-oob"], &command["arguments"]["uri"]), (&json!(COMMAND), &json!("unix:x")));
             if refused == refusals {
-                writeln!(to, "{}", json!({"return": {}, "id": command["id"]}))?;
+                writeln!(to, "{:#}", json!({"return": {}, "id": command["id"]}))?;
                 break;
             }
             refused += 1;

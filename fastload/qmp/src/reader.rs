@@ -1,5 +1,6 @@
 //! The thread that reads QEMU's lines.
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::io::{BufRead, BufReader, Read};
 use std::net::Shutdown;
@@ -10,10 +11,10 @@ use std::time::Instant;
 
 use serde_json::Value;
 
-/// The longest line taken from QEMU, in bytes. Real ones (the schema) stay below 1 MiB.
-const LONGEST_LINE: u64 = 16 << 20;
+/// The longest message taken from QEMU, in bytes. Real ones (the schema) stay below 1 MiB.
+const LONGEST: u64 = 16 << 20;
 
-/// What is kept until somebody asks, in messages and in bytes of their lines; the oldest are dropped first. While an
+/// What is kept until somebody asks, in messages and in their bytes; the oldest are dropped first. While an
 /// answer is waited for, all is taken as it comes: these are events that nobody wants.
 const MOST_MESSAGES: usize = 4096;
 const MOST_BYTES: usize = 64 << 20;
@@ -42,7 +43,7 @@ struct Inbox {
 
 #[derive(Debug, Default)]
 struct Kept {
-    /// With the lengths of their lines.
+    /// With their lengths.
     messages: VecDeque<(usize, Value)>,
     bytes: usize,
     closed: bool,
@@ -109,17 +110,27 @@ impl Drop for Reader {
     }
 }
 
-/// Ends with the stream, or with the first line that is not JSON.
-fn read_messages(mut from: impl BufRead, to: &Inbox) {
-    let mut line = Vec::new();
-    loop {
-        line.clear();
-        match from.by_ref().take(LONGEST_LINE).read_until(b'\n', &mut line) {
-            Ok(0) | Err(_) => return,
-            Ok(_) => {}
-        }
-        let Ok(message) = serde_json::from_slice(&line) else { return };
-        to.put(line.len(), message);
+/// Ends with the stream, or with the first that is not JSON. A message may span lines (`pretty=on`).
+fn read_messages(from: impl BufRead, to: &Inbox) {
+    let length = Cell::new(0);
+    let measured = Measured { from, length: &length };
+    for message in serde_json::Deserializer::from_reader(measured).into_iter() {
+        let Ok(message) = message else { return };
+        to.put(usize::try_from(length.replace(0)).unwrap_or(usize::MAX), message);
+    }
+}
+
+/// Counts the bytes of a message, which may not be longer than [`LONGEST`].
+struct Measured<'a, R> {
+    from: R,
+    length: &'a Cell<u64>,
+}
+
+impl<R: Read> Read for Measured<'_, R> {
+    fn read(&mut self, into: &mut [u8]) -> std::io::Result<usize> {
+        let n = self.from.read(into)?;
+        self.length.set(self.length.get() + n as u64);
+        if self.length.get() > LONGEST { Err(std::io::ErrorKind::InvalidData.into()) } else { Ok(n) }
     }
 }
 
@@ -145,6 +156,19 @@ mod tests {
         let lines: String = (0..20).map(|n| format!("{{\"event\": {n}, \"data\": \"{padding}\"}}\n")).collect();
         read_messages(lines.as_bytes(), &inbox);
         assert_eq!(numbers(&inbox), (13..20).collect::<Vec<u64>>());
+    }
+
+    #[test]
+    fn messages_may_span_lines_and_share_them() {
+        let inbox = Inbox::default();
+        let pretty = "{\r\n    \"event\": 1,\r\n    \"data\": {\r\n        \"a\": [\r\n        ]\r\n    }\r\n}\r\n";
+        read_messages(format!("{pretty}{{\"event\": 2}}{{\"event\": 3}}\n\n{pretty}x").as_bytes(), &inbox);
+        assert_eq!(numbers(&inbox), [1, 2, 3, 1]);
+        // One that never ends is given up.
+        let inbox = Inbox::default();
+        let endless = std::iter::repeat_n(b'[', 100).chain(std::iter::repeat_n(b' ', 17 << 20)).collect::<Vec<u8>>();
+        read_messages(&endless[..], &inbox);
+        assert_eq!(numbers(&inbox), [0; 0]);
     }
 
     #[test]

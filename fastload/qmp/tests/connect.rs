@@ -5,7 +5,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use fastload_qmp::{Qmp, QmpError};
+use fastload_qmp::{Qmp, QmpAddress, QmpError};
 use nix::sys::socket::{Backlog, listen};
 use serde_json::json;
 
@@ -36,16 +36,16 @@ fn a_socket_that_another_program_holds_is_given_up_in_time() {
     let waiting = UnixStream::connect(&path).unwrap();
     for _ in 0..2 {
         let begun = Instant::now();
-        let error = Qmp::connect(&path, limit).unwrap_err();
+        let error = Qmp::connect(&path.as_path().into(), limit).unwrap_err();
         assert!(matches!(error, QmpError::NoGreeting { .. }), "{error}");
         assert!(error.to_string().contains("another program"), "{error}");
         assert!(begun.elapsed() >= limit && begun.elapsed() < LONG);
     }
     // In the queue there is no greeting either.
     drop((listener.accept().unwrap(), waiting));
-    let error = Qmp::connect(&path, limit).unwrap_err();
+    let error = Qmp::connect(&path.as_path().into(), limit).unwrap_err();
     assert!(matches!(error, QmpError::NoGreeting { .. }), "{error}");
-    let error = Qmp::connect(&dir.path().join("nothing"), limit).unwrap_err();
+    let error = Qmp::connect(&QmpAddress::from(dir.path().join("nothing").as_path()), limit).unwrap_err();
     assert!(matches!(error, QmpError::Connect { .. }), "{error}");
 }
 
@@ -65,7 +65,7 @@ fn a_qemu_that_greets_and_says_nothing_is_told_from_a_socket_that_is_held() {
         Ok::<_, std::io::Error>(line)
     });
     // Enough for a greeting on a busy machine.
-    let error = Qmp::connect(&path, Duration::from_secs(2)).unwrap_err();
+    let error = Qmp::connect(&path.as_path().into(), Duration::from_secs(2)).unwrap_err();
     assert!(matches!(error, QmpError::Mute { .. }), "{error}");
     assert!(error.to_string().contains("main thread"), "{error}");
     let line: serde_json::Value = serde_json::from_str(&server.join().unwrap().unwrap()).unwrap();
@@ -80,7 +80,7 @@ fn it_connects_as_soon_as_there_is_room() {
     listen(&listener, Backlog::new(0).unwrap()).unwrap();
     let first = UnixStream::connect(&path).unwrap();
     let client = thread::spawn(move || {
-        let mut qmp = Qmp::connect(&path, LONG)?;
+        let mut qmp = Qmp::connect(&path.as_path().into(), LONG)?;
         let answer = qmp.execute("query-status", json!({}))?;
         let event = qmp.wait_event(&["NEWS"], LONG)?;
         Ok::<_, QmpError>((qmp.version(), answer, event))

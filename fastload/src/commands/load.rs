@@ -8,26 +8,26 @@ mod pci;
 mod qemu;
 mod recover;
 mod recovery;
+pub(crate) mod state;
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use fastload_qmp::Qmp;
-use qemu_pages::serve::{Options, Phase, Report, ServeError, Server, Started};
+use fastload_qmp::{Qmp, QmpAddress, QmpError};
+use qemu_pages::serve::{Options, Report, ServeError, Server, Started};
 use serde_json::json;
 
 pub(crate) use self::beside::{Beside, Note};
 use self::check::Compared;
-use self::keeper::Coming;
-pub(crate) use self::keeper::StandBy;
+pub(crate) use self::keeper::{Coming, Keeper, StandBy};
 pub(crate) use self::qemu::Waiting;
+use self::state::{Paused, Start};
+use super::monitor::PATIENCE;
 use super::serving::{self, Fate, Image};
+use super::{disks, monitor};
 use crate::commands::Failure;
 use crate::offset::Offset;
-use crate::output;
-
-/// How long QEMU may take for one QMP command.
-const PATIENCE: Duration = Duration::from_secs(60);
+use crate::{output, parse};
 
 /// The same if it need not be asked: one that is held up does not answer before it was served.
 const ANSWER: Duration = Duration::from_secs(3);
@@ -41,6 +41,9 @@ const ANSWER: Duration = Duration::from_secs(3);
   qemu-system-x86_64 ... -incoming defer -qmp unix:/run/vm.qmp,server=on,wait=off &
   fastload load vm.snap --qmp /run/vm.qmp
 
+Exit code 0 means that the guest runs, or is paused as asked: with --paused, with QEMU's -S, or if it was paused when it
+was saved. A paused guest is started by `fastload resume`. Its disks must be free when it is started, since QEMU locks them.
+
 If `fastload load` is killed after the guest was started, the guest waits for the pages it misses, until:
   fastload load vm.snap --qmp /run/vm.qmp --recover
 That works although a guest that waits may hold up QEMU's main thread, and its monitor with it: a second process of this
@@ -52,17 +55,20 @@ pub(crate) struct Load {
     snapshot: PathBuf,
     #[command(flatten)]
     offset: Offset,
-    /// QEMU's QMP socket, which no other program may hold meanwhile.
-    #[arg(long, value_name = "PATH")]
-    qmp: PathBuf,
+    /// QEMU's QMP socket: a path, unix:PATH, or tcp:HOST:PORT. No other program may hold it meanwhile.
+    #[arg(long, value_name = "ADDRESS", value_parser = parse::qmp())]
+    qmp: QmpAddress,
     /// Leave the guest paused.
     #[arg(long, conflicts_with = "recover")]
     paused: bool,
+    /// Start the guest also if it was paused when it was saved, or QEMU was started with -S.
+    #[arg(long, conflicts_with = "paused")]
+    run: bool,
     /// Send only what the guest asks for, until Ctrl-C (or SIGTERM, or SIGHUP).
     #[arg(long)]
     no_background: bool,
-    /// Answer requests on a second connection (QEMU 8.0 and later).
-    #[arg(long, conflicts_with = "recover")]
+    /// Answer requests on a second connection (QEMU 8.0 and later). With --recover it is as it was.
+    #[arg(long)]
     preempt: bool,
     /// Go on after a crash: bring a started guest the pages it still misses.
     #[arg(long)]
@@ -71,6 +77,10 @@ pub(crate) struct Load {
     /// processors and RAM are compared all the same.
     #[arg(long, conflicts_with = "recover")]
     skip_device_check: bool,
+    /// Load it even if another process seems to hold a disk image: if it does, QEMU can't start the guest, and has to be
+    /// ended.
+    #[arg(long, conflicts_with = "recover")]
+    skip_disk_check: bool,
     /// Print the figures as JSON.
     #[arg(long)]
     json: bool,
@@ -91,7 +101,7 @@ impl Load {
         if self.recover {
             return self.recover(begun, &image);
         }
-        let mut qmp = Qmp::connect(&self.qmp, PATIENCE)?;
+        let mut qmp = self.connect()?;
         let done =
             self.ready(&mut qmp, &image).and_then(|(server, waiting)| self.serve(begun, &image, server, waiting));
         if done.is_err() {
@@ -99,6 +109,26 @@ impl Load {
             qmp.leave_open();
         }
         done
+    }
+
+    /// Connects to a QEMU that is to wait for a snapshot. One that does not answer may have got one already.
+    fn connect(&self) -> Result<Qmp, Failure> {
+        let note = Beside::of(&self.qmp).ok().and_then(|beside| beside.read());
+        let Some(note) = note else { return Ok(monitor::connect(&self.qmp)?) };
+        match Qmp::connect(&self.qmp, ANSWER) {
+            Err(error @ QmpError::Mute { .. }) => Err(format!(
+                "{error}. Its guest is one that was being loaded, and it waits for the rest of its memory: {}",
+                note.recovery(&self.recovery())
+            )
+            .into()),
+            // Somebody has it, for a moment perhaps.
+            Err(QmpError::NoGreeting { .. }) => Ok(monitor::connect(&self.qmp)?),
+            connected => {
+                let mut qmp = connected?;
+                qmp.set_limit(PATIENCE);
+                Ok(qmp)
+            }
+        }
     }
 
     fn options(&self, preempt: bool) -> Options {
@@ -110,22 +140,33 @@ impl Load {
 
     /// The command that goes on after a crash.
     fn recovery(&self) -> String {
-        let (file, socket) = (serving::quoted(&self.snapshot), serving::quoted(&self.qmp));
+        let (file, socket) = (serving::quoted(&self.snapshot), serving::address(&self.qmp));
         format!("fastload load {file}{} --qmp {socket} --recover", self.offset.words())
     }
 
     /// Makes sure that it fits, and lets QEMU listen.
     fn ready<'a>(&self, qmp: &'a mut Qmp, image: &Image) -> Result<(Server, Waiting<'a>), Failure> {
         let beside = Beside::of(&self.qmp)?;
+        qemu::waits(qmp, beside.read().as_ref(), &self.recovery())?;
+        let beside = beside.reached_by(qmp)?;
         // While it is made there is much to ask.
         let keeper = Coming::new(qmp, &beside.uri());
         let blocks = check::fits(qmp, &image.snapshot, &self.snapshot, self.compared())?;
-        let paused = self.paused || !check::ran(&image.snapshot)?;
+        if self.preempt {
+            qemu::knows_preempt(qmp)?;
+        }
+        let paused = match check::saved_state(&image.snapshot)? {
+            _ if self.paused => Some(Paused::Asked),
+            state if state == "running" || self.run => None,
+            state => Some(Paused::Saved(state)),
+        };
+        self.disks_are_free(qmp, paused.is_some())?;
         // What can fail here fails before QEMU is touched.
         let server = image.server(&blocks, self.options(self.preempt))?;
         serving::interrupts(server.control(), self.recovery())?;
         let waiting = Waiting::listen(qmp, &beside, &server.control(), self.preempt, paused, keeper)?;
-        let note = Note::new(&self.snapshot, image, self.preempt, &blocks, waiting.before());
+        let note =
+            Note::new(&self.snapshot, image, self.preempt, &blocks, waiting.before()).with_recovery(&self.recovery());
         if let Err(error) = beside.write(&note) {
             let beside = beside.socket.display();
             serving::note(&format!("nothing can be noted beside {beside}, should this be killed: {error}"));
@@ -133,36 +174,55 @@ impl Load {
         Ok((server, waiting))
     }
 
+    /// QEMU could not start the guest if another process held one of its disks, and could not do so later either.
+    fn disks_are_free(&self, qmp: &mut Qmp, paused: bool) -> Result<(), Failure> {
+        let Some(held) = disks::held(qmp)?.filter(|_| !self.skip_disk_check) else { return Ok(()) };
+        let resume = format!("fastload resume --qmp {}", serving::address(&self.qmp));
+        if paused {
+            serving::note(&format!("the guest can't be started yet: {held}"));
+            return Ok(());
+        }
+        Err(format!(
+            "QEMU could not start the guest: {held}. End that first; or load with --paused, and when the image is free: \
+             {resume} (--skip-disk-check leaves this check out)"
+        )
+        .into())
+    }
+
     fn serve(&self, begun: Instant, image: &Image, server: Server, mut waiting: Waiting<'_>) -> Result<(), Failure> {
         let connecting = Instant::now();
-        let (paused, mut deaf) = (waiting.paused, false);
-        let mut running: Option<Instant> = None;
+        let mut start = Start::new(self.run);
+        let address = serving::address(&self.qmp);
         let served = serving::attend(image, server, &waiting.address.clone(), self.recover, |control| {
             if self.recover {
                 return Ok(false);
             }
-            // If QEMU goes away the server finds out itself, and says it better.
-            match waiting.qmp.wait_event(&["RESUME"], serving::MOMENT) {
-                Ok(Some(event)) => running = Some(event.seen),
-                Ok(None) => {}
-                Err(_) => deaf = true,
+            let more = start.look(waiting.qmp, control, waiting.paused.is_some(), (ANSWER, PATIENCE), &address)?;
+            if start.running.is_some() && !self.json {
+                serving::note(&format!("running after {:.1} ms", begun.elapsed().as_secs_f64() * 1e3));
+            } else if start.paused && !self.json {
+                let why = waiting.paused.as_ref().map_or_else(|| state::STARTED_WITH_S.to_owned(), Paused::to_string);
+                let after = begun.elapsed().as_secs_f64() * 1e3;
+                serving::note(&format!("loaded (paused) after {after:.1} ms: {why}"));
             }
-            if running.is_none() && paused && control.progress().phase >= Phase::Started {
-                running = Some(Instant::now());
-            }
-            if running.is_some() && !self.json {
-                let what = if paused { "loaded (paused)" } else { "running" };
-                serving::note(&format!("{what} after {:.1} ms", begun.elapsed().as_secs_f64() * 1e3));
-            }
-            Ok(running.is_none() && !deaf)
+            Ok(more)
         });
-        let lost = |failure: &Failure| matches!(failure.downcast_ref(), Some(error) if ServeError::started(error) == Started::No);
-        if served.as_ref().map_or_else(lost, |_| true) {
+        let never = |failure: &Failure| {
+            failure.is::<state::Lost>()
+                || matches!(failure.downcast_ref(), Some(error) if ServeError::started(error) == Started::No)
+        };
+        if served.as_ref().map_or_else(never, |_| true) {
             waiting.forget();
         }
-        if !self.recover && running.is_none() && served.is_ok() {
+        if served.as_ref().is_err_and(never) {
+            // One that lives on, and does not take them back, is of no use in any case.
+            waiting.qmp.set_limit(ANSWER);
+            waiting.put_back().unwrap_or_default();
+        }
+        if !self.recover && start.running.is_none() && served.is_ok() {
             // All was over before we looked.
-            running = waiting.qmp.wait_event(&["RESUME"], Duration::ZERO).ok().flatten().map(|event| event.seen);
+            let resumed = waiting.qmp.wait_event(&["RESUME"], Duration::ZERO);
+            start.running = resumed.ok().flatten().map(|event| event.seen);
         }
         let restored = waiting.finish(served.is_ok());
         let report = served.map_err(|failure| {
@@ -177,17 +237,15 @@ impl Load {
             })
         })?;
         restored?;
-        self.tell(Times { begun, connecting, running }, &report, &mut waiting)
+        self.tell(Times { begun, connecting, running: start.running }, &report, &mut waiting)
     }
 
     /// What came of it.
     fn tell(&self, times: Times, report: &Report, waiting: &mut Waiting<'_>) -> Result<(), Failure> {
         let Times { begun, connecting, running } = times;
-        let state = waiting.qmp.run_state()?;
+        let address = serving::address(&self.qmp);
+        let state::Settled { state, why } = state::settled(waiting, self.run, self.recover, &address)?;
         let paused = state != "running";
-        if paused && !waiting.paused && !self.json {
-            serving::note(&format!("QEMU did not start the guest (it was started with -S, perhaps): it is {state}"));
-        }
         if self.json {
             let mut figures = serving::figures(report);
             let since = |from: Instant| running.map(|at| serving::micros(at.saturating_duration_since(from)));
@@ -195,10 +253,14 @@ impl Load {
             figures["loaded_us"] = json!(report.to_started.map(|to| serving::micros(connecting - begun + to)));
             figures["connect_to_running_us"] = json!(since(connecting).filter(|_| !paused));
             figures["complete_us"] = json!(serving::micros(connecting - begun + report.to_complete));
-            figures["state"] = json!(if paused { "paused" } else { "running" });
+            figures["state"] = json!(state);
+            figures["paused_because"] = json!(why.as_ref().map(|(name, _)| name));
             figures["preempt"] = json!(waiting.preempt);
             figures["recovered"] = json!(self.recover);
             return Ok(output::print(&format!("{figures}\n"))?);
+        }
+        if let Some((_, text)) = why {
+            serving::note(&format!("the guest is paused: {text}. To start it: fastload resume --qmp {address}"));
         }
         Ok(output::print(&serving::summary(report))?)
     }

@@ -2,11 +2,13 @@
 
 use std::collections::HashMap;
 use std::io::Write as _;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use fastload_qmp::QmpAddress;
 use indicatif::{ProgressBar, ProgressStyle};
 use mapped_ram::Snapshot;
 use page_files::MappedRam;
@@ -215,9 +217,39 @@ pub(crate) fn summary(report: &Report) -> String {
 
 /// A word of a command line, quoted if a shell would cut it.
 pub(crate) fn quoted(path: &Path) -> String {
-    let text = path.display().to_string();
+    let bytes = path.as_os_str().as_bytes();
+    let Ok(text) = std::str::from_utf8(bytes) else { return escaped(bytes) };
+    if text.chars().any(char::is_control) {
+        return escaped(bytes);
+    }
     let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+=:@%,".contains(c);
-    if !text.is_empty() && text.chars().all(plain) { text } else { format!("'{}'", text.replace('\'', r"'\''")) }
+    if !text.is_empty() && text.chars().all(plain) {
+        text.to_owned()
+    } else {
+        format!("'{}'", text.replace('\'', r"'\''"))
+    }
+}
+
+/// As bash, zsh and ksh understand bytes that are no text.
+fn escaped(bytes: &[u8]) -> String {
+    let byte = |byte: &u8| match byte {
+        b'\'' | b'\\' => format!("\\{}", char::from(*byte)),
+        b' '..=b'~' => char::from(*byte).to_string(),
+        _ => format!("\\x{byte:02x}"),
+    };
+    format!("$'{}'", bytes.iter().map(byte).collect::<String>())
+}
+
+/// The address of a QMP monitor as a word of a command line.
+pub(crate) fn address(qmp: &QmpAddress) -> String {
+    match qmp.path() {
+        // One that looks like another kind of address.
+        Some(path) if ["unix:", "tcp:"].iter().any(|kind| path.as_os_str().as_bytes().starts_with(kind.as_bytes())) => {
+            quoted(&Path::new(".").join(path))
+        }
+        Some(path) => quoted(path),
+        None => quoted(Path::new(&qmp.to_string())),
+    }
 }
 
 /// Something that people want to know, beside the result. If nobody can hear it, as after a hangup, the work goes on.

@@ -20,7 +20,7 @@ impl Parser<'_> {
             return Err(StreamError::Invalid { at, what }.into());
         };
         blocks::check_total(at, total)?;
-        let addresses = self.parts.configuration.has_capability(IGNORE_SHARED);
+        let addresses = self.parsed.configuration.has_capability(IGNORE_SHARED);
         let format = Format { addresses, size: self.size };
         let mut left = total;
         while left.0 > 0 {
@@ -33,14 +33,14 @@ impl Parser<'_> {
                     if !self.damaged {
                         return Err(OpenErrorKind::RamLength { at: record, total, sum });
                     }
-                    self.parts.warnings.push(Warning::RamLengthDisagrees { at: record, total, sum });
+                    self.parsed.warnings.push(Warning::RamLengthDisagrees { at: record, total, sum });
                     self.reader.seek_to(record)?;
                     break;
                 }
             };
             left = left - block.ram.length();
             let (end, in_file) = (block.pages_end(), block.file.in_file);
-            if self.parts.blocks.iter().any(|other| other.ram.name() == block.ram.name()) {
+            if self.parsed.blocks.iter().any(|other| other.ram.name() == block.ram.name()) {
                 let what = "a second block of that name".to_owned();
                 return Err(OpenErrorKind::Block {
                     block: block.ram.name().into(),
@@ -48,12 +48,12 @@ impl Parser<'_> {
                     what,
                 });
             }
-            if self.parts.blocks.len() >= MAX_BLOCKS {
+            if self.parsed.blocks.len() >= MAX_BLOCKS {
                 let what = format!("more than {MAX_BLOCKS} RAM blocks");
                 return Err(StreamError::Invalid { at: block.file.header_offset, what }.into());
             }
             let name = block.ram.name().to_owned();
-            self.parts.blocks.push(block);
+            self.parsed.blocks.push(block);
             if in_file && end > self.size {
                 return Err(OpenErrorKind::Truncated { block: name, needed: end, actual: self.size });
             }
@@ -61,13 +61,13 @@ impl Parser<'_> {
                 self.reader.seek_to(end)?;
             }
         }
-        if let Some((one, other, at)) = blocks::overlap(&self.parts.blocks) {
+        if let Some((one, other, at)) = blocks::overlap(&self.parsed.blocks) {
             let (block, other) = (one.ram.name().to_owned(), other.ram.name().to_owned());
             if !self.damaged {
                 let what = format!("its area overlaps with one of RAM block \"{other}\" at offset {at}");
                 return Err(OpenErrorKind::Block { block, at: one.file.header_offset, what });
             }
-            self.parts.warnings.push(Warning::Overlap { block, other, at });
+            self.parsed.warnings.push(Warning::Overlap { block, other, at });
         }
         Ok(())
     }

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use mapped_ram::{Options, PageError, Snapshot};
+use mapped_ram::{FileRun, Options, PageError, Snapshot};
 use page_units::{BlockId, ByteLen, FileOffset, Layout, PageCount, PageIndex, RamBlock};
 
 use crate::feed::{FileFeed, Places};
@@ -96,8 +96,8 @@ impl PageSource for MappedRam {
         if first.0 >= pages.0 {
             return Span { content: Content::Unknown, pages: PageCount(0) };
         }
-        match self.inner.snapshot.known_run_within(block, first, most) {
-            Some((stored, pages)) => span(stored, pages),
+        match self.inner.snapshot.known_run(block, first, most) {
+            Some(run) => span(run),
             // How much is unknown is not known either.
             None => Span { content: Content::Unknown, pages: PageCount(1).min(most) },
         }
@@ -127,15 +127,15 @@ impl Places for Inner {
     }
 
     fn find(&self, block: BlockId, first: PageIndex, most: PageCount, _: Urgency) -> Result<Span, SourceError> {
-        match self.snapshot.load_run_at(block, first, most) {
-            Ok((stored, pages)) => Ok(span(stored, pages)),
+        match self.snapshot.load_run(block, first, most) {
+            Ok(run) => Ok(span(run)),
             Err(error) => Err(from_page_error(&self.snapshot, error)),
         }
     }
 }
 
-fn span(stored: bool, pages: PageCount) -> Span {
-    Span { content: if stored { Content::Stored } else { Content::Zero }, pages }
+fn span(run: FileRun) -> Span {
+    Span { content: if run.is_stored() { Content::Stored } else { Content::Zero }, pages: run.pages() }
 }
 
 fn from_page_error(snapshot: &Snapshot, error: PageError) -> SourceError {
@@ -143,6 +143,7 @@ fn from_page_error(snapshot: &Snapshot, error: PageError) -> SourceError {
         PageError::Io { path, block, at, error } => {
             SourceError::Read { path, block, offset: at, length: ByteLen(1), error: Arc::new(error) }
         }
+        PageError::Changed { path, what, .. } => SourceError::Altered { path, what },
         PageError::BeyondFile { path, block, needed, actual } => SourceError::Truncated { path, block, needed, actual },
         error => {
             // It names the file itself; so does ours.

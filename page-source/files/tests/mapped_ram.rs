@@ -244,9 +244,8 @@ fn a_snapshot_at_an_offset_is_opened_where_it_is_said_to_be() {
     let sample = samples::stripped().into_iter().find(|sample| sample.name.contains("offset-unaligned")).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let path = sample.unpack(dir.path()).unwrap();
-    let at = |base| {
-        MappedRam::open_with(&path, &mapped_ram::Options { base: Some(page_units::FileOffset(base)), damaged: false })
-    };
+    let at =
+        |base| MappedRam::open_with(&path, &mapped_ram::Options::default().with_base(page_units::FileOffset(base)));
     let (told, found) = (at(0x1234).unwrap(), MappedRam::open(&path).unwrap());
     assert_eq!(told.snapshot().base().0, 0x1234);
     assert_eq!(told.layout(), found.layout());

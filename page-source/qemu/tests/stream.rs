@@ -333,7 +333,7 @@ proptest! {
             let (block, at) = place(page);
             let (id, _) = file.layout().find(block).unwrap();
             let fill = fills[usize::try_from(page).unwrap()];
-            let (stored, _) = file.load_run_at(id, PageIndex(at), PageCount(1)).unwrap();
+            let stored = file.load_run(id, PageIndex(at), PageCount(1)).unwrap().is_stored();
             prop_assert_eq!(stored, fill != 0);
             if stored {
                 let offset = file.page_offset(id, PageIndex(at)).unwrap();

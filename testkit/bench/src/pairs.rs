@@ -15,7 +15,7 @@ pub fn interleave<T, E>(
     interleave_times(PAIRS, product, floor)
 }
 
-/// The same, so many times: what is over in less than a millisecond varies more.
+/// Repeats that a number of times: what takes less than a millisecond varies more.
 ///
 /// # Errors
 /// The first error of either.
@@ -40,7 +40,7 @@ pub fn interleave_times<T, E>(
     Ok(pairs)
 }
 
-/// The value below which so many of a hundred lie; sorts.
+/// The value below which a percentage of the values lie; sorts.
 ///
 /// # Panics
 /// If there are no values.
@@ -69,7 +69,7 @@ mod tests {
     }
 
     #[test]
-    fn percentiles() {
+    fn percentiles_are_found() {
         let mut values: Vec<f64> = (0..=100).rev().map(f64::from).collect();
         assert_eq!((percentile(&mut values, 50), percentile(&mut values, 99)), (50.0, 99.0));
     }

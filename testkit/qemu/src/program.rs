@@ -61,6 +61,24 @@ impl Ended {
         serde_json::from_str(&self.stdout).unwrap_or_else(|error| panic!("{error}: {self:?}"))
     }
 
+    /// Types the command that its last line tells the user to type: `fastload SUBCOMMAND ...`, with more arguments.
+    ///
+    /// # Panics
+    /// If there is none, or it can't be started.
+    #[must_use]
+    pub fn typed(&self, subcommand: &str, more: &[&str]) -> Ended {
+        let said = self.stderr.lines().last().unwrap_or_default();
+        let begin =
+            said.find(&format!("fastload {subcommand}")).unwrap_or_else(|| panic!("no {subcommand} in: {said}"));
+        let rest = &said[begin..];
+        let end = end_of_command(rest);
+        let command = rest[..end].replacen("fastload", &format!("'{}'", fastload().display()), 1);
+        let typed = Command::new("bash").arg("-c").arg(format!("{command} \"$@\"")).arg("bash").args(more).output();
+        let typed = typed.expect("bash runs");
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        Ended { status: typed.status, stdout: text(&typed.stdout), stderr: text(&typed.stderr) }
+    }
+
     /// Its only line of error.
     ///
     /// # Panics
@@ -70,6 +88,21 @@ impl Ended {
         assert!(!self.status.success(), "{self:?}");
         self.stderr.lines().last().unwrap_or_default()
     }
+}
+
+/// Where a command ends in a sentence: at what follows it, outside of a shell's quotes.
+fn end_of_command(text: &str) -> usize {
+    let (mut quoted, mut escaped) = (false, false);
+    for (at, c) in text.char_indices() {
+        match c {
+            _ if escaped => escaped = false,
+            '\\' => escaped = true,
+            '\'' => quoted = !quoted,
+            _ if !quoted && [". ", "; ", " (", ", "].iter().any(|stop| text[at..].starts_with(stop)) => return at,
+            _ => {}
+        }
+    }
+    text.len()
 }
 
 impl Fastload {

@@ -7,7 +7,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use fastload_qmp::{Capabilities, Qmp, QmpError};
@@ -82,7 +82,7 @@ impl Qemu {
         let (own, serial) = (listen("own.qmp")?, listen("serial")?);
         fs::write(dir.path().join("guest.elf"), guest).map_err(|e| plain("the guest", e))?;
         let stderr = File::create(dir.path().join("stderr")).map_err(|e| plain("stderr", e))?;
-        let mut command = Command::new("qemu-system-x86_64");
+        let mut command = setup.program();
         command.args(setup.arguments(dir.path())).stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr);
         if let Some(user) = setup.user {
             command.uid(user);
@@ -316,7 +316,7 @@ impl Qemu {
         }
     }
 
-    /// Stops the guest and takes all its RAM, as the guest sees it and beside that, and the firmware below 4 GiB. (What
+    /// Stops the guest and takes all its RAM, what the guest sees and what it does not, and the firmware below 4 GiB. (What
     /// only devices have, as the registers and the palette of a graphics card, is not RAM, and is not taken.)
     ///
     /// # Errors
@@ -334,7 +334,7 @@ impl Qemu {
             let whole =
                 tempfile::tempfile_in(self.dir.path()).and_then(|file| file.set_len(last - first).map(|()| file));
             let whole = whole.map_err(failed)?;
-            // A piece at a time, since zero pages take room in the file that QEMU writes.
+            // A piece at a time, since zero pages take space in the file that QEMU writes.
             for at in (first..last).step_by(DUMPED) {
                 let size = (last - at).min(DUMPED as u64);
                 let path = pieces.as_ref().map_or(self.dir.path(), Scratch::path).join("dump");

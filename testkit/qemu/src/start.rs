@@ -1,6 +1,7 @@
 //! How a QEMU is started.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 /// A machine type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,6 +22,15 @@ impl Machine {
             Machine::Pc => "pc",
             Machine::Q35 => "q35",
             Machine::Microvm => "microvm",
+        }
+    }
+
+    /// The machine type of a certain version, such as `pc-i440fx-7.2`. microvm has none.
+    fn versioned(self, version: Option<&str>) -> String {
+        match (self, version) {
+            (Machine::Pc, Some(version)) => format!("pc-i440fx-{version}"),
+            (Machine::Q35, Some(version)) => format!("pc-q35-{version}"),
+            _ => self.name().to_owned(),
         }
     }
 
@@ -73,6 +83,12 @@ pub struct Setup {
     pub stopped: bool,
     /// Run as this user.
     pub user: Option<u32>,
+    /// The version of the machine type, such as `7.2`, instead of the newest.
+    pub version: Option<&'static str>,
+    /// Run by an [older QEMU](testkit::require::older_qemu).
+    pub older: bool,
+    /// A command that starts it, and stands before it: `unshare`, or a shell.
+    pub within: Vec<String>,
     /// More arguments.
     pub extra: Vec<String>,
 }
@@ -91,8 +107,17 @@ impl Setup {
             incoming: None,
             stopped: false,
             user: None,
+            version: None,
+            older: false,
+            within: Vec::new(),
             extra: Vec::new(),
         }
+    }
+
+    /// The same machine in an older QEMU, 7.2, of whose version it is then.
+    #[must_use]
+    pub fn older(&self) -> Setup {
+        Setup { version: Some("7.2"), older: true, ..self.clone() }
     }
 
     /// The same machine, waiting for an incoming migration that QMP will start.
@@ -112,11 +137,32 @@ impl Setup {
         if self.machine == Machine::Microvm { "microvm.ram" } else { "pc.ram" }
     }
 
+    /// The program; one that was unpacked somewhere is told where its firmware and modules lie.
+    pub(crate) fn program(&self) -> Command {
+        let older = testkit::require::older_qemu().filter(|_| self.older);
+        let program = older.clone().unwrap_or_else(|| "qemu-system-x86_64".into());
+        let mut command = match self.within.split_first() {
+            Some((first, rest)) => {
+                let mut command = Command::new(first);
+                command.args(rest).arg(program);
+                command
+            }
+            None => Command::new(program),
+        };
+        if let Some(usr) = older.as_ref().and_then(|program| program.ancestors().nth(2)) {
+            command.env("QEMU_MODULE_DIR", usr.join("lib/x86_64-linux-gnu/qemu"));
+            for name in ["qemu", "seabios"] {
+                command.arg("-L").arg(usr.join("share").join(name));
+            }
+        }
+        command
+    }
+
     /// The arguments; files lie in `dir`.
     pub(crate) fn arguments(&self, dir: &Path) -> Vec<String> {
         let at = |name: &str| dir.join(name).display().to_string();
         let accel = if self.kvm { "kvm" } else { "tcg" };
-        let mut machine = format!("{},accel={accel}", self.machine.name());
+        let mut machine = format!("{},accel={accel}", self.machine.versioned(self.version));
         let mut arguments: Vec<String> = Vec::new();
         let mut add = |list: &[&str]| arguments.extend(list.iter().map(|argument| (*argument).to_owned()));
         let backend = match &self.backend {

@@ -114,7 +114,7 @@ fn writes_generations_in_order() {
 }
 
 #[test]
-fn takes_interrupts() {
+fn the_guest_takes_interrupts() {
     testkit::require!(Qemu);
     let tables = (2 << 20, 3 << 20);
     let plan = Plan { ticks: Some(tables), ranges: vec![(tables.1, 16 << 20)], ..Plan::check(16 << 20) };

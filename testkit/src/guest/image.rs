@@ -2,6 +2,7 @@
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE, kvm_mp_state, kvm_regs, kvm_segment};
 use kvm_ioctls::{Kvm, VcpuFd};
+use vm_memory::bitmap::Bitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::{Memory, Program, Report, code, layout, tables};
@@ -45,7 +46,7 @@ impl GuestImage {
     /// If the memory does not begin at 0 with 2 MiB, has regions that are not whole multiples of 2 MiB, or is larger
     /// than [`layout::MAX_WINDOW`].
     #[must_use]
-    pub fn build(memory: &Memory, config: GuestConfig) -> GuestImage {
+    pub fn build<B: Bitmap>(memory: &Memory<B>, config: GuestConfig) -> GuestImage {
         assert!((1..=layout::MAX_VCPUS).contains(&config.vcpus), "{config:?}");
         let image = GuestImage { config, entry: layout::CODE, extents: window(memory) };
         assert!(image.window_len() <= layout::MAX_WINDOW, "{} bytes of RAM", image.window_len());
@@ -62,7 +63,7 @@ impl GuestImage {
 
     /// The image that [`build`](GuestImage::build) made, for memory that holds it already (a restored guest).
     #[must_use]
-    pub fn found(memory: &Memory, config: GuestConfig) -> GuestImage {
+    pub fn found<B: Bitmap>(memory: &Memory<B>, config: GuestConfig) -> GuestImage {
         GuestImage { config, entry: layout::CODE, extents: window(memory) }
     }
 
@@ -98,7 +99,7 @@ impl GuestImage {
     ///
     /// # Panics
     /// If the program's parameters are not as documented.
-    pub fn write_program(&self, memory: &Memory, vcpu: u8, program: &Program) {
+    pub fn write_program<B: Bitmap>(&self, memory: &Memory<B>, vcpu: u8, program: &Program) {
         let end = program.start + (program.units << program.unit_shift);
         assert!(vcpu < self.config.vcpus && end <= self.window_len(), "{program:?} on vCPU {vcpu}");
         let bytes: Vec<u8> = program.encode().into_iter().flat_map(u64::to_le_bytes).collect();
@@ -110,7 +111,7 @@ impl GuestImage {
     /// # Panics
     /// If it can't be read.
     #[must_use]
-    pub fn report(&self, memory: &Memory, vcpu: u8) -> Report {
+    pub fn report<B: Bitmap>(&self, memory: &Memory<B>, vcpu: u8) -> Report {
         let mut page = [0; 4096];
         memory.read_slice(&mut page, GuestAddress(layout::report_page(vcpu))).expect("the first 2 MiB are RAM");
         Report::parse(&page)
@@ -188,7 +189,7 @@ fn cpuid(kvm: &Kvm, number: u8) -> CpuId {
     cpuid
 }
 
-fn window(memory: &Memory) -> Vec<(u64, u64)> {
+fn window<B: Bitmap>(memory: &Memory<B>) -> Vec<(u64, u64)> {
     let mut extents: Vec<(u64, u64)> = memory.iter().map(|region| (region.start_addr().0, region.len())).collect();
     let whole = |&(start, len): &(u64, u64)| (start | len).is_multiple_of(layout::BOOT_LEN);
     assert!(extents.iter().all(whole) && extents[0].0 == 0, "unfit for the guest: {extents:x?}");
@@ -203,7 +204,7 @@ fn window(memory: &Memory) -> Vec<(u64, u64)> {
 ///
 /// # Panics
 /// If memory can't be written.
-pub fn fill_pages(memory: &Memory, image: &GuestImage, percent: u64, seed: u64) -> u64 {
+pub fn fill_pages<B: Bitmap>(memory: &Memory<B>, image: &GuestImage, percent: u64, seed: u64) -> u64 {
     let mut page = [0; 4096];
     let mut filled = 0;
     for offset in (0..image.window_len()).step_by(page.len()) {

@@ -1,7 +1,8 @@
-//! The same guest in plain Rust: what the counter, the checksum and every byte of memory must be after so many steps.
+//! The same guest in plain Rust: what the counter, the checksum and every byte of memory must be after a number of steps.
 
 use std::fmt::{self, Debug};
 
+use vm_memory::bitmap::Bitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::report::word as report;
@@ -179,7 +180,7 @@ impl Oracle {
     /// # Panics
     /// If memory can't be read.
     #[must_use]
-    pub fn capture(image: &GuestImage, memory: &Memory) -> Oracle {
+    pub fn capture<B: Bitmap>(image: &GuestImage, memory: &Memory<B>) -> Oracle {
         let regions: Vec<(u64, u64)> = memory.iter().map(|region| (region.start_addr().0, region.len())).collect();
         let mut bytes = vec![0; index(regions.iter().map(|&(_, len)| len).sum())];
         let mut rest = bytes.as_mut_slice();
@@ -219,7 +220,7 @@ impl Oracle {
     ///
     /// # Errors
     /// With the first page that differs, and how many do.
-    pub fn compare(&self, memory: &Memory) -> Result<(), String> {
+    pub fn compare<B: Bitmap>(&self, memory: &Memory<B>) -> Result<(), String> {
         self.differences(memory, |address| {
             (0..self.vcpus).any(|vcpu| {
                 let page = layout::report_page(vcpu);
@@ -232,11 +233,11 @@ impl Oracle {
     ///
     /// # Errors
     /// With the first page that differs, and how many do.
-    pub fn compare_exactly(&self, memory: &Memory) -> Result<(), String> {
+    pub fn compare_exactly<B: Bitmap>(&self, memory: &Memory<B>) -> Result<(), String> {
         self.differences(memory, |_| false)
     }
 
-    fn differences(&self, memory: &Memory, excused: impl Fn(u64) -> bool) -> Result<(), String> {
+    fn differences<B: Bitmap>(&self, memory: &Memory<B>, excused: impl Fn(u64) -> bool) -> Result<(), String> {
         let mut page = [0; 4096];
         let mut expected = self.bytes.as_chunks::<4096>().0.iter();
         let mut first = None;

@@ -15,7 +15,7 @@ pub enum Pattern {
 pub enum Operation {
     /// Its first word is read.
     Read,
-    /// Its first so many 8-byte words are set to `seed + k`: a generation number.
+    /// Its first 8-byte words are set to `seed + k`: a generation number.
     Write {
         /// How many words; at least 1, and not more than fit into a unit.
         words: u64,

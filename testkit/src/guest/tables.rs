@@ -6,7 +6,7 @@
 use super::code::{Code, VECTORS};
 use super::layout;
 
-/// So many bytes at a guest-physical address.
+/// A number of bytes at a guest-physical address.
 pub(super) struct Piece {
     pub(super) at: u64,
     pub(super) bytes: Vec<u8>,

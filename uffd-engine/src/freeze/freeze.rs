@@ -1,62 +1,42 @@
 //! What all threads that deliver frozen memory, or serve its writers, have in common.
 
+use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use nix::errno::Errno;
-use page_units::{ByteLen, HostAddr, Layout, PageCount, PageRun, PageSize};
-use parking_lot::{Condvar, Mutex, RwLock};
+use page_units::{HostAddr, Layout, PageSize};
+use parking_lot::{Condvar, Mutex};
 
-use super::frozen::FrozenError;
-use super::owner::Owner;
-use super::page_table::PageTable;
+use super::error::FrozenError;
+use super::known::Known;
+use super::owner::{By, Owner};
 use super::pool::Pool;
-use super::saved::Saved;
-use crate::memory::region::Region;
+use super::populate::Populated;
+use super::zone::Zone;
 use crate::pause::PausePoint;
+use crate::sys::ksm;
 use crate::sys::memory::Scratch;
 
-/// A region with what of it is saved.
-#[derive(Debug)]
-pub(crate) struct Zone {
-    pub(crate) region: Region,
-    pub(crate) saved: Saved,
-    pub(crate) granule: PageSize,
-    /// Whether the freeze has registered it, and nobody else.
-    pub(crate) registered: AtomicBool,
-}
+/// How long the arming tries at most, while discards go on.
+const ARM_LIMIT: Duration = Duration::from_secs(5);
 
-impl Zone {
-    pub(crate) fn addr(&self, granule: usize) -> HostAddr {
-        self.region.start + self.len_of(granule)
-    }
-
-    pub(crate) fn len_of(&self, granules: usize) -> ByteLen {
-        ByteLen(granules as u64 * self.granule.bytes().0)
-    }
-
-    pub(crate) fn pages(&self, first: usize, granules: usize) -> PageRun {
-        let per = self.granule.pages().0;
-        let page = self.region.run.first + PageCount(first as u64 * per);
-        PageRun::new(self.region.run.block, page, PageCount(granules as u64 * per))
-    }
-}
-
-/// So long the thread that saves sleeps at most where it waits for an install that is under way.
+/// The longest the saver sleeps before it looks again at an install in progress.
 const MOMENT: Duration = Duration::from_millis(1);
 
 #[derive(Debug)]
-pub(crate) struct Shared {
+pub(crate) struct Freeze {
     pub(crate) owner: Owner,
     pub(crate) zones: Vec<Zone>,
     pub(crate) layout: Layout,
     pub(crate) pool: Pool,
-    pub(crate) page_table: PageTable,
+    pub(super) populated: Populated,
     zeros: Scratch,
     over: AtomicBool,
     /// Granules whose writers wait because the pool is full.
     pub(crate) parked: Mutex<Vec<(usize, usize)>>,
-    populated: RwLock<Vec<PageRun>>,
+    pub(super) known: Known,
+    pub(super) arm_limit: Duration,
     pub(crate) write_faults: AtomicU64,
     pub(crate) hole_faults: AtomicU64,
     pub(crate) waits: AtomicU64,
@@ -73,25 +53,26 @@ pub(crate) struct Shared {
     pub(crate) pauses: std::sync::OnceLock<crate::pause::Pauses>,
 }
 
-impl Shared {
-    pub(crate) fn new(
+impl Freeze {
+    pub(super) fn new(
         owner: Owner,
         zones: Vec<Zone>,
         layout: Layout,
         pool: Pool,
-        page_table: PageTable,
-    ) -> nix::Result<Shared> {
+        (populated, known): (Populated, Known),
+    ) -> nix::Result<Freeze> {
         let zero = || AtomicU64::new(0);
-        Ok(Shared {
+        Ok(Freeze {
             owner,
             zones,
             layout,
             pool,
-            page_table,
+            populated,
             zeros: Scratch::new(PageSize::HUGE.bytes()).map_err(|_| Errno::ENOMEM)?,
             over: AtomicBool::new(false),
             parked: Mutex::default(),
-            populated: RwLock::default(),
+            known,
+            arm_limit: ARM_LIMIT,
             write_faults: zero(),
             hole_faults: zero(),
             waits: zero(),
@@ -126,38 +107,24 @@ impl Shared {
         self.zeros.as_ptr()
     }
 
-    pub(crate) fn note_populated(&self, runs: &[PageRun]) {
-        let mut populated = self.populated.write();
-        if populated.is_empty() {
-            populated.extend_from_slice(runs);
-            populated.sort_by_key(|run| (run.block, run.first));
+    /// Looks up which pages of shared memory there were, where that was not done at the freeze point.
+    pub(super) fn look_up(&self) -> Result<(), FrozenError> {
+        if self.known.is_exact() || matches!(self.owner.by(), By::Engine { .. }) {
+            return Ok(());
         }
+        let at = self.zones.first().map_or_else(HostAddr::default, |zone| zone.region.start);
+        let shared = self.zones.iter().enumerate().filter(|(_, zone)| zone.region.shared);
+        let runs = shared.map(|(number, zone)| self.populated.in_file(number, zone.region.run));
+        let runs = runs.collect::<io::Result<Vec<_>>>();
+        let runs = runs.map_err(|error| FrozenError::io("looking up which pages exist", at, &error))?;
+        self.known.refine(&self.zones, runs.concat())
     }
 
-    pub(super) fn replace_populated(&self, runs: &[PageRun]) {
-        self.populated.write().clear();
-        self.note_populated(runs);
-    }
-
-    pub(crate) fn is_loading(&self) -> bool {
-        matches!(self.owner, Owner::Engine { .. })
-    }
-
-    /// Whether the file behind shared memory held a page at the freeze point.
-    pub(crate) fn in_file(&self, run: PageRun) -> Vec<bool> {
-        let populated = self.populated.read();
-        let mut exists = vec![false; run.len().to_pages().to_bytes().get() >> page_units::PAGE_SHIFT];
-        // They are sorted and do not overlap: the first that may reach into it, and on.
-        let before = |known: &PageRun| (known.block, known.end()) <= (run.block, run.first);
-        let from = populated.partition_point(before);
-        let here = |known: &&PageRun| (known.block, known.first) < (run.block, run.end());
-        for known in populated.iter().skip(from).take_while(here) {
-            let here = known.intersect(run);
-            for page in here.iter() {
-                exists[ByteLen((page - run.first).0).get()] = true;
-            }
+    /// Equal pages of private memory may be merged again, if that is the rule of the process.
+    pub(super) fn merge_again(&self) {
+        for region in self.zones.iter().map(|zone| &zone.region).filter(|region| region.may_be_merged()) {
+            ksm::merge_again(region.start, region.len());
         }
-        exists
     }
 
     /// See [`Owner::settle`].

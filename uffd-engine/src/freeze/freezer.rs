@@ -1,35 +1,39 @@
-//! From regions to frozen memory: everything that can fail first, then the arming.
+//! Everything a freeze needs, made before the guest is stopped.
 
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::thread::Builder as Thread;
+use std::thread::{Builder as Thread, JoinHandle};
 
-use nix::errno::Errno;
-use page_units::{ByteLen, HostAddr, Layout, PageRun};
+use page_units::{ByteLen, Layout};
 
-use super::arm::arm_all;
-use super::freeze::{Shared, Zone};
-use super::frozen::{Frozen, FrozenError};
-use super::owner::Owner;
-use super::page_table::PageTable;
+use super::arm;
+use super::error::{FreezeError, FrozenError};
+use super::freeze::Freeze;
+use super::frozen::Frozen;
+use super::known::Known;
+use super::owner::{Own, Owner};
 use super::pool::Pool;
+use super::populate::Populated;
 use super::saved::Saved;
 use super::writers;
+use super::zone::Zone;
 use crate::memory::Memory;
 use crate::memory::backing::Backing;
-use crate::memory::descriptor::Descriptor;
 use crate::memory::holder::Fetch;
 use crate::memory::region::{self, Region};
 use crate::serve::placement::check_cores;
 use crate::sys::abi::Features;
+use crate::sys::ksm;
+use crate::sys::read::Reading;
 use crate::{Handlers, OpenError, StartError};
 
 /// How memory is frozen.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct FreezeOptions {
-    /// Copies of pages whose writers went on, and that are not written out yet, take at most so much memory. When it
-    /// is full, writers wait.
+    /// How much memory the copies take of pages whose writers went on, and that are not written out yet. When it is full,
+    /// writers wait.
     pub pool: ByteLen,
     /// The threads that serve write faults.
     pub handlers: Handlers,
@@ -42,91 +46,86 @@ impl Default for FreezeOptions {
     }
 }
 
-/// Why memory can't be frozen. The guest's memory is as it was.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum FreezeError {
-    /// There is no descriptor, or the kernel can't write-protect this memory.
-    #[error(transparent)]
-    Open(#[from] OpenError),
-    /// The regions can't be, or a thread or memory is missing.
-    #[error(transparent)]
-    Start(#[from] StartError),
-    /// The engine is not loading any more: the memory is complete, and frozen without it, or could not be loaded.
-    #[error("the engine that loaded the memory has ended: freeze the memory without it")]
-    EngineEnded,
-    /// The memory is frozen already.
-    #[error("this memory is frozen already")]
-    Busy,
-    /// The engine serves other regions than those.
-    #[error("the engine does not serve exactly these regions: see {start}")]
-    OtherRegions {
-        /// A region of either that the other lacks.
-        start: HostAddr,
-    },
-    /// The memory belongs to another process.
-    #[error("the memory belongs to another process, which alone can read it")]
-    Foreign,
-    /// The kernel refused to register or to write-protect a range. `EBUSY`: another userfaultfd has it, that of an
-    /// engine which is still loading.
-    #[error("write-protecting {length} bytes at {start} failed: {errno}")]
-    Arm {
-        /// Where.
-        start: HostAddr,
-        /// How much.
-        length: ByteLen,
-        /// What the kernel said.
-        errno: Errno,
-    },
+impl FreezeOptions {
+    /// Sets how much memory the copies of pages take at most.
+    #[must_use]
+    pub fn with_pool(mut self, pool: ByteLen) -> FreezeOptions {
+        self.pool = pool;
+        self
+    }
+
+    /// Sets the threads that serve write faults.
+    #[must_use]
+    pub fn with_handlers(mut self, handlers: Handlers) -> FreezeOptions {
+        self.handlers = handlers;
+        self
+    }
 }
 
 /// Everything a freeze needs, made before the guest is stopped.
 #[derive(Debug)]
 pub struct Freezer {
-    pub(crate) shared: Arc<Shared>,
-    pub(crate) threads: Vec<std::thread::JoinHandle<()>>,
+    freeze: Arc<Freeze>,
+    threads: Vec<JoinHandle<()>>,
 }
 
 impl Freezer {
-    /// Checks the regions, and makes the descriptor, the pool and the threads. All regions must be of one granule.
+    /// Checks the regions, and makes the descriptor, the pool and the threads. All regions must be of one granule; shared
+    /// ones need their [file](Region::with_file).
+    ///
+    /// Private memory is taken out of KSM (`MADV_UNMERGEABLE`), which drops the write protection of what it merges; it goes
+    /// back at the end if that is the rule of the process (`PR_SET_MEMORY_MERGE`). Memory that was made mergeable by
+    /// `madvise` stays out: its owner may call that again then, and not before.
     ///
     /// # Errors
-    /// If anything is missing. Nothing has happened to the memory then.
+    /// If anything is missing. The memory is as it was then.
     pub fn prepare(regions: Vec<Region>, layout: Layout, options: &FreezeOptions) -> Result<Freezer, FreezeError> {
         region::check(&regions, &layout)?;
         if regions.iter().any(|region| region.foreign) {
             return Err(FreezeError::Foreign);
         }
         check_cores(options.handlers.cores.iter().flatten())?;
-        let mut features = Features::EVENT_REMOVE;
+        let own = Own::new(features(&regions), options.handlers.cores.len())?;
+        Freezer::new(Owner::Freeze(own), regions, layout, options)
+    }
+
+    fn new(
+        owner: Owner,
+        regions: Vec<Region>,
+        layout: Layout,
+        options: &FreezeOptions,
+    ) -> Result<Freezer, FreezeError> {
+        check(&regions)?;
+        let granule = regions.first().map_or(Backing::Anonymous, |region| region.backing).granule();
+        let buffers = ByteLen(options.pool.0 / granule.bytes().0).get();
+        let pool = Pool::new(buffers, granule.bytes()).map_err(system("the pool of copied pages"))?;
+        let populated = Populated::new(&regions).map_err(system("/proc/self/pagemap"))?;
+        populated.prepare().map_err(system("a second mapping of the memory's file"))?;
+        let known = Known::new(&regions).map_err(system("the memory's file"))?;
         for region in &regions {
-            features |= region.backing.features() | needs(region);
+            unmerge(region)?;
         }
-        let descriptor = Descriptor::create(features, Features::empty(), true)?;
-        let owner = Owner::freeze(descriptor, options.handlers.cores.len());
-        let owner = owner.map_err(|errno| system("an event descriptor")(errno.into()))?;
-        let shared = shared(owner, regions, layout, options)?;
-        let mut freezer = Freezer { shared, threads: Vec::new() };
-        for (number, &cpu) in options.handlers.cores.iter().enumerate() {
-            let shared = Arc::clone(&freezer.shared);
-            let thread =
-                Thread::new().name(format!("uffd-write-{number}")).spawn(move || writers::run(&shared, number, cpu));
-            freezer.threads.push(thread.map_err(system("a thread"))?);
+        let zones = regions.into_iter().map(zone).collect::<io::Result<_>>();
+        let zones = zones.map_err(system("memory for the page states"))?;
+        let freeze = Freeze::new(owner, zones, layout, pool, (populated, known));
+        let freeze = Arc::new(freeze.map_err(|errno| system("a page of zeros")(errno.into()))?);
+        let mut freezer = Freezer { freeze, threads: Vec::new() };
+        if freezer.freeze.owner.own().is_some() {
+            for (number, &cpu) in options.handlers.cores.iter().enumerate() {
+                let freeze = Arc::clone(&freezer.freeze);
+                let thread = Thread::new().name(format!("uffd-write-{number}"));
+                let thread = thread.spawn(move || writers::run(&freeze, number, cpu));
+                freezer.threads.push(thread.map_err(system("a thread"))?);
+            }
         }
         Ok(freezer)
     }
 
-    /// Whether the memory is still being loaded, by an [engine](crate::Engine::freezer).
-    #[must_use]
-    pub fn is_loading(&self) -> bool {
-        self.shared.is_loading()
-    }
-
-    /// Calls `at` at each [`PausePoint`](crate::PausePoint) of frozen memory, on the thread that reaches it. For tests.
+    /// Calls `at` at each [`PausePoint`](crate::pause::PausePoint) of frozen memory, on the thread that reaches it. For tests.
     #[cfg(feature = "pause-points")]
     #[must_use]
-    pub fn pauses(self, at: impl Fn(crate::PausePoint) + Send + Sync + 'static) -> Freezer {
-        self.shared.pauses.get_or_init(|| crate::pause::Pauses(Arc::new(at)));
+    pub fn pauses(self, at: impl Fn(crate::pause::PausePoint) + Send + Sync + 'static) -> Freezer {
+        self.freeze.pauses.get_or_init(|| crate::pause::Pauses(Arc::new(at)));
         self
     }
 
@@ -134,21 +133,15 @@ impl Freezer {
     /// to the memory: vCPUs, device models, and I/O in flight that goes around the page tables (direct I/O,
     /// `io_uring`, DMA, other mappings of the same memory), which nothing here could catch.
     ///
-    /// `populated` names the pages of shared memory (memfd, hugetlbfs) that its file holds: for private memory the
-    /// page table tells, and nothing needs to be given. It costs the time of the write-protection and no more. It may
-    /// name more pages than there are, if [`Frozen::set_populated`] tells them exactly afterwards: long runs are protected
-    /// faster than many short ones, and holes among them stay holes, which are caught as missing.
+    /// It costs the time of the write-protection and little more: which pages of shared memory exist is looked up exactly
+    /// when the frozen memory is [started](Frozen), and the guest runs again.
     ///
     /// # Errors
-    /// If the kernel refuses. The memory is as it was then.
-    pub fn arm(mut self, populated: &[PageRun]) -> Result<Frozen, FreezeError> {
+    /// If the kernel refuses, or the engine that loads the memory has failed. The memory is as it was then.
+    pub fn arm(mut self) -> Result<Frozen, FreezeError> {
         let threads = std::mem::take(&mut self.threads);
-        let mut frozen = Frozen { shared: Arc::clone(&self.shared), threads };
-        let result = match &self.shared.owner {
-            Owner::Freeze { .. } => arm_all(&self.shared, populated),
-            Owner::Engine { memory, fetch } => self.arm_with(memory, &**fetch, populated),
-        };
-        match result {
+        let mut frozen = Frozen { freeze: Arc::clone(&self.freeze), threads };
+        match arm::arm(&self.freeze) {
             Ok(()) => Ok(frozen),
             Err(error) => {
                 frozen.release();
@@ -156,32 +149,12 @@ impl Freezer {
             }
         }
     }
+}
 
-    /// Nothing is being installed at the freeze point, and no discard read: a page is either there, and protected, or
-    /// its content is that of the source.
-    fn arm_with(&self, memory: &Memory, fetch: &dyn Fetch, populated: &[PageRun]) -> Result<(), FreezeError> {
-        let _no_discards = memory.view.discarding.write();
-        loop {
-            let mut gate = memory.view.gate_alone();
-            if !fetch.running() {
-                return Err(FreezeError::EngineEnded);
-            }
-            if gate.as_ref().is_some_and(|other| !other.has_ended()) {
-                return Err(FreezeError::Busy);
-            }
-            match arm_all(&self.shared, populated) {
-                Ok(()) => {
-                    *gate = Some(Arc::<Shared>::clone(&self.shared));
-                    return Ok(());
-                }
-                // A discard waits for its event to be read, by whoever waits for us.
-                Err(FreezeError::Arm { errno: Errno::EAGAIN, .. }) => {}
-                Err(error) => return Err(error),
-            }
-            drop(gate);
-            std::thread::yield_now();
-        }
-    }
+/// What a freeze needs of a descriptor of its own.
+fn features(regions: &[Region]) -> Features {
+    let of = |region: &Region| region.backing.features() | needs(region);
+    regions.iter().map(of).fold(Features::EVENT_REMOVE, Features::union)
 }
 
 /// What freezing needs of the kernel besides.
@@ -192,35 +165,50 @@ fn needs(region: &Region) -> Features {
     }
 }
 
+/// What freezing needs besides while an engine loads: pages that are in a file already are mapped write-protected, with
+/// `UFFDIO_CONTINUE_MODE_WP`. It has no bit of its own; this one came with the same Linux, and is not asked for.
+fn needs_loading(region: &Region) -> Features {
+    if region.mode().contains(userfaultfd::RegisterMode::MINOR) { Features::WP_UNPOPULATED } else { Features::empty() }
+}
+
 fn system(what: &'static str) -> impl Fn(io::Error) -> StartError {
     move |error| StartError::System { what, error }
 }
 
-/// Everything that can be made beforehand.
-fn shared(
-    owner: Owner,
-    regions: Vec<Region>,
-    layout: Layout,
-    options: &FreezeOptions,
-) -> Result<Arc<Shared>, FreezeError> {
+/// Refuses what can't be frozen exactly.
+fn check(regions: &[Region]) -> Result<(), StartError> {
     let granule = regions.first().map_or(Backing::Anonymous, |region| region.backing).granule();
     if regions.iter().any(|region| region.backing.granule() != granule) {
-        return Err(StartError::Incomplete("regions of different page sizes are not frozen together").into());
+        return Err(StartError::Incomplete("regions of different page sizes are not frozen together"));
     }
-    let buffers = ByteLen(options.pool.0 / granule.bytes().0).get();
-    let pool = Pool::new(buffers, granule.bytes()).map_err(system("the pool of copied pages"))?;
-    let page_table = PageTable::open().map_err(system("/proc/self/pagemap"))?;
-    let zones = regions
-        .into_iter()
-        .map(|region| {
-            let saved = Saved::new(region.granules())?;
-            let registered = AtomicBool::new(false);
-            Ok(Zone { saved, granule: region.backing.granule(), region, registered })
-        })
-        .collect::<io::Result<Vec<_>>>()
-        .map_err(system("memory for the page states"))?;
-    let shared = Shared::new(owner, zones, layout, pool, page_table);
-    Ok(Arc::new(shared.map_err(|errno| system("a page of zeros")(errno.into()))?))
+    for region in regions {
+        let reason = match (region.shared, region.backing) {
+            (true, _) if region.file.is_none() => {
+                "shared memory can't be frozen without its file, which tells what pages there are: see Region::with_file"
+            }
+            (false, Backing::Memfd) => {
+                "a private mapping of a file can't be frozen: what nobody has touched there changes with the file"
+            }
+            _ => continue,
+        };
+        return Err(StartError::Region { start: region.start, length: region.len(), reason: reason.into() });
+    }
+    Ok(())
+}
+
+fn unmerge(region: &Region) -> Result<(), FreezeError> {
+    if !region.may_be_merged() {
+        return Ok(());
+    }
+    let (start, length) = (region.start, region.len());
+    ksm::unmerge(start, length).map_err(|error| FreezeError::Mergeable { start, length, error })
+}
+
+fn zone(region: Region) -> io::Result<Zone> {
+    let saved = Saved::new(region.granules())?;
+    let file = region.file.as_ref().filter(|_| region.shared);
+    let reading = Reading::of(file.map(|(file, _)| &**file));
+    Ok(Zone { saved, granule: region.backing.granule(), reading, region, registered: AtomicBool::new(false) })
 }
 
 impl Drop for Freezer {
@@ -229,10 +217,11 @@ impl Drop for Freezer {
         if self.threads.is_empty() {
             return;
         }
-        self.shared.end(Err(FrozenError::Cancelled));
+        self.freeze.end(Err(FrozenError::Cancelled));
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
+        self.freeze.merge_again();
     }
 }
 
@@ -249,15 +238,11 @@ impl Freezer {
         if view.descriptor.foreign() {
             return Err(FreezeError::Foreign);
         }
-        if !fetch.running() {
-            return Err(FreezeError::EngineEnded);
-        }
         region::check(&regions, &layout)?;
-        let needed = regions.iter().map(needs).fold(Features::empty(), Features::union);
-        let available = view.descriptor.features();
-        if !available.contains(needed) {
-            return Err(OpenError::Unsupported { missing: needed - available, available }.into());
+        if regions.iter().any(|region| region.foreign) {
+            return Err(FreezeError::Foreign);
         }
+        check_cores(options.handlers.cores.iter().flatten())?;
         let number = |region: &Region| view.areas.iter().position(|area| area.region.start == region.start);
         regions.sort_by_key(number);
         let mut pairs = regions.iter().zip(&view.areas);
@@ -266,7 +251,20 @@ impl Freezer {
         if let Some(region) = other.map(|(region, _)| region).or(longer) {
             return Err(FreezeError::OtherRegions { start: region.start });
         }
-        let owner = Owner::Engine { memory: Arc::clone(memory), fetch };
-        Ok(Freezer { shared: shared(owner, regions, layout, options)?, threads: Vec::new() })
+        let own = Own::new(features(&regions), options.handlers.cores.len());
+        if !fetch.running() {
+            arm::complete(&*fetch)?;
+            return Freezer::new(Owner::Freeze(own?), regions, layout, options);
+        }
+        let needed = regions.iter().map(needs).fold(Features::empty(), Features::union);
+        let loading = regions.iter().map(needs_loading).fold(Features::empty(), Features::union);
+        let available = view.descriptor.features() | (view.descriptor.kernel() & loading);
+        let needed = needed | loading;
+        if !available.contains(needed) {
+            return Err(OpenError::Unsupported { missing: needed - available, available }.into());
+        }
+        let handed_over = AtomicBool::new(false);
+        let owner = Owner::Engine { memory: Arc::clone(memory), fetch, heir: own, handed_over };
+        Freezer::new(owner, regions, layout, options)
     }
 }

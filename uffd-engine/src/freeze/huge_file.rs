@@ -19,7 +19,7 @@ use crate::sys::ops::{self, Done};
 /// of it data, and reading a hole gives zeros. `UFFDIO_CONTINUE` does: it maps what the file holds and allocates
 /// nothing. It is asked of a mapping of its own, so that nobody who uses the memory notices.
 #[derive(Debug)]
-pub struct HugeFile {
+pub(crate) struct HugeFile {
     // First: what is unmapped has no use for it.
     mapping: Mapping,
     descriptor: Descriptor,
@@ -31,7 +31,7 @@ impl HugeFile {
     ///
     /// # Errors
     /// If there is no userfaultfd that can do it (Linux 5.13), or this is no such file.
-    pub fn new(file: &File, offset: FileOffset, length: ByteLen) -> io::Result<HugeFile> {
+    pub(crate) fn new(file: &File, offset: FileOffset, length: ByteLen) -> io::Result<HugeFile> {
         let descriptor = Descriptor::create(Backing::Hugetlb.features(), Features::empty(), true);
         let descriptor = descriptor.map_err(io::Error::other)?;
         let mapping = Mapping::new(file, offset, length)?;
@@ -43,7 +43,7 @@ impl HugeFile {
     ///
     /// # Errors
     /// If that is outside, no multiple of 2 MiB, or the kernel does not say.
-    pub fn holds(&self, at: ByteLen) -> io::Result<bool> {
+    pub(crate) fn holds(&self, at: ByteLen) -> io::Result<bool> {
         loop {
             let start = self.mapping.addr().checked_add(at).ok_or(io::ErrorKind::InvalidInput)?;
             match ops::map_cached(self.descriptor.fd(), start.0, PageSize::HUGE.bytes().0, false) {

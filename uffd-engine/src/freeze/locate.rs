@@ -1,16 +1,19 @@
-//! Where the content of a granule at the freeze point is to be had.
+//! Where the content of a granule at the freeze point is.
+
+use std::io;
+use std::ops::Range;
 
 use page_units::{ByteLen, PageCount};
 
-use super::freeze::{Shared, Zone};
-use super::frozen::FrozenError;
-use super::owner::Owner;
-use super::saver::page_table_error;
-use crate::memory::backing::Backing;
+use super::error::FrozenError;
+use super::freeze::Freeze;
+use super::owner::By;
+use super::zone::Zone;
 use crate::memory::holder::{Fetch, MissingContent};
-use crate::memory::states::State;
+use crate::memory::states::{State, StateMap};
 use crate::memory::{Memory, Place};
 
+/// Where the content of a granule at the freeze point is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum ContentAt {
     /// In the memory itself.
@@ -23,86 +26,115 @@ pub(crate) enum ContentAt {
     Soon,
 }
 
-impl Shared {
+impl Freeze {
     /// For each granule, where its content is, unless it is saved already: then the answer means nothing.
-    pub(crate) fn whereabouts(
-        &self,
-        number: usize,
-        granules: std::ops::Range<usize>,
-    ) -> Result<Vec<ContentAt>, FrozenError> {
-        let zone = &self.zones[number];
-        match &self.owner {
-            Owner::Freeze { .. } => {
+    pub(crate) fn locate(&self, number: usize, granules: Range<usize>) -> Result<Vec<ContentAt>, FrozenError> {
+        match self.owner.by() {
+            By::Freeze(_) => {
                 let of = |exists| if exists { ContentAt::Memory } else { ContentAt::Zero };
-                Ok(self.existing(zone, granules)?.into_iter().map(of).collect())
+                Ok(self.existed(number, granules)?.into_iter().map(of).collect())
             }
-            Owner::Engine { memory, fetch } => self.in_engine(zone, number, granules, memory, &**fetch),
+            By::Engine { memory, fetch } => self.in_engine(number, granules, memory, fetch),
         }
     }
 
     /// By the engine's page states. What is Missing there was Missing at the freeze point; what became Present since
     /// then came write-protected, and is what the source has until it is saved.
+    ///
+    /// The states alone do not tell. A page that is Present can be missing, if it was given back before the freeze point
+    /// (see `Memory::serve`). One that is Missing, Zero or Removed can be there: in shared memory if somebody else has put it
+    /// into the file, in private memory if it was given back lazily (`MADV_FREE`) and written to again. So the states are
+    /// read first, and then it is looked up what exists.
     fn in_engine(
         &self,
-        zone: &Zone,
         number: usize,
-        granules: std::ops::Range<usize>,
+        granules: Range<usize>,
         memory: &Memory,
         fetch: &dyn Fetch,
     ) -> Result<Vec<ContentAt>, FrozenError> {
-        let states: Vec<State> = granules.clone().map(|granule| memory.states(number).get(granule).state).collect();
-        // A page that is Present can be missing all the same, if it was given back before the freeze point: see
-        // `Memory::serve`. In this order: what is Present was mapped before.
-        let exists = if zone.region.shared || !states.contains(&State::Present) {
-            vec![true; granules.len()]
-        } else {
-            self.existing(zone, granules.clone())?
-        };
-        // In shared memory the file may hold what nobody has mapped yet.
-        let in_file = if zone.region.shared && states.contains(&State::Missing) {
-            self.existing(zone, granules.clone())?
-        } else {
-            vec![false; granules.len()]
-        };
-        granules
-            .clone()
-            .zip(states)
-            .map(|(granule, state)| {
-                let place = Place { area: number, granule };
-                let at = granule - granules.start;
-                Ok(match state {
-                    _ if zone.saved.saved(granule) => ContentAt::Zero,
-                    State::Present if exists[at] => ContentAt::Memory,
-                    State::Present | State::Zero | State::Removed => ContentAt::Zero,
-                    State::InFlight => ContentAt::Soon,
-                    State::Poisoned => return Err(FrozenError::Poisoned(zone.pages(granule, 1))),
-                    State::Missing => match fetch.missing(place, in_file[at]) {
-                        MissingContent::Zero => ContentAt::Zero,
-                        MissingContent::Source => ContentAt::Source,
-                        MissingContent::Mapped => ContentAt::Memory,
-                        MissingContent::Soon => ContentAt::Soon,
-                    },
-                })
+        let (zone, all) = (&self.zones[number], memory.states(number));
+        let states: Vec<State> = granules.clone().map(|granule| all.get(granule).state).collect();
+        let exists = self.exists(number, granules.clone())?;
+        let of = |granule: usize, state: State, exists: bool| {
+            let place = Place { area: number, granule };
+            let shared = zone.region.shared;
+            Ok(match state {
+                _ if zone.saved.saved(granule) => ContentAt::Zero,
+                State::Poisoned => return Err(FrozenError::Poisoned(zone.pages(granule, 1))),
+                State::InFlight => ContentAt::Soon,
+                State::Present if exists => ContentAt::Memory,
+                // It may have come since we looked.
+                State::Present if shared && self.known.was_whole(number) && !zone.saved.may_change(granule) => {
+                    return lost(zone, all, granule);
+                }
+                State::Present => ContentAt::Zero,
+                // Nobody has claimed it: it stays where it is.
+                State::Zero | State::Removed if exists && !shared => ContentAt::Memory,
+                State::Zero | State::Removed if exists => match fetch.missing(place, true) {
+                    MissingContent::Zero => ContentAt::Zero,
+                    MissingContent::Mapped => ContentAt::Memory,
+                    MissingContent::Source | MissingContent::Soon => ContentAt::Soon,
+                },
+                State::Zero | State::Removed => ContentAt::Zero,
+                State::Missing => match fetch.missing(place, exists && shared) {
+                    MissingContent::Zero => ContentAt::Zero,
+                    MissingContent::Source => ContentAt::Source,
+                    MissingContent::Mapped => ContentAt::Memory,
+                    MissingContent::Soon => ContentAt::Soon,
+                },
             })
-            .collect()
+        };
+        let each = granules.zip(states).zip(exists);
+        each.map(|((granule, state), exists)| of(granule, state, exists)).collect()
     }
 
     /// For each granule, whether it existed at the freeze point, unless it is saved already. A granule that came into
     /// being since then was a hole, which its first toucher has marked.
-    fn existing(&self, zone: &Zone, granules: std::ops::Range<usize>) -> Result<Vec<bool>, FrozenError> {
-        let per = ByteLen(zone.granule.pages().0).get();
+    fn existed(&self, number: usize, granules: Range<usize>) -> Result<Vec<bool>, FrozenError> {
+        let zone = &self.zones[number];
+        if zone.region.shared {
+            let pages = self.known.existed(zone.pages(granules.start, granules.len()));
+            return Ok(by_granule(zone, &pages));
+        }
+        self.exists(number, granules)
+    }
+
+    /// For each granule, whether it exists now.
+    fn exists(&self, number: usize, granules: Range<usize>) -> Result<Vec<bool>, FrozenError> {
+        let zone = &self.zones[number];
+        let start = zone.addr(granules.start);
         let run = zone.pages(granules.start, granules.len());
-        let pages = if zone.region.backing == Backing::Anonymous || !zone.region.shared {
-            let start = zone.addr(granules.start);
-            self.page_table.exist(start, granules.len() * per).map_err(|error| page_table_error(start, &error))?
+        let pages: io::Result<Vec<bool>> = if zone.region.shared {
+            self.populated.in_file(number, run).map(|runs| {
+                let mut pages = vec![false; ByteLen(run.pages.0).get()];
+                for page in runs.iter().flat_map(|there| there.intersect(run).iter()) {
+                    pages[ByteLen((page - run.first).0).get()] = true;
+                }
+                pages
+            })
         } else {
-            self.in_file(run)
+            self.populated.page_table().exist(start, ByteLen(run.pages.0).get())
         };
-        Ok(pages.chunks(per).map(|pages| pages.iter().any(|&there| there)).collect())
+        let pages = pages.map_err(|error| FrozenError::io("looking up which pages exist", start, &error))?;
+        Ok(by_granule(zone, &pages))
     }
 }
 
-/// So much is taken from a source at a time: its pages can't be written to meanwhile.
+fn by_granule(zone: &Zone, pages: &[bool]) -> Vec<bool> {
+    let per = ByteLen(zone.granule.pages().0).get();
+    pages.chunks(per).map(|pages| pages.iter().any(|&there| there)).collect()
+}
+
+/// A page is not there that was there at the freeze point, and nobody has told us.
+fn lost(zone: &Zone, states: &StateMap, granule: usize) -> Result<ContentAt, FrozenError> {
+    if states.get(granule).state != State::Present {
+        return Ok(ContentAt::Soon);
+    }
+    let start = zone.addr(granule);
+    Err(FrozenError::Discarded { start, end: start + zone.len_of(1) })
+}
+
+/// How much is taken from a source at a time: its pages can't be written to meanwhile.
 pub(crate) fn fetched_at_a_time(zone: &Zone) -> usize {
     ByteLen(PageCount(64).0 / zone.granule.pages().0).get().max(1)
 }

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use page_units::ByteLen;
 
-use super::freeze::Zone;
+use super::zone::Zone;
 
 /// So much is copied, released and delivered at a time.
 pub(crate) const PIECE: ByteLen = ByteLen(2 << 20);

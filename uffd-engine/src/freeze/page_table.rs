@@ -21,7 +21,7 @@ const RANGES: usize = 256;
 /// This process's page table, as the kernel shows it. Nothing is touched to look something up: touching a page would
 /// make it exist.
 #[derive(Debug)]
-pub struct PageTable(File);
+pub(crate) struct PageTable(File);
 
 /// What to look for.
 #[derive(Clone, Copy)]
@@ -52,7 +52,7 @@ impl PageTable {
     ///
     /// # Errors
     /// If there is none.
-    pub fn open() -> io::Result<PageTable> {
+    pub(crate) fn open() -> io::Result<PageTable> {
         Ok(PageTable(File::open("/proc/self/pagemap")?))
     }
 
@@ -61,7 +61,7 @@ impl PageTable {
     ///
     /// # Errors
     /// If the kernel does not say.
-    pub fn existing(&self, start: HostAddr, length: ByteLen) -> io::Result<Vec<Range<HostAddr>>> {
+    pub(crate) fn existing(&self, start: HostAddr, length: ByteLen) -> io::Result<Vec<Range<HostAddr>>> {
         self.ranges(start, length, Wanted::Existing)
     }
 
@@ -70,7 +70,7 @@ impl PageTable {
     ///
     /// # Errors
     /// If the kernel does not say.
-    pub fn mapped(&self, start: HostAddr, length: ByteLen) -> io::Result<Vec<Range<HostAddr>>> {
+    pub(crate) fn mapped(&self, start: HostAddr, length: ByteLen) -> io::Result<Vec<Range<HostAddr>>> {
         self.ranges(start, length, Wanted::Mapped)
     }
 
@@ -123,6 +123,11 @@ impl PageTable {
     /// For each of so many pages from `start` on: whether there is one.
     pub(crate) fn exist(&self, start: HostAddr, pages: usize) -> io::Result<Vec<bool>> {
         Ok(self.entries(start, pages)?.map(|entry| Wanted::Existing.has(entry)).collect())
+    }
+
+    /// Whether there is a page, as far as the kernel says.
+    pub(crate) fn has(&self, at: HostAddr) -> bool {
+        self.exist(at, 1).is_ok_and(|exist| exist == [true])
     }
 
     fn entries(&self, start: HostAddr, pages: usize) -> io::Result<impl Iterator<Item = u64> + use<>> {

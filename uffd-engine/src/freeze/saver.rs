@@ -9,62 +9,52 @@ use nix::errno::Errno;
 use page_source::{Flow, PageBytes, PageSink, is_zero};
 use page_units::{ByteLen, HostAddr, PAGE_SIZE, PageCount, PageRun};
 
-use super::freeze::{Shared, Zone};
-use super::frozen::FrozenError;
+use super::error::FrozenError;
+use super::freeze::Freeze;
 use super::locate::{ContentAt, fetched_at_a_time};
 use super::order::{Order, PIECE};
-use super::owner::Owner;
+use super::owner::By;
 use super::pool::Copied;
+use super::zone::Zone;
 use crate::memory::holder::FetchError;
 use crate::pause::PausePoint;
-use crate::sys::memory::{Scratch, read_granule};
+use crate::sys::memory::Scratch;
 use crate::sys::ops;
 
 type Outcome = Result<(), FrozenError>;
 
 /// Delivers everything. Returns when each page was delivered, or at the first error.
-pub(crate) fn run(shared: &Shared, sink: &dyn PageSink) -> Outcome {
-    let buffer = Scratch::new(PIECE).map_err(|error| kernel("a buffer", HostAddr(0), errno_of(&error)))?;
-    let mut saver = Saver { shared, sink, buffer };
-    let mut order = Order::new(&shared.zones);
+pub(crate) fn run(freeze: &Freeze, sink: &dyn PageSink) -> Outcome {
+    let buffer = Scratch::new(PIECE).map_err(|error| FrozenError::io("a buffer", HostAddr(0), &error))?;
+    freeze.look_up()?;
+    let mut saver = Saver { freeze, sink, buffer };
+    let mut order = Order::new(&freeze.zones);
     while let Some((number, piece)) = saver.written_first(&mut order)?.or_else(|| order.next()) {
         saver.sweep(number, piece)?;
     }
     // What the handlers have claimed is on its way into the pool; what an engine installs just now will be there.
-    for (number, zone) in shared.zones.iter().enumerate() {
+    for (number, zone) in freeze.zones.iter().enumerate() {
         for granule in 0..zone.saved.len() {
             while !zone.saved.saved(granule) {
                 saver.written()?;
                 if zone.saved.claimed(granule) {
                     std::thread::yield_now();
                 } else if !saver.sweep(number, granule..granule + 1)? {
-                    shared.wait_for_work();
+                    freeze.wait_for_work();
                 }
             }
         }
     }
     saver.written()?;
-    match &shared.owner {
-        Owner::Freeze { .. } => Ok(()),
+    match freeze.owner.by() {
+        By::Freeze(_) => Ok(()),
         // What was loaded since the freeze point was not vouched for yet, nor what was taken here.
-        Owner::Engine { fetch, .. } => fetch.vouch().map_err(FrozenError::Changed),
+        By::Engine { fetch, .. } => fetch.vouch().map_err(FrozenError::Changed),
     }
 }
 
-fn kernel(what: &'static str, at: HostAddr, errno: Errno) -> FrozenError {
-    FrozenError::Kernel { what, at, errno }
-}
-
-fn errno_of(error: &std::io::Error) -> Errno {
-    Errno::from_raw(error.raw_os_error().unwrap_or(0))
-}
-
-pub(crate) fn page_table_error(start: HostAddr, error: &std::io::Error) -> FrozenError {
-    kernel("reading the page table", start, errno_of(error))
-}
-
 struct Saver<'a> {
-    shared: &'a Shared,
+    freeze: &'a Freeze,
     sink: &'a dyn PageSink,
     buffer: Scratch,
 }
@@ -73,54 +63,54 @@ impl Saver<'_> {
     /// The piece in which the page lies that has waited longest for its delivery: a file gets it together with its
     /// neighbours, in one write. Pages are delivered alone if they come faster than pieces, or after their piece.
     fn written_first(&mut self, order: &mut Order) -> Result<Option<(usize, Range<usize>)>, FrozenError> {
-        let shared = self.shared;
-        if shared.pool.runs_low() {
+        let freeze = self.freeze;
+        if freeze.pool.runs_low() {
             self.written()?;
         } else {
             self.parked()?;
         }
-        while let Some((number, granule)) = shared.pool.oldest() {
+        while let Some((number, granule)) = freeze.pool.oldest() {
             let piece = order.around(number, granule);
             if piece.is_some() {
                 return Ok(piece);
             }
-            self.copies(shared.pool.take_within(number, &(granule..granule + 1)))?;
+            self.copies(freeze.pool.take_within(number, &(granule..granule + 1)))?;
         }
         Ok(None)
     }
 
     /// The pages that were copied for their writers, and those whose writers wait.
     fn written(&mut self) -> Outcome {
-        self.copies(self.shared.pool.drain())?;
+        self.copies(self.freeze.pool.drain())?;
         self.parked()
     }
 
     fn copies(&mut self, copies: Vec<Copied>) -> Outcome {
-        let shared = self.shared;
+        let freeze = self.freeze;
         for Copied { area, granule, buffer } in copies {
-            let run = shared.zones[area].pages(granule, 1);
-            let flow = deliver(shared, self.sink, run, buffer.bytes());
-            shared.pool.give_back(buffer);
+            let run = freeze.zones[area].pages(granule, 1);
+            let flow = deliver(freeze, self.sink, run, buffer.bytes());
+            freeze.pool.give_back(buffer);
             taken(flow)?;
         }
         Ok(())
     }
 
     fn parked(&mut self) -> Outcome {
-        let shared = self.shared;
-        if shared.has_ended() {
+        let freeze = self.freeze;
+        if freeze.has_ended() {
             return Err(FrozenError::Cancelled);
         }
-        let parked = std::mem::take(&mut *shared.parked.lock());
+        let parked = std::mem::take(&mut *freeze.parked.lock());
         for (number, granule) in parked {
             self.sweep(number, granule..granule + 1)?;
-            let zone = &shared.zones[number];
+            let zone = &freeze.zones[number];
             if zone.saved.may_change(granule) {
                 // Saved by somebody else in between: its writer may wait for this.
-                release(shared, zone, granule, 1)?;
+                release(freeze, zone, granule, 1)?;
             } else {
                 // Somebody is copying it, or the engine has installed it and not said so yet.
-                shared.parked.lock().push((number, granule));
+                freeze.parked.lock().push((number, granule));
             }
         }
         Ok(())
@@ -129,23 +119,23 @@ impl Saver<'_> {
     /// Saves what of some granules is not saved, and what of them is in the pool: copies, releases, and then delivers, so
     /// that no writer waits for the sink. `false` if the content of some is not to be had yet.
     fn sweep(&mut self, number: usize, granules: Range<usize>) -> Result<bool, FrozenError> {
-        let shared = self.shared;
-        let zone = &shared.zones[number];
-        let mut copies = shared.pool.take_within(number, &granules).into_iter().peekable();
-        let whereabouts = shared.whereabouts(number, granules.clone())?;
+        let freeze = self.freeze;
+        let zone = &freeze.zones[number];
+        let mut copies = freeze.pool.take_within(number, &granules).into_iter().peekable();
+        let content = freeze.locate(number, granules.clone())?;
         let mut all = true;
         let mut at = granules.start;
         while at < granules.end {
-            let place = whereabouts[at - granules.start];
+            let place = content[at - granules.start];
             if place == ContentAt::Memory || copies.peek().is_some_and(|copy| copy.granule == at) {
                 let end = self.gather(number, at..granules.end, &mut copies, |at| {
-                    whereabouts[at - granules.start] == ContentAt::Memory
+                    content[at - granules.start] == ContentAt::Memory
                 })?;
                 if end == at && zone.saved.take_hole(at) {
-                    zeros(shared, self.sink, zone.pages(at, 1))?;
+                    zeros(freeze, self.sink, zone.pages(at, 1))?;
                 }
                 if end == at {
-                    shared.pause(PausePoint::NothingGathered);
+                    freeze.pause(PausePoint::NothingGathered);
                 }
                 // One that somebody else is at is in the pool soon, or nobody's again: the last look at each granule
                 // finds it.
@@ -158,11 +148,11 @@ impl Saver<'_> {
                 continue;
             }
             let most = if place == ContentAt::Source { fetched_at_a_time(zone) } else { granules.len() };
-            let alike = (at..granules.end).take(most).take_while(|&at| whereabouts[at - granules.start] == place);
+            let alike = (at..granules.end).take(most).take_while(|&at| content[at - granules.start] == place);
             let claimed = alike.take_while(|&granule| zone.saved.claim(granule)).count();
             if claimed == 0 {
                 let holes = (at..granules.end).take_while(|&granule| zone.saved.take_hole(granule)).count();
-                zeros(shared, self.sink, zone.pages(at, holes))?;
+                zeros(freeze, self.sink, zone.pages(at, holes))?;
                 at += holes.max(1);
                 continue;
             }
@@ -180,8 +170,8 @@ impl Saver<'_> {
         copies: &mut Peekable<IntoIter<Copied>>,
         in_memory: impl Fn(usize) -> bool,
     ) -> Result<usize, FrozenError> {
-        let shared = self.shared;
-        let zone = &shared.zones[number];
+        let freeze = self.freeze;
+        let zone = &freeze.zones[number];
         let len = zone.granule.bytes().get();
         let first = granules.start;
         let mut claimed = Vec::new();
@@ -189,7 +179,7 @@ impl Saver<'_> {
         while end < granules.end {
             if let Some(Copied { buffer, .. }) = copies.next_if(|copy| copy.granule == end) {
                 self.buffer.bytes_mut((end - first) * len, len).copy_from_slice(buffer.bytes());
-                shared.pool.give_back(buffer);
+                freeze.pool.give_back(buffer);
                 end += 1;
                 continue;
             }
@@ -197,74 +187,75 @@ impl Saver<'_> {
             if run == 0 {
                 break;
             }
-            read_granule(zone.addr(end), self.buffer.bytes_mut((end - first) * len, run * len));
+            let (from, to) = (zone.addr(end), self.buffer.bytes_mut((end - first) * len, run * len));
+            zone.reading.read(from, to).map_err(|errno| FrozenError::kernel("reading guest memory", from, errno))?;
             claimed.push(end..end + run);
             end += run;
         }
         if end > first {
-            shared.settle();
+            freeze.settle();
             claimed.into_iter().flatten().for_each(|granule| zone.saved.done(granule));
             // What came from the pool is released already, which does no harm.
-            release(shared, zone, first, end - first)?;
+            release(freeze, zone, first, end - first)?;
             let run = zone.pages(first, end - first);
-            taken(deliver(shared, self.sink, run, &self.buffer.bytes()[..run.len().get()]))?;
+            taken(deliver(freeze, self.sink, run, &self.buffer.bytes()[..run.len().get()]))?;
         }
         Ok(end)
     }
 
     /// Saves claimed granules that are not in memory.
     fn save(&mut self, number: usize, first: usize, granules: usize, place: ContentAt) -> Outcome {
-        let shared = self.shared;
-        let zone = &shared.zones[number];
+        let freeze = self.freeze;
+        let zone = &freeze.zones[number];
         let run = zone.pages(first, granules);
         debug_assert!(matches!(place, ContentAt::Source | ContentAt::Zero), "{place:?}");
         if place == ContentAt::Source {
             self.fetch(number, first, granules)?;
         }
-        shared.settle();
+        freeze.settle();
         (first..first + granules).for_each(|granule| zone.saved.done(granule));
         if place == ContentAt::Zero {
-            return zeros(shared, self.sink, run);
+            return zeros(freeze, self.sink, run);
         }
-        release(shared, zone, first, granules)?;
-        taken(deliver(shared, self.sink, run, &self.buffer.bytes()[..run.len().get()]))
+        release(freeze, zone, first, granules)?;
+        taken(deliver(freeze, self.sink, run, &self.buffer.bytes()[..run.len().get()]))
     }
 
     /// From the source of the engine that loads the memory.
     fn fetch(&mut self, number: usize, first: usize, granules: usize) -> Outcome {
-        let Owner::Engine { memory, fetch } = &self.shared.owner else { return Ok(()) };
+        let By::Engine { memory, fetch } = self.freeze.owner.by() else { return Ok(()) };
         let run = memory.area(number).pages(first, granules);
         let to = self.buffer.bytes_mut(0, run.len().get());
-        fetch.fetch(run, to, &|| self.shared.has_ended()).map_err(|error| match error {
+        fetch.fetch(run, to, &|| self.freeze.has_ended()).map_err(|error| match error {
             FetchError::Over => FrozenError::Cancelled,
             FetchError::Source(error) => FrozenError::Source { run, error },
         })?;
-        self.shared.from_source.fetch_add(run.pages.0, Ordering::Relaxed);
+        self.freeze.from_source.fetch_add(run.pages.0, Ordering::Relaxed);
         Ok(())
     }
 }
 
-fn zeros(shared: &Shared, sink: &dyn PageSink, run: PageRun) -> Outcome {
+fn zeros(freeze: &Freeze, sink: &dyn PageSink, run: PageRun) -> Outcome {
     if run.is_empty() {
         return Ok(());
     }
-    shared.zero_pages.fetch_add(run.pages.0, Ordering::Relaxed);
+    freeze.zero_pages.fetch_add(run.pages.0, Ordering::Relaxed);
     taken(sink.zero(run))
 }
 
-fn release(shared: &Shared, zone: &Zone, first: usize, granules: usize) -> Outcome {
+fn release(freeze: &Freeze, zone: &Zone, first: usize, granules: usize) -> Outcome {
     let (addr, len) = (zone.addr(first), zone.len_of(granules));
     loop {
-        match ops::write_protect(shared.owner.descriptor().fd(), addr.0, len.0, false) {
+        match ops::write_protect(freeze.owner.descriptor().fd(), addr.0, len.0, false) {
             Ok(()) => return Ok(()),
-            Err(Errno::EAGAIN) if !shared.has_ended() => std::thread::yield_now(),
-            Err(errno) => return Err(kernel("releasing pages", addr, errno)),
+            Err(Errno::EAGAIN) if !freeze.has_ended() => std::thread::yield_now(),
+            Err(errno) => return Err(FrozenError::kernel("releasing pages", addr, errno)),
         }
     }
 }
 
 /// Delivers pages, the zero ones among them as such.
-fn deliver(shared: &Shared, sink: &dyn PageSink, run: PageRun, bytes: &[u8]) -> Flow {
+fn deliver(freeze: &Freeze, sink: &dyn PageSink, run: PageRun, bytes: &[u8]) -> Flow {
     let page = ByteLen(PAGE_SIZE).get();
     let mut rest = run;
     let mut bytes = bytes;
@@ -274,10 +265,10 @@ fn deliver(shared: &Shared, sink: &dyn PageSink, run: PageRun, bytes: &[u8]) -> 
         let (now, later) = rest.split_at(PageCount(alike as u64));
         let (content, after) = bytes.split_at(now.len().get());
         if zero {
-            shared.zero_pages.fetch_add(now.pages.0, Ordering::Relaxed);
+            freeze.zero_pages.fetch_add(now.pages.0, Ordering::Relaxed);
             sink.zero(now)?;
         } else {
-            shared.pages.fetch_add(now.pages.0, Ordering::Relaxed);
+            freeze.pages.fetch_add(now.pages.0, Ordering::Relaxed);
             sink.data(now, PageBytes::from_slice(content))?;
         }
         (rest, bytes) = (later, after);

@@ -7,70 +7,82 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use page_units::{ByteLen, HostAddr};
 
-use super::freeze::{Shared, Zone};
-use super::frozen::FrozenError;
-use super::owner::{self, Owner};
+use super::error::FrozenError;
+use super::freeze::Freeze;
+use super::owner::{self, By};
 use super::pool::Copied;
+use super::zone::Zone;
 use crate::EngineError;
 use crate::memory::Place;
 use crate::memory::backing::Backing;
 use crate::memory::holder::Holder;
+use crate::memory::states::State;
 use crate::pause::PausePoint;
 use crate::serve::placement::bind;
 use crate::sys::abi::{Message, UFFD_EVENT_PAGEFAULT, UFFD_EVENT_REMOVE, UFFD_EVENT_UNMAP, UFFD_PAGEFAULT_FLAG_WP};
-use crate::sys::memory::read_granule;
 use crate::sys::ops::{self, Done};
 
-/// So many messages are read at a time at most.
+/// How many messages are read at a time at most.
 const BATCH: usize = 64;
 
 /// Serves write faults until the freeze is over.
-pub(crate) fn run(shared: &Shared, handler: usize, cpu: Option<usize>) {
+pub(crate) fn run(freeze: &Freeze, handler: usize, cpu: Option<usize>) {
     bind(cpu);
-    let Owner::Freeze { descriptor, event, .. } = &shared.owner else { return };
+    let Some(own) = freeze.owner.own() else { return };
+    let (descriptor, event) = (&own.descriptor, &own.event);
     let mut messages = [Message::default(); BATCH];
     let mut again: Vec<(HostAddr, u64)> = Vec::new();
-    while !shared.has_ended() {
+    while own.needed() && !freeze.has_ended() {
         let wait = if again.is_empty() { PollTimeout::NONE } else { PollTimeout::ZERO };
         let mut fds = [PollFd::new(descriptor.fd(), PollFlags::POLLIN), PollFd::new(event.as_fd(), PollFlags::POLLIN)];
         match poll(&mut fds, wait) {
             Ok(_) | Err(Errno::EINTR) => {}
-            Err(errno) => return fail(shared, "waiting for faults", HostAddr(0), errno),
+            Err(errno) => return fail(freeze, "waiting for faults", HostAddr(0), errno),
         }
-        shared.owner.turn(handler);
+        own.turn(handler);
         let count = match ops::read(descriptor.fd(), &mut messages) {
             Ok(count) => count,
             Err(Errno::EAGAIN | Errno::EINTR) => 0,
-            Err(errno) => return fail(shared, "reading faults", HostAddr(0), errno),
+            Err(errno) => return fail(freeze, "reading faults", HostAddr(0), errno),
         };
         for message in &messages[..count] {
             if matches!(message.event, UFFD_EVENT_REMOVE | UFFD_EVENT_UNMAP) {
-                shared.given_back(HostAddr(message.word0), HostAddr(message.word1));
+                freeze.given_back(HostAddr(message.word0), HostAddr(message.word1));
             }
         }
-        shared.owner.turn(handler);
+        own.turn(handler);
         let mut faults = std::mem::take(&mut again);
         let fresh = messages[..count].iter().filter(|message| message.event == UFFD_EVENT_PAGEFAULT);
         faults.extend(fresh.map(|message| (HostAddr(message.word1), message.word0)));
-        again.extend(faults.into_iter().filter(|&(addr, flags)| !serve(shared, addr, flags)));
+        again.extend(faults.into_iter().filter(|&(addr, flags)| !serve(freeze, addr, flags)));
         if !again.is_empty() {
             std::thread::yield_now();
         }
     }
 }
 
-fn fail(shared: &Shared, what: &'static str, at: HostAddr, errno: Errno) {
-    if !shared.has_ended() {
-        shared.end(Err(FrozenError::Kernel { what, at, errno }));
+fn fail(freeze: &Freeze, what: &'static str, at: HostAddr, errno: Errno) {
+    if !freeze.has_ended() {
+        freeze.end(Err(FrozenError::kernel(what, at, errno)));
     }
 }
 
-impl Shared {
+impl Freeze {
     /// Memory was given back. What of it was not saved is lost to the snapshot.
     pub(crate) fn given_back(&self, start: HostAddr, end: HostAddr) {
         if let Some((start, end)) = self.unsaved(start, end) {
             self.end(Err(FrozenError::Discarded { start, end }));
         }
+    }
+
+    /// Whether a page of shared memory that was there at the freeze point, and is not saved, is missing: the file was
+    /// punched (fallocate), of which the kernel tells nobody.
+    fn is_lost(&self, number: usize, granule: usize) -> bool {
+        let zone = &self.zones[number];
+        zone.region.shared
+            && self.known.is_exact()
+            && !zone.saved.may_change(granule)
+            && self.known.existed(zone.pages(granule, 1)).contains(&true)
     }
 
     /// Which part of a range, that of the first zone, is not saved as a whole.
@@ -89,9 +101,9 @@ impl Shared {
     }
 }
 
-impl Holder for Shared {
+impl Holder for Freeze {
     fn has_ended(&self) -> bool {
-        Shared::has_ended(self)
+        Freeze::has_ended(self)
     }
 
     fn protects(&self, at: Place, granules: usize) -> bool {
@@ -100,7 +112,18 @@ impl Holder for Shared {
     }
 
     fn claim_hole(&self, at: Place) -> bool {
-        self.zones[at.area].saved.claim(at.granule)
+        let zone = &self.zones[at.area];
+        if let By::Engine { memory, .. } = self.owner.by()
+            && memory.states(at.area).get(at.granule).state == State::Present
+            && self.known.was_whole(at.area)
+            && !zone.saved.may_change(at.granule)
+        {
+            // The file was punched (fallocate).
+            let start = zone.addr(at.granule);
+            self.end(Err(FrozenError::Discarded { start, end: start + zone.len_of(1) }));
+            return false;
+        }
+        zone.saved.claim(at.granule)
     }
 
     fn end_hole(&self, at: Place, installed: bool) {
@@ -123,7 +146,7 @@ impl Holder for Shared {
     }
 
     fn given_back(&self, start: HostAddr, end: HostAddr) {
-        Shared::given_back(self, start, end);
+        Freeze::given_back(self, start, end);
     }
 
     fn engine_failed(&self, error: &EngineError) {
@@ -131,103 +154,126 @@ impl Holder for Shared {
     }
 
     fn thaw(&self) {
-        if let Owner::Engine { memory, fetch } = &self.owner {
-            owner::thaw(memory, &**fetch, self);
+        if let By::Engine { memory, fetch } = self.owner.by() {
+            owner::thaw(memory, fetch, self);
         }
     }
 }
 
 /// Serves one fault. `false` if it has to be tried again after an event was read.
-fn serve(shared: &Shared, addr: HostAddr, flags: u64) -> bool {
-    let Some((number, granule)) = locate(shared, addr) else { return true };
-    let zone = &shared.zones[number];
-    if flags & UFFD_PAGEFAULT_FLAG_WP == 0 { hole(shared, zone, granule) } else { write(shared, number, granule) }
+fn serve(freeze: &Freeze, addr: HostAddr, flags: u64) -> bool {
+    let Some((number, granule)) = locate(freeze, addr) else { return true };
+    if flags & UFFD_PAGEFAULT_FLAG_WP == 0 { hole(freeze, number, granule) } else { write(freeze, number, granule) }
 }
 
-fn locate(shared: &Shared, addr: HostAddr) -> Option<(usize, usize)> {
-    shared.zones.iter().enumerate().find_map(|(number, zone)| {
+fn locate(freeze: &Freeze, addr: HostAddr) -> Option<(usize, usize)> {
+    freeze.zones.iter().enumerate().find_map(|(number, zone)| {
         let range = zone.region.range();
         range.contains(&addr).then(|| (number, ByteLen((addr - range.start).0 / zone.granule.bytes().0).get()))
     })
 }
 
 /// A page that does not exist is zero at the freeze point. Its toucher gets an ordinary page.
-fn hole(shared: &Shared, zone: &Zone, granule: usize) -> bool {
+fn hole(freeze: &Freeze, number: usize, granule: usize) -> bool {
+    let zone = &freeze.zones[number];
     let (addr, len) = (zone.addr(granule), zone.len_of(1));
-    // Claimed by the saver: it found no page, and will not look again.
-    let claimed = zone.saved.claim(granule);
-    let done = match zone.region.backing {
-        Backing::Hugetlb => ops::copy(shared.owner.descriptor().fd(), addr.0, shared.zeros(), len.0, false),
-        Backing::Anonymous | Backing::Memfd => ops::zeropage(shared.owner.descriptor().fd(), addr.0, len.0),
-    };
-    if matches!(done, Done::Failed(Errno::EAGAIN) | Done::Part(_)) {
-        if claimed {
-            zone.saved.give_back(granule);
-        }
-        return false;
-    }
-    if done == Done::Failed(Errno::ENOMEM) {
-        // Touched again and again, it would fail again and again.
-        if claimed {
-            zone.saved.give_back(granule);
-        }
-        fail(shared, "a page of zeros", addr, Errno::ENOMEM);
+    if freeze.is_lost(number, granule) {
+        freeze.end(Err(FrozenError::Discarded { start: addr, end: addr + len }));
         return true;
     }
-    if done != Done::All {
-        drop(shared.owner.descriptor().wake(addr, len));
+    // Claimed by the saver: it found no page, and will not look again.
+    let claimed = zone.saved.claim(granule);
+    let fd = freeze.owner.descriptor().fd();
+    let make = || match zone.region.backing {
+        Backing::Hugetlb => ops::copy(fd, addr.0, freeze.zeros(), len.0, false),
+        Backing::Anonymous | Backing::Memfd => ops::zeropage(fd, addr.0, len.0),
+    };
+    let done = freeze.known.make(number, make, |done| *done == Done::All);
+    let give_back = || {
+        if claimed {
+            zone.saved.give_back(granule);
+        }
+    };
+    match done {
+        Done::All => {}
+        Done::Failed(Errno::EAGAIN) | Done::Part(_) => {
+            give_back();
+            return false;
+        }
+        // Touched again and again, it would fail again and again.
+        Done::Failed(Errno::ENOMEM) => {
+            give_back();
+            fail(freeze, "a page of zeros", addr, Errno::ENOMEM);
+            return true;
+        }
+        // The kernel says so too if there is no huge page left (`hugetlb_mfill_atomic_pte` of Linux 6.18).
+        Done::Failed(Errno::EEXIST) if !freeze.populated.page_table().has(addr) => {
+            give_back();
+            match zone.region.backing {
+                Backing::Hugetlb => fail(freeze, "a huge page of zeros", addr, Errno::ENOMEM),
+                Backing::Anonymous | Backing::Memfd => drop(freeze.owner.descriptor().wake(addr, len)),
+            }
+            return true;
+        }
+        // It is there, or the region is being unregistered.
+        Done::Failed(_) => drop(freeze.owner.descriptor().wake(addr, len)),
     }
     if claimed {
-        shared.settle();
-        shared.hole_faults.fetch_add(1, Ordering::Relaxed);
+        freeze.settle();
+        freeze.hole_faults.fetch_add(1, Ordering::Relaxed);
         zone.saved.hole(granule);
     }
     true
 }
 
 /// A page that is about to be written.
-fn write(shared: &Shared, number: usize, granule: usize) -> bool {
-    let zone = &shared.zones[number];
+fn write(freeze: &Freeze, number: usize, granule: usize) -> bool {
+    let zone = &freeze.zones[number];
     let addr = zone.addr(granule);
     if zone.saved.may_change(granule) {
-        return release(shared, zone, granule);
+        return release(freeze, zone, granule);
     }
     if !zone.saved.claim(granule) {
         // The saver is copying it, and releases it, and wakes its writers.
         return true;
     }
-    let Some(mut buffer) = shared.pool.take() else {
-        shared.waits.fetch_add(1, Ordering::Relaxed);
-        shared.pause(PausePoint::PoolFull);
+    let Some(mut buffer) = freeze.pool.take() else {
+        freeze.waits.fetch_add(1, Ordering::Relaxed);
+        freeze.pause(PausePoint::PoolFull);
         zone.saved.give_back(granule);
-        shared.parked.lock().push((number, granule));
-        shared.wake_saver();
-        shared.pause(PausePoint::WriterWaits);
+        freeze.parked.lock().push((number, granule));
+        freeze.wake_saver();
+        freeze.pause(PausePoint::WriterWaits);
         return true;
     };
-    read_granule(addr, buffer.bytes_mut());
-    if matches!(shared.owner, Owner::Freeze { .. }) {
-        // An engine's handler holds its gate.
-        shared.settle();
+    if let Err(errno) = zone.reading.read_touched(addr, buffer.bytes_mut()) {
+        freeze.pool.give_back(buffer);
+        zone.saved.give_back(granule);
+        fail(freeze, "reading guest memory", addr, errno);
+        return true;
     }
-    shared.write_faults.fetch_add(1, Ordering::Relaxed);
-    shared.pause(PausePoint::Copied);
-    let first = shared.pool.push(Copied { area: number, granule, buffer });
+    if matches!(freeze.owner.by(), By::Freeze(_)) {
+        // An engine's handler holds its gate.
+        freeze.settle();
+    }
+    freeze.write_faults.fetch_add(1, Ordering::Relaxed);
+    freeze.pause(PausePoint::Copied);
+    let first = freeze.pool.push(Copied { area: number, granule, buffer });
     zone.saved.done(granule);
     if first {
-        shared.wake_saver();
+        freeze.wake_saver();
     }
-    release(shared, zone, granule)
+    release(freeze, zone, granule)
 }
 
 /// Takes the protection off a saved granule, and wakes its writers.
-fn release(shared: &Shared, zone: &Zone, granule: usize) -> bool {
+fn release(freeze: &Freeze, zone: &Zone, granule: usize) -> bool {
     let (addr, len) = (zone.addr(granule), zone.len_of(1));
-    match ops::write_protect(shared.owner.descriptor().fd(), addr.0, len.0, false) {
+    match ops::write_protect(freeze.owner.descriptor().fd(), addr.0, len.0, false) {
         Ok(()) => true,
         Err(Errno::EAGAIN) => false,
         Err(errno) => {
-            fail(shared, "releasing a page", addr, errno);
+            fail(freeze, "releasing a page", addr, errno);
             true
         }
     }

@@ -9,7 +9,8 @@ use parking_lot::{Condvar, Mutex};
 
 use super::intake::Intake;
 use super::load::Load;
-use super::status::Task;
+use super::status::{Outcome, Task};
+use crate::EngineError;
 use crate::memory::Place;
 use crate::memory::holder::{Fetch, FetchError, MissingContent};
 use crate::sys::memory::Scratch;
@@ -47,6 +48,14 @@ impl Source {
 impl Fetch for Source {
     fn running(&self) -> bool {
         self.intake.status.running()
+    }
+
+    fn complete(&self) -> Result<(), EngineError> {
+        match self.intake.status.wait(None) {
+            Some(Outcome::Complete(_)) => Ok(()),
+            Some(Outcome::Failed(error)) => Err(error),
+            None => Err(EngineError::OnObserver),
+        }
     }
 
     fn missing(&self, at: Place, in_file: bool) -> MissingContent {

@@ -14,6 +14,7 @@ use parking_lot::Mutex;
 
 use crate::memory::Place;
 use crate::sys::memory::{Scratch, write_alias};
+use crate::sys::read;
 
 const PAGES: usize = 512;
 
@@ -30,6 +31,10 @@ impl Filled {
 
     fn has(&self, page: usize) -> bool {
         self.0[page / 64] >> (page % 64) & 1 != 0
+    }
+
+    fn is_empty(&self) -> bool {
+        self.0.iter().all(|&word| word == 0)
     }
 
     fn whole(&self) -> bool {
@@ -155,6 +160,15 @@ impl Staging {
             }
             Err(why) => return Ok(why),
         };
+        if let Gathered::Alias(at) = &granule.gathered
+            && granule.filled.is_empty()
+        {
+            // Where none is left, an error now instead of a SIGBUS in a moment.
+            read::populate_for_writing(*at, PageSize::HUGE.bytes()).map_err(|error| {
+                let reason = "no huge page is left in the pool, or its cgroup allows no more";
+                NotAdded::NoRoom(io::Error::new(error.kind(), format!("{reason} ({error})")))
+            })?;
+        }
         let page_len = ByteLen(PAGE_SIZE);
         let mut at = first;
         while at < first + pages {

@@ -17,6 +17,8 @@ use crate::sys::open;
 pub struct Descriptor {
     uffd: Uffd,
     features: Features,
+    /// What the kernel has besides; of a descriptor that was handed over, nothing more is known.
+    kernel: Features,
     foreign: bool,
 }
 
@@ -39,7 +41,7 @@ impl Descriptor {
         let features = needed | (welcome & available);
         let fd = open::new_descriptor(nonblocking)?;
         open::handshake(&fd, features).map_err(OpenError::Handshake)?;
-        Ok(Descriptor { uffd: into_uffd(fd), features, foreign: false })
+        Ok(Descriptor { uffd: into_uffd(fd), features, kernel: available, foreign: false })
     }
 
     /// A descriptor that came from elsewhere, usually from another process over a socket: its handshake is done and
@@ -52,7 +54,7 @@ impl Descriptor {
     /// If its flags can't be changed: it is no open descriptor.
     pub fn handed_over(fd: OwnedFd, features: Features) -> Result<Descriptor, OpenError> {
         set_blocking(fd.as_fd(), false).map_err(|errno| OpenError::Handover(errno.into()))?;
-        Ok(Descriptor { uffd: into_uffd(fd), features, foreign: true })
+        Ok(Descriptor { uffd: into_uffd(fd), features, kernel: features, foreign: true })
     }
 
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
@@ -61,6 +63,11 @@ impl Descriptor {
 
     pub(crate) fn features(&self) -> Features {
         self.features
+    }
+
+    /// What the kernel has, whether it was asked for here or not.
+    pub(crate) fn kernel(&self) -> Features {
+        self.kernel
     }
 
     /// Whether its memory may belong to another process.

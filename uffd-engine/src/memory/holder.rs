@@ -65,7 +65,13 @@ pub(crate) trait Fetch: Debug + Send + Sync {
     /// Whether the load has neither ended nor failed.
     fn running(&self) -> bool;
 
-    /// Where the content of a Missing granule is. `in_file`: the file behind shared memory holds something.
+    /// Waits until a load that is not running any more has let the memory go.
+    ///
+    /// # Errors
+    /// If it has failed.
+    fn complete(&self) -> Result<(), EngineError>;
+
+    /// Where the content of a Missing granule is, or of one that is Zero or Removed if the file has it. `in_file`: the file behind shared memory holds something.
     fn missing(&self, at: Place, in_file: bool) -> MissingContent;
 
     /// The content of some pages, which lie in one block, straight from the source. Waits for it, but not when `over`.

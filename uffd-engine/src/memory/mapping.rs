@@ -3,7 +3,7 @@
 use std::ffi::CStr;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use page_units::{ByteLen, HostAddr};
@@ -26,7 +26,7 @@ use crate::sys::owned::Map;
 pub struct Mapping {
     map: Map,
     backing: Backing,
-    file: Option<File>,
+    file: Option<Arc<File>>,
 }
 
 const NAME: &CStr = c"uffd-engine";
@@ -60,7 +60,7 @@ impl Mapping {
     fn shared(len: ByteLen, flags: MFdFlags, backing: Backing) -> io::Result<Mapping> {
         let file = File::from(memfd_create(NAME, flags)?);
         file.set_len(len.0)?;
-        Ok(Mapping { map: Map::shared(&file, len)?, backing, file: Some(file) })
+        Ok(Mapping { map: Map::shared(&file, len)?, backing, file: Some(Arc::new(file)) })
     }
 
     /// Where it begins.
@@ -83,8 +83,8 @@ impl Mapping {
 
     /// The file behind it, if there is one: for a second process that is to map it.
     #[must_use]
-    pub fn file(&self) -> Option<BorrowedFd<'_>> {
-        self.file.as_ref().map(File::as_fd)
+    pub fn file(&self) -> Option<&Arc<File>> {
+        self.file.as_ref()
     }
 
     /// Copies from it. Waits for pages that an engine has not brought yet; a page that is poisoned ends the process with

@@ -14,7 +14,8 @@ use super::place::Place;
 use super::region::Region;
 use super::states::State;
 use crate::stats::bump;
-use crate::sys::abi::Message;
+use crate::sys::abi::{Features, Message};
+use crate::sys::memory;
 use crate::sys::ops::{self, Done};
 
 impl Memory {
@@ -42,6 +43,9 @@ impl Memory {
                 }
                 Done::Failed(Errno::EEXIST | Errno::ESRCH | Errno::ENOENT) => self.wake(at, 1),
                 Done::Failed(errno) => {
+                    if self.refuse_access(at, 1) {
+                        return true;
+                    }
                     log::error!("poisoning {} failed: {errno}", area.pages(at.granule, 1));
                     self.cannot_poison.store(true, Ordering::Release);
                 }
@@ -82,6 +86,10 @@ impl Memory {
         let mut at = first;
         while at < end {
             let (addr, len) = (area.addr(at), area.len_of(end - at));
+            let whole = Place { area: number, granule: at };
+            if !self.view.descriptor.kernel().contains(Features::POISON) && self.refuse_access(whole, end - at) {
+                break;
+            }
             let poisoned = match ops::poison(self.view.descriptor.fd(), addr.0, len.0) {
                 Done::All => end - at,
                 Done::Part(bytes) => usize::try_from(bytes / area.len_of(1).0).unwrap_or(0),
@@ -105,6 +113,32 @@ impl Memory {
             log::error!("this kernel can't poison pages: the descriptor stays open, and what is missing stays blocked");
             std::mem::forget(Arc::clone(self));
         }
+    }
+}
+
+impl Memory {
+    /// The same without `UFFDIO_POISON` (before Linux 6.6), for memory of this process: nobody has any right to these
+    /// granules, of which nothing is there, and who waits for them is told. Where the kernel can't have a mapping more
+    /// (`vm.max_map_count`), nobody has any right to the area.
+    fn refuse_access(&self, at: Place, granules: usize) -> bool {
+        if self.view.descriptor.foreign() {
+            return false;
+        }
+        let area = self.area(at.area);
+        let done = memory::refuse_access(area.addr(at.granule), area.len_of(granules)).or_else(|errno| match errno {
+            Errno::ENOMEM => memory::refuse_access(area.region.start, area.region.len()),
+            errno => Err(errno),
+        });
+        if let Err(errno) = done {
+            log::error!("taking the rights to {} failed: {errno}", area.pages(at.granule, granules));
+            return false;
+        }
+        // One that was refused before is met again by a fault that was read before.
+        let here = at.granule..at.granule + granules;
+        let new = here.filter(|&granule| self.states(at.area).get(granule).state != State::Poisoned).count();
+        bump(&self.counters.poisoned, new as u64 * area.granule.0);
+        self.wake(at, granules);
+        true
     }
 }
 

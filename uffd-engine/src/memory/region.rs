@@ -1,17 +1,17 @@
 //! Pieces of guest memory, and what they are made of.
 
 use std::any::Any;
+use std::fs::File;
 use std::ops::Range;
 use std::sync::Arc;
 
-use page_units::{ByteLen, HostAddr, Layout, PAGE_SIZE, PageCount, PageIndex, PageRun, PageSize};
+use page_units::{ByteLen, FileOffset, HostAddr, Layout, PAGE_SIZE, PageCount, PageIndex, PageRun};
 
 use userfaultfd::RegisterMode;
 
 use super::backing::Backing;
 use super::mapping::Mapping;
 use crate::StartError;
-use crate::sys::abi::Features;
 use crate::sys::memory::resident;
 
 /// A range of virtual memory that holds (a part of) a RAM block.
@@ -24,6 +24,8 @@ pub struct Region {
     pub(crate) alias: Option<HostAddr>,
     /// Memory of another process: its address means nothing here.
     pub(crate) foreign: bool,
+    /// The file behind it, and where in the file it begins.
+    pub(crate) file: Option<(Arc<File>, FileOffset)>,
     /// What there is of it, where that is known.
     limit: Option<ByteLen>,
     /// What keeps it mapped.
@@ -37,7 +39,8 @@ impl Region {
         let owner: Arc<dyn Any + Send + Sync> = Arc::<Mapping>::clone(mapping);
         let backing = mapping.backing();
         let region = Region::at(mapping.addr(), run, backing).with_owner(owner);
-        Region { shared: backing != Backing::Anonymous, limit: Some(mapping.len()), ..region }
+        let file = mapping.file().map(|file| (Arc::clone(file), FileOffset(0)));
+        Region { shared: backing != Backing::Anonymous, limit: Some(mapping.len()), file, ..region }
     }
 
     /// The memory at `start` of this process holds the pages `run`.
@@ -62,7 +65,7 @@ impl Region {
 
     fn at(start: HostAddr, run: PageRun, backing: Backing) -> Region {
         let shared = backing == Backing::Memfd;
-        Region { start, run, backing, shared, alias: None, foreign: false, limit: None, owner: None }
+        Region { start, run, backing, shared, alias: None, foreign: false, file: None, limit: None, owner: None }
     }
 
     /// Keeps something, usually what owns the mapping, for as long as the region exists, and what serves or freezes it.
@@ -90,6 +93,28 @@ impl Region {
     pub unsafe fn with_alias(mut self, alias: HostAddr) -> Region {
         self.alias = Some(alias);
         self
+    }
+
+    /// The file behind it, and where in the file it begins. Shared memory needs it to be frozen: the file tells which pages
+    /// exist, whoever has filled them.
+    ///
+    /// The promise that a snapshot ends if the file is punched or written to past the memory covers files that hold these
+    /// regions and nothing else; of other files it is not noticed what happens to pages in the first moments, which have
+    /// not been looked up yet.
+    #[must_use]
+    pub fn with_file(mut self, file: Arc<File>, offset: FileOffset) -> Region {
+        self.file = Some((file, offset));
+        self
+    }
+
+    /// Whether the kernel merges equal pages of it (KSM), if it is asked to.
+    pub(crate) fn may_be_merged(&self) -> bool {
+        !self.shared && self.backing != Backing::Hugetlb
+    }
+
+    /// Whether it is shared memory of small pages.
+    pub(crate) fn is_shared_memfd(&self) -> bool {
+        self.shared && self.backing == Backing::Memfd
     }
 
     /// What an engine registers it for.
@@ -193,7 +218,7 @@ pub(crate) fn granule_of(region: &Region, page: PageIndex) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use page_units::{BlockId, RamBlock};
+    use page_units::{BlockId, PageSize, RamBlock};
 
     use super::*;
 

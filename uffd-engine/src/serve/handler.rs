@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use page_units::HostAddr;
 
-use super::events::BATCH;
+use super::events::{self, BATCH};
 use super::placement::bind;
 use super::served::{Fault, Served};
 use super::wait::{Patience, Waiter, Woken};
@@ -36,6 +36,8 @@ impl Drop for OnExit<'_> {
             log::error!("the descriptor of an engine can't be made non-blocking: {errno}");
         }
         self.waiter.left(memory);
+        // An engine that fails closed before the last handler has left reads nothing, and a discard would wait for ever.
+        events::read_without_handlers(memory, self.served);
     }
 }
 

@@ -7,7 +7,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU8;
 
-use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munlock, munmap};
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, mprotect, munlock, munmap};
 use page_units::{ByteLen, HostAddr};
 
 /// A table of atomic bytes, all zero at first, that costs nothing where it was never touched.
@@ -180,6 +180,15 @@ pub(crate) fn give_back(start: HostAddr, len: ByteLen, shared: bool) -> io::Resu
     Ok(())
 }
 
+/// Takes all rights to a range of this process: any access to it is an error from now on, of whatever holds it now.
+pub(crate) fn refuse_access(start: HostAddr, len: ByteLen) -> nix::Result<()> {
+    let at = std::ptr::with_exposed_provenance_mut(len_of(start));
+    let Some(at) = NonNull::new(at) else { return Err(nix::errno::Errno::EINVAL) };
+    // SAFETY: the range lies in a region that its owner registered, and holds nothing: what would read or write there
+    // waits for content, and gets an error in its place.
+    unsafe { mprotect(at, len.get(), ProtFlags::PROT_NONE) }
+}
+
 /// Copies into the unregistered alias of a granule that nobody can see yet.
 ///
 /// # Errors
@@ -191,15 +200,6 @@ pub(crate) fn write_alias(at: HostAddr, bytes: &page_source::PageBytes<'_>) -> i
     // region's length, and the granule is in filling, so that nobody else reads or writes it.
     let to = unsafe { std::slice::from_raw_parts_mut(at, len) };
     bytes.copy_to(to)
-}
-
-/// Copies guest memory of this process. Nobody writes to it while it is write-protected; a writer that goes around the
-/// protection (which the owner of the memory rules out) could only make the copy a mixture.
-pub(crate) fn read_granule(at: HostAddr, to: &mut [u8]) {
-    let from: *const u8 = std::ptr::with_exposed_provenance(len_of(at));
-    // SAFETY: a range of a region, which its owner promised to keep mapped and readable; `to` is our own memory, and
-    // no Rust reference to the guest's memory exists.
-    unsafe { std::ptr::copy_nonoverlapping(from, to.as_mut_ptr(), to.len()) };
 }
 
 fn len_of(addr: HostAddr) -> usize {

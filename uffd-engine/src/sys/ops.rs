@@ -4,8 +4,12 @@
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use nix::errno::Errno;
+use page_units::PAGE_SIZE;
 
 use super::abi::{self, Copy, Fill, Message, Range, WriteProtect};
+
+/// The bytes of a huge page.
+const HUGE: u64 = page_units::PageSize::HUGE.bytes().0;
 
 /// What an install did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,7 +70,29 @@ pub(crate) fn poison(fd: BorrowedFd<'_>, start: u64, len: u64) -> Done {
 }
 
 /// `UFFDIO_WRITEPROTECT`: arms what is populated of a range, or releases it and wakes its writers.
+///
+/// Before Linux 6.3 one call is for one mapping, and `ENOENT` for several: there it is done in parts.
 pub(crate) fn write_protect(fd: BorrowedFd<'_>, start: u64, len: u64, armed: bool) -> Result<(), Errno> {
+    match write_protect_once(fd, start, len, armed) {
+        Err(Errno::ENOENT) => {}
+        done => return done,
+    }
+    // The middle, where huge pages too can be parted if there are any.
+    let unit = if len > HUGE { HUGE } else { PAGE_SIZE };
+    let middle = (start + len / 2).next_multiple_of(unit);
+    if middle <= start || middle >= start + len {
+        return Err(Errno::ENOENT);
+    }
+    // A part of a huge page is refused as such: it is not registered, as the whole is not.
+    let part = |start, len| match write_protect(fd, start, len, armed) {
+        Err(Errno::EINVAL) => Err(Errno::ENOENT),
+        done => done,
+    };
+    part(start, middle - start)?;
+    part(middle, start + len - middle)
+}
+
+fn write_protect_once(fd: BorrowedFd<'_>, start: u64, len: u64, armed: bool) -> Result<(), Errno> {
     let mode = if armed { abi::UFFDIO_WRITEPROTECT_MODE_WP } else { 0 };
     let mut arg = WriteProtect { range: Range { start, len }, mode };
     // SAFETY: `arg` is the structure this ioctl reads; the kernel checks the range in it.

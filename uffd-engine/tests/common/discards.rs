@@ -19,6 +19,15 @@ pub(crate) fn give_back(memory: &Memory, run: PageRun) {
     unsafe { madvise(std::ptr::NonNull::new(at).unwrap(), run.len().get(), advice) }.unwrap();
 }
 
+/// Leaves a part of the memory out of core dumps: the kernel has mappings of their own for it then.
+#[expect(unsafe_code, reason = "advice as a VMM gives it")]
+pub(crate) fn split_off(memory: &Memory, run: PageRun) {
+    let at = memory.addr(run.block) + run.first.byte_offset();
+    let at = std::ptr::with_exposed_provenance_mut(usize::try_from(at.0).unwrap());
+    // SAFETY: pages of the test's own mapping, whose content it does not change.
+    unsafe { madvise(std::ptr::NonNull::new(at).unwrap(), run.len().get(), MmapAdvise::MADV_DONTDUMP) }.unwrap();
+}
+
 /// How a discard is made.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Way {

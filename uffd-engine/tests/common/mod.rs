@@ -1,6 +1,7 @@
 //! Memory to be served, and a look at every byte of it.
 #![allow(dead_code, reason = "each test file uses its part")]
 
+pub(crate) mod behind;
 pub(crate) mod blocked;
 pub(crate) mod collector;
 pub(crate) mod discards;
@@ -18,6 +19,7 @@ use nix::unistd::Pid;
 use page_source::PageSource;
 use page_units::{BlockId, ByteLen, HostAddr, Layout, PageIndex, PageRun};
 use testkit::oracle::Oracle;
+use testkit::require::Prerequisite;
 use uffd_engine::{Backing, Builder, Descriptor, Engine, Features, Region, Stats};
 use userfaultfd::{RegisterMode, UffdBuilder};
 use vm_memory::mmap::MmapRegionBuilder;
@@ -39,6 +41,14 @@ pub(crate) enum Kind {
 
 pub(crate) const SMALL_KINDS: [Kind; 3] = [Kind::Anonymous, Kind::MemfdShared, Kind::MemfdPrivate];
 pub(crate) const HUGE_KINDS: [Kind; 3] = [Kind::HugetlbPrivate, Kind::HugetlbShared, Kind::HugetlbAlias];
+
+/// Those that can be frozen while they are loading. A kernel before Linux 6.4 refuses what is in files: `tests/kernel.rs`
+/// shows that.
+pub(crate) fn freezable_while_loading(kinds: &[Kind]) -> Vec<Kind> {
+    let all = Prerequisite::ProtectedContinue.check().is_ok();
+    let private = |kind: &Kind| matches!(kind, Kind::Anonymous | Kind::HugetlbPrivate);
+    kinds.iter().copied().filter(|kind| all || private(kind)).collect()
+}
 
 /// A mapping for each RAM block.
 pub(crate) struct Memory {
@@ -106,6 +116,15 @@ impl Memory {
     }
 
     pub(crate) fn regions(&self) -> Vec<Region> {
+        let maps = self.layout.runs().filter(|run| !run.is_empty()).map(|run| &self.maps[run.block.0 as usize]);
+        let with_file = |(region, map): (Region, &MmapRegion)| match map.file_offset() {
+            Some(file) => region.with_file(Arc::clone(file.arc()), page_units::FileOffset(file.start())),
+            None => region,
+        };
+        self.regions_without_file().into_iter().zip(maps).map(with_file).collect()
+    }
+
+    pub(crate) fn regions_without_file(&self) -> Vec<Region> {
         self.layout
             .runs()
             .filter(|run| !run.is_empty())

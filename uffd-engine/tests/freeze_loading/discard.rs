@@ -11,7 +11,7 @@ use testkit::source::MemorySource;
 use uffd_engine::{Background, DiscardError, Discards, PausePoint};
 
 use crate::common::collector::layout;
-use crate::common::{Kind, Memory};
+use crate::common::{Kind, Memory, freezable_while_loading};
 use crate::guest::Guest;
 use crate::save;
 
@@ -29,6 +29,7 @@ fn what_a_snapshot_still_needs_is_not_given_back() {
     testkit::require!(Userfaultfd, Hugepages);
     let _pages = Overcommit::reserve(16).unwrap();
     let kinds = [Kind::Anonymous, Kind::MemfdShared, Kind::HugetlbPrivate, Kind::HugetlbShared];
+    let kinds = freezable_while_loading(&kinds);
     for (kind, discards) in kinds.into_iter().flat_map(|kind| [(kind, Discards::Events), (kind, Discards::Announced)]) {
         let granule = if matches!(kind, Kind::Anonymous | Kind::MemfdShared) { 1 } else { 512 };
         let granules = |first: u64, count: u64| run(first * granule, count * granule);
@@ -69,7 +70,8 @@ fn what_a_snapshot_still_needs_is_not_given_back() {
 #[test]
 fn memory_is_not_frozen_in_the_middle_of_a_discard() {
     testkit::require!(Userfaultfd);
-    for (kind, discards) in [(Kind::Anonymous, Discards::Announced), (Kind::MemfdShared, Discards::Events)] {
+    for kind in freezable_while_loading(&[Kind::Anonymous, Kind::MemfdShared]) {
+        let discards = if kind == Kind::Anonymous { Discards::Announced } else { Discards::Events };
         let oracle = Arc::new(Oracle::random(13, layout(&[64]), 255));
         let memory = Memory::new(kind, oracle.layout());
         let gate = Gate::closed();

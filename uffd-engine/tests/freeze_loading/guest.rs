@@ -1,18 +1,15 @@
 //! A guest that writes while its memory is loaded and frozen.
 
-use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use nix::unistd::{Whence, lseek};
-use page_units::{BlockId, ByteLen, PageCount, PageIndex, PageRun};
+use page_units::{BlockId, ByteLen, PageIndex};
 use parking_lot::{Mutex, RwLock};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use testkit::oracle::Oracle;
-use uffd_engine::{Engine, FreezeError, FreezeOptions, Frozen, Handlers};
+use uffd_engine::{Engine, FreezeError, FreezeOptions, Frozen};
 
-use crate::common::{HUGE, Kind, Memory, PAGE};
+use crate::common::{Memory, PAGE};
 
 /// A guest: threads that write all over the memory, and a model of what the memory is.
 pub(crate) struct Guest<'a> {
@@ -78,10 +75,10 @@ impl<'a> Guest<'a> {
 
     /// Stops the guest, freezes its memory, and lets it go on. With what the memory was then.
     pub(crate) fn freeze(&self, engine: &Engine, pool: ByteLen) -> (Result<Frozen, FreezeError>, Vec<Vec<u8>>) {
-        let options = FreezeOptions { pool, handlers: Handlers::default() };
+        let options = FreezeOptions::default().with_pool(pool);
         let freezer = engine.freezer(self.memory.regions(), self.memory.layout.clone(), &options);
         let _stopped = self.running.write();
-        let frozen = freezer.and_then(|freezer| freezer.arm(&populated(self.memory)));
+        let frozen = freezer.and_then(|freezer| freezer.arm());
         (frozen, self.model.lock().clone())
     }
 
@@ -101,36 +98,4 @@ impl<'a> Guest<'a> {
             }
         }
     }
-}
-
-/// What the files behind shared memory hold.
-fn populated(memory: &Memory) -> Vec<PageRun> {
-    let mut runs = Vec::new();
-    for (block, map) in (0..).map(BlockId).zip(&memory.maps) {
-        match memory.kind {
-            Kind::MemfdShared => {
-                let file = map.file_offset().unwrap().file();
-                let end = i64::try_from(map.size()).unwrap();
-                let mut at = 0;
-                while let Ok(data) = lseek(file.as_fd(), at, Whence::SeekData) {
-                    at = lseek(file.as_fd(), data, Whence::SeekHole).unwrap().min(end);
-                    let pages = PageCount((at - data).unsigned_abs() / 4096);
-                    runs.push(PageRun::new(block, PageIndex(data.unsigned_abs() / 4096), pages));
-                }
-            }
-            Kind::HugetlbShared | Kind::HugetlbAlias => {
-                let table = std::fs::File::open("/proc/self/pagemap").unwrap();
-                for huge in 0..map.size() / HUGE {
-                    let mut entry = [0; 8];
-                    let at = (map.as_ptr() as usize + huge * HUGE) / PAGE * 8;
-                    table.read_exact_at(&mut entry, at as u64).unwrap();
-                    if u64::from_le_bytes(entry) >> 62 != 0 {
-                        runs.push(PageRun::new(block, PageIndex(huge as u64 * 512), PageCount(512)));
-                    }
-                }
-            }
-            Kind::Anonymous | Kind::MemfdPrivate | Kind::HugetlbPrivate => {}
-        }
-    }
-    runs
 }

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use common::collector::{Collector, layout};
 use common::discards::give_back;
-use common::{Kind, Memory};
+use common::{Kind, Memory, freezable_while_loading};
 use guest::Guest;
 use page_source::{Feed, PageSink, PageSource, SourceError, Span};
 use page_units::{BlockId, ByteLen, Layout, PageCount, PageIndex, PageRun};
@@ -73,8 +73,6 @@ fn two_snapshots(seed: u64, kind: Kind) {
             guest.progress(random.random_range(0..40));
             match guest.freeze(&engine, pool) {
                 (Ok(frozen), expected) => drop(save(&frozen, &expected, oracle.layout())),
-                // It was quick: complete by now, and frozen without it.
-                (Err(FreezeError::EngineEnded), _) => drop(engine.wait().unwrap()),
                 (Err(error), _) => panic!("seed {seed}, {kind:?}: {error}"),
             }
         }
@@ -87,8 +85,9 @@ fn two_snapshots(seed: u64, kind: Kind) {
 #[test]
 fn what_is_saved_is_what_was_there_at_the_freeze_point() {
     testkit::require!(Userfaultfd);
+    let kinds = freezable_while_loading(&[Kind::Anonymous, Kind::MemfdShared]);
     for (number, seed) in seeds(48) {
-        two_snapshots(seed, [Kind::Anonymous, Kind::MemfdShared][usize::try_from(number / 4 % 2).unwrap()]);
+        two_snapshots(seed, kinds[usize::try_from(number / 4).unwrap() % kinds.len()]);
     }
 }
 
@@ -96,9 +95,9 @@ fn what_is_saved_is_what_was_there_at_the_freeze_point() {
 fn and_of_huge_pages_too() {
     testkit::require!(Userfaultfd, Hugepages);
     let _pages = Overcommit::reserve(16).unwrap();
-    let kinds = [Kind::HugetlbPrivate, Kind::HugetlbShared, Kind::HugetlbAlias];
+    let kinds = freezable_while_loading(&[Kind::HugetlbPrivate, Kind::HugetlbShared, Kind::HugetlbAlias]);
     for (number, seed) in seeds(24) {
-        two_snapshots(seed, kinds[usize::try_from(number / 4 % 3).unwrap()]);
+        two_snapshots(seed, kinds[usize::try_from(number / 4).unwrap() % kinds.len()]);
     }
 }
 
@@ -109,7 +108,7 @@ fn paused(memory: &Memory, source: Arc<dyn PageSource>) -> Engine {
 #[test]
 fn nothing_is_brought_into_memory_for_it() {
     testkit::require!(Userfaultfd);
-    for kind in [Kind::Anonymous, Kind::MemfdShared] {
+    for kind in freezable_while_loading(&[Kind::Anonymous, Kind::MemfdShared]) {
         let oracle = Arc::new(Oracle::random(3, layout(&[4096]), 200));
         let memory = Memory::new(kind, oracle.layout());
         let engine = paused(&memory, Arc::new(MemorySource::new(Arc::clone(&oracle))));
@@ -165,19 +164,23 @@ fn an_engine_is_complete_only_after_the_freeze() {
     engine.wait().unwrap();
     guest.assert_memory();
     drop((feed, frozen));
-    // From now on it is ordinary memory.
+    // From now on it is ordinary memory, and frozen as such, with its engine or without it.
     let options = FreezeOptions::default();
-    let ended = engine.freezer(memory.regions(), memory.layout.clone(), &options);
-    assert!(matches!(ended, Err(FreezeError::EngineEnded)));
-    let frozen = Freezer::prepare(memory.regions(), memory.layout.clone(), &options).unwrap().arm(&[]).unwrap();
-    let expected = guest.model.lock().clone();
-    save(&frozen, &expected, oracle.layout());
+    let freezers = [
+        engine.freezer(memory.regions(), memory.layout.clone(), &options),
+        Freezer::prepare(memory.regions(), memory.layout.clone(), &options),
+    ];
+    for freezer in freezers {
+        let frozen = freezer.unwrap().arm().unwrap();
+        let expected = guest.model.lock().clone();
+        save(&frozen, &expected, oracle.layout());
+    }
 }
 
 #[test]
 fn one_that_is_given_up_changes_nothing() {
     testkit::require!(Userfaultfd);
-    for kind in [Kind::Anonymous, Kind::MemfdShared] {
+    for kind in freezable_while_loading(&[Kind::Anonymous, Kind::MemfdShared]) {
         for (number, seed) in seeds(12) {
             let oracle = Arc::new(Oracle::random(seed, layout(&[1500]), 220));
             let memory = Memory::new(kind, oracle.layout());
@@ -338,7 +341,7 @@ fn plain_freezing_does_not_take_memory_from_an_engine() {
     let memory = Memory::new(Kind::Anonymous, oracle.layout());
     let engine = paused(&memory, Arc::new(MemorySource::new(Arc::clone(&oracle))));
     let freezer = Freezer::prepare(memory.regions(), memory.layout.clone(), &FreezeOptions::default()).unwrap();
-    assert!(matches!(freezer.arm(&[]), Err(FreezeError::Arm { errno: nix::errno::Errno::EBUSY, .. })));
+    assert!(matches!(freezer.arm(), Err(FreezeError::Arm { errno: nix::errno::Errno::EBUSY, .. })));
     engine.resume_background();
     engine.wait().unwrap();
     memory.assert_equals(&oracle);

@@ -10,14 +10,16 @@ use page_units::{ByteLen, PageCount};
 
 use super::LiveError;
 use super::mappings::{self, Other};
-use crate::memory::GuestRam;
-use crate::populated::Existing;
+use crate::ram::GuestRam;
 
 /// For device state and headers, which nobody knows beforehand.
 const METADATA: ByteLen = ByteLen(1 << 20);
 
 /// Whether every write to this memory can be caught.
 pub(super) fn memory(ram: &GuestRam) -> Result<(), LiveError> {
+    if let Some(guest) = ram.cut_off().map_err(LiveError::Populated)? {
+        return Err(LiveError::Memory { guest, what: "cut off: its file ends there" });
+    }
     let mut ranges = Vec::new();
     for (number, piece) in ram.pieces().iter().enumerate() {
         let refused = |what| Err(LiveError::Memory { guest: piece.guest, what });
@@ -54,18 +56,13 @@ fn in_memory(file: &File) -> bool {
 
 /// Whether what exists of the memory, and what is `missing` of it, fits on the disk of the file that `writer` has begun.
 /// Its name may lie elsewhere: a symlink is followed.
-pub(super) fn space(
-    ram: &GuestRam,
-    existing: &Existing<'_>,
-    writer: &Writer,
-    missing: PageCount,
-) -> Result<(), LiveError> {
+pub(super) fn space(ram: &GuestRam, writer: &Writer, missing: PageCount) -> Result<(), LiveError> {
     let (file, path) = (writer.file(), writer.path());
-    let runs = existing.pages().map_err(LiveError::Populated)?;
-    let pages = PageCount(missing.0 + runs.iter().flatten().map(|run| run.pages.0).sum::<u64>());
+    let runs = ram.populated().map_err(LiveError::Populated)?;
+    let pages = PageCount(missing.0 + runs.iter().map(|run| run.pages.0).sum::<u64>());
     // A bit for each page, whether it exists or not.
     let needed = ByteLen(pages.to_bytes().0 + ram.layout().total().to_pages().0 / 8 + METADATA.0);
-    let of = fstatvfs(file).map_err(|errno| LiveError::Statistics { path: path.into(), errno })?;
+    let of = fstatvfs(file).map_err(|errno| LiveError::Statistics { path: path.into(), error: errno.into() })?;
     let available = ByteLen(of.blocks_available().saturating_mul(of.fragment_size()));
     if needed > available {
         return Err(LiveError::Space { path: path.into(), needed, available });

@@ -4,14 +4,13 @@ use std::io;
 use std::path::PathBuf;
 
 use mapped_ram::CreateError;
-use nix::errno::Errno;
 use page_source::{SinkError, SourceError};
 use page_units::{ByteLen, GuestAddr, HostAddr, PageCount};
 use uffd_engine::{EngineError, FreezeError, FrozenError};
 use vmstate::WriteError;
 
 use crate::StopError;
-use crate::memory::MemoryError;
+use crate::ram::MemoryError;
 use crate::state::StateError;
 
 /// Why there is no live snapshot. The guest goes on as it was, and there is no file, or the one that was there before.
@@ -78,13 +77,17 @@ pub enum LiveError {
         available: ByteLen,
     },
     /// The file system does not say how much is free.
-    #[error("{}: asking for the free space failed: {errno}", path.display())]
+    #[error("{}: asking for the free space failed: {error}", path.display())]
     Statistics {
         /// The file.
         path: PathBuf,
         /// What the kernel said.
-        errno: Errno,
+        #[source]
+        error: io::Error,
     },
+    /// The signals of writes that fail could not be blocked.
+    #[error("blocking SIGXFSZ and SIGPIPE failed: {0}")]
+    Signals(#[source] io::Error),
     /// The vCPUs did not stop, or one of them has failed.
     #[error(transparent)]
     Stop(#[from] StopError),
@@ -99,7 +102,7 @@ pub enum LiveError {
     Populated(#[source] io::Error),
     /// The memory can't be write-protected.
     #[error(transparent)]
-    Freeze(#[from] FreezeError),
+    Freeze(FreezeError),
     /// The file could not be begun.
     #[error(transparent)]
     Create(#[from] CreateError),
@@ -121,4 +124,13 @@ pub enum LiveError {
     /// The thread that saves is gone.
     #[error("the thread that saves has ended before its work was done")]
     Died,
+}
+
+impl From<FreezeError> for LiveError {
+    fn from(error: FreezeError) -> LiveError {
+        match error {
+            FreezeError::Load(error) => LiveError::Load(*error),
+            error => LiveError::Freeze(error),
+        }
+    }
 }

@@ -10,7 +10,7 @@ use uffd_engine::{FreezeStats, Frozen, FrozenError};
 use super::sink::LiveSink;
 use super::{Blackout, LiveError};
 use crate::GuestRam;
-use crate::vcpu::FOR_EVER;
+use crate::machine::FOR_EVER;
 
 /// How often whoever waits looks whether the thread that saves still lives.
 const TICK: Duration = Duration::from_millis(100);

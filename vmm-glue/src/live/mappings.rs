@@ -7,7 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use nix::sys::stat::{major, minor};
 use page_units::{ByteLen, GuestAddr, HostAddr};
 
-use crate::memory::GuestRam;
+use crate::ram::GuestRam;
 
 /// A file as `/proc/self/maps` names it: device and inode.
 type FileId = (u64, u64, u64);

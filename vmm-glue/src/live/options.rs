@@ -109,9 +109,8 @@ impl LiveOptions {
     /// buffers that were registered before (`io_uring`). Whatever goes around that mapping may go on only when the
     /// snapshot is complete.
     ///
-    /// Its time is part of the blackout. Should the guest's memory become complete at that very moment, the guest goes on
-    /// for a moment, is stopped once more, and `drain` is called again. An error means that something could not be stopped: there is no snapshot
-    /// then, and the guest goes on.
+    /// It is called once, and its time is part of the blackout. An error means that something could not be stopped: there is
+    /// no snapshot then, and the guest goes on.
     #[must_use]
     pub fn with_drain(
         mut self,

@@ -9,7 +9,7 @@ use page_source::{End, Flow, PageBytes, PageSink, SinkError, SourceError};
 use page_units::{PageCount, PageRun};
 use parking_lot::{Condvar, Mutex, RwLock};
 
-use crate::memory::FreezeClaim;
+use crate::ram::FreezeClaim;
 
 /// What the end of the flow needs, and does away with.
 #[derive(Debug)]

@@ -4,7 +4,7 @@ use kvm_bindings::{kvm_cpuid_entry2, kvm_lapic_state, kvm_sregs, kvm_sregs2, kvm
 use mapped_ram::Snapshot;
 use vmstate::{SectionKind, Value};
 
-use crate::blueprint;
+use crate::snapshot::blueprint;
 
 use super::encode::{VCPU, VERSION, VM};
 use super::error::Call;

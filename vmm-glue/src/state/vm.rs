@@ -141,8 +141,11 @@ impl MachineState {
         self.put(vm, vcpus, host, clock, None)
     }
 
-    /// The same, for a machine that was just created and never touched.
-    pub(crate) fn restore_created(
+    /// The same, for a machine that was just created and never touched: what it has anyway is left out, which is faster.
+    ///
+    /// # Errors
+    /// As [`restore_with_clock`](MachineState::restore_with_clock).
+    pub fn restore_created(
         &self,
         vm: &VmFd,
         vcpus: &[&VcpuFd],

@@ -3,33 +3,20 @@
 //! Numbers and layouts: linux/kvm.h and asm/kvm.h; checked below against the structures of `kvm-bindings`.
 #![expect(unsafe_code, reason = "raw ioctls, each checked by the kernel")]
 
+use kvm_bindings::{
+    KVM_API_VERSION, KVM_CAP_XSAVE2, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, kvm_device_attr, kvm_irqchip, kvm_sregs2,
+};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use std::borrow::Cow;
 use std::io;
 use std::mem::size_of;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd};
-
-use kvm_bindings::{
-    KVM_API_VERSION, KVM_CAP_XSAVE2, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, kvm_device_attr, kvm_irqchip, kvm_sregs2,
-    kvm_userspace_memory_region,
-};
-use kvm_ioctls::{Kvm, VcpuFd, VmFd};
-use page_units::{ByteLen, GuestAddr, HostAddr};
-
-use super::Signals;
 
 const KVMIO: u8 = 0xae;
 /// The length of the classic extended state, in 4-byte words.
 pub(crate) const XSAVE_WORDS: usize = 1024;
 const _: () = assert!(KVM_API_VERSION == 12);
 const _: () = assert!(size_of::<kvm_sregs2>() == 320 && size_of::<kvm_device_attr>() == 24);
-
-/// `struct kvm_signal_mask` with the 64-bit signal set of the kernel behind it.
-#[repr(C)]
-struct SignalMask {
-    len: u32,
-    set: [u8; 8],
-}
-const _: () = assert!(size_of::<SignalMask>() == 12);
 
 nix::ioctl_none!(kvm_get_tsc_khz, KVMIO, 0xa3);
 nix::ioctl_read!(kvm_get_sregs2, KVMIO, 0xcc, kvm_sregs2);
@@ -39,8 +26,6 @@ nix::ioctl_read!(kvm_get_xsave2, KVMIO, 0xcf, [u32; XSAVE_WORDS]);
 nix::ioctl_write_ptr!(kvm_set_xsave, KVMIO, 0xa5, [u32; XSAVE_WORDS]);
 nix::ioctl_write_ptr!(kvm_get_device_attr, KVMIO, 0xe2, kvm_device_attr);
 nix::ioctl_write_ptr!(kvm_set_device_attr, KVMIO, 0xe1, kvm_device_attr);
-// The size that the number holds is that of the structure without its set.
-nix::ioctl_write_ptr_bad!(kvm_set_signal_mask, nix::request_code_write!(KVMIO, 0x8b, 4), SignalMask);
 
 /// The same KVM, for another thread.
 pub(crate) fn same_kvm(kvm: &Kvm) -> io::Result<Kvm> {
@@ -48,19 +33,6 @@ pub(crate) fn same_kvm(kvm: &Kvm) -> io::Result<Kvm> {
     let fd = unsafe { BorrowedFd::borrow_raw(kvm.as_raw_fd()) }.try_clone_to_owned()?;
     // SAFETY: a descriptor of KVM, which is nobody else's.
     Ok(unsafe { Kvm::from_raw_fd(fd.into_raw_fd()) })
-}
-
-/// Makes `len` bytes at `host` the guest's memory at `guest`. The caller keeps them mapped while the VM lives.
-pub(crate) fn set_slot(vm: &VmFd, slot: u32, guest: GuestAddr, host: HostAddr, len: ByteLen) -> io::Result<()> {
-    let region = kvm_userspace_memory_region {
-        slot,
-        flags: 0,
-        guest_phys_addr: guest.0,
-        memory_size: len.0,
-        userspace_addr: host.0,
-    };
-    // SAFETY: the range belongs to a `GuestRam`, which its `Machine` keeps; the public function says so to others.
-    unsafe { vm.set_user_memory_region(region) }.map_err(io::Error::from)
 }
 
 pub(crate) fn get_sregs2(vcpu: &VcpuFd) -> io::Result<kvm_sregs2> {
@@ -155,20 +127,4 @@ pub(crate) fn chip_of(chip_id: u32, bytes: &[u8; 512]) -> kvm_irqchip {
     let mut chip = kvm_irqchip { chip_id, ..kvm_irqchip::default() };
     chip.chip.dummy = bytes.map(|byte| byte.cast_signed());
     chip
-}
-
-/// What KVM says of a `KVM_EXIT_INTERNAL_ERROR`.
-pub(crate) fn internal_suberror(vcpu: &mut VcpuFd) -> u32 {
-    // SAFETY: any bytes are a valid number; for another exit they mean something else.
-    unsafe { vcpu.get_kvm_run().__bindgen_anon_1.internal.suberror }
-}
-
-/// While the vCPU is in `KVM_RUN`, `blocked` less `let_in` is blocked in its thread.
-pub(crate) fn set_signal_mask(vcpu: &VcpuFd, blocked: &Signals, let_in: &[i32]) -> io::Result<()> {
-    let bits = blocked.bits() & !Signals::of(let_in).bits();
-    // This crate is for x86-64, whose signal sets are little-endian words.
-    let mask = SignalMask { len: 8, set: bits.to_le_bytes() };
-    // SAFETY: the kernel reads the header and `len` bytes behind it.
-    unsafe { kvm_set_signal_mask(vcpu.as_raw_fd(), &raw const mask) }?;
-    Ok(())
 }

@@ -7,12 +7,37 @@ use std::sync::Arc;
 use page_units::{ByteLen, HostAddr, PageRun};
 use uffd_engine::Region;
 use vm_memory::MmapRegion;
+use vm_memory::bitmap::Bitmap;
+use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 
-use crate::memory::{Memory, Piece};
+use crate::ram::{Memory, OwnersBitmap, Piece};
+
+/// A mapping as this crate has it, of one with a bitmap of another type, which it keeps.
+pub(crate) fn view_of<B: Bitmap + Send + Sync + 'static>(
+    region: Arc<MmapRegion<B>>,
+) -> Result<MmapRegion<OwnersBitmap>, MmapRegionError> {
+    let builder = MmapRegionBuilder::new_with_bitmap(region.size(), OwnersBitmap::of(Arc::clone(&region)));
+    let builder = builder.with_mmap_prot(region.prot()).with_mmap_flags(region.flags());
+    let builder = match region.is_hugetlbfs() {
+        Some(huge) => builder.with_hugetlbfs(huge),
+        None => builder,
+    };
+    let builder = match region.file_offset() {
+        Some(file) => builder.with_file_offset(file.clone()),
+        None => builder,
+    };
+    // SAFETY: a mapping of that size, which stays as long as the bitmap does: a part of the new one.
+    unsafe { builder.with_raw_mmap_pointer(region.as_ptr()) }.build()
+}
 
 /// A piece of guest memory, with the second mapping of its file if there is one, for an engine or a freeze, which keeps both
 /// mapped.
-pub(crate) fn region(memory: Memory, alias: Option<Arc<MmapRegion<()>>>, piece: &Piece, run: PageRun) -> Region {
+pub(crate) fn region(
+    memory: Memory,
+    alias: Option<Arc<MmapRegion<OwnersBitmap>>>,
+    piece: &Piece,
+    run: PageRun,
+) -> Region {
     // SAFETY: the piece was made of a region of `memory`, which stays mapped as long as its owner, kept below; `vm-memory`
     // hands out no references into it.
     let region = unsafe { Region::from_raw(piece.host, run, piece.backing) }.with_shared(piece.shared);
@@ -37,6 +62,7 @@ pub(crate) fn give_back(start: HostAddr, length: ByteLen, shared: bool) -> io::R
 }
 
 /// Whether the byte of this process at `address` can be read, asked of the kernel: no signal when it can't.
+#[cfg(feature = "vcpus")]
 pub(crate) fn readable(address: HostAddr) -> bool {
     read_memory(address, &mut [0]).is_ok()
 }

@@ -10,12 +10,11 @@ use kvm_ioctls::{VcpuFd, VmFd};
 use parking_lot::{Mutex, MutexGuard};
 
 use super::run::{self, Place, Seat, Started};
-use super::table::{Group, Hold, StopHandle, Wanted, failure, stopped};
+use super::table::{Group, StopHandle, Wanted, failure, stopped};
 use super::{Bus, VcpuError};
-use crate::{GuestRam, Host, Machine, MachineConfig, MachineState, Restored, StateError};
-
-/// No time limit: as long as nobody waits, and still a time that can be counted.
-pub(crate) const FOR_EVER: Duration = Duration::from_secs(1 << 32);
+use crate::machine::FOR_EVER;
+use crate::sys::VmWithRam;
+use crate::{GuestRam, Host, MachineConfig, MachineState, NewVm, Restored, StateError, StopError};
 
 /// How the threads are set up.
 #[derive(Clone, Debug)]
@@ -36,36 +35,16 @@ impl Default for VcpuOptions {
     }
 }
 
-/// Why vCPUs did not stop.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum StopError {
-    /// They are still in `KVM_RUN`: most likely they wait for a page of memory. They stop as soon as it is there.
-    #[error(
-        "vCPUs {vcpus:?} did not stop within {limit:?}: most likely they wait for pages of memory that have not come yet"
-    )]
-    Timeout {
-        /// Which.
-        vcpus: Vec<u32>,
-        /// The time they had.
-        limit: Duration,
-    },
-    /// One of them has failed.
-    #[error(transparent)]
-    Failed(#[from] Arc<VcpuError>),
-}
-
 /// The running machine: a VM, and a thread per vCPU. Dropping it stops and joins them; the engine that serves the
 /// memory must live until then (or have been told to give up, which ends every wait).
 pub struct Vcpus {
     fds: Vec<Arc<Mutex<VcpuFd>>>,
     threads: Vec<JoinHandle<()>>,
-    group: Arc<Group>,
+    pub(super) group: Arc<Group>,
     options: VcpuOptions,
     config: MachineConfig,
-    // Last: see `Machine`.
-    vm: VmFd,
-    ram: Arc<GuestRam>,
+    // Last: the vCPUs are dropped before it.
+    vm: VmWithRam,
 }
 
 /// What the threads of a machine's vCPUs begin with.
@@ -76,7 +55,7 @@ pub(super) struct Seats {
 }
 
 impl Seats {
-    /// For so many vCPUs.
+    /// For `vcpus` vCPUs.
     pub(super) fn new(vcpus: usize, wanted: Wanted, bus: Arc<dyn Bus>, options: VcpuOptions) -> Seats {
         Seats { group: Arc::new(Group::new(vcpus, wanted, options.kick_signal)), bus, options }
     }
@@ -108,26 +87,20 @@ impl Vcpus {
     ///
     /// # Errors
     /// If a thread can't be made or set up.
-    pub fn start(machine: Machine, bus: Arc<dyn Bus>, options: VcpuOptions) -> io::Result<Vcpus> {
-        let Machine { vcpus, vm, ram, config } = machine;
+    pub fn start(machine: NewVm, bus: Arc<dyn Bus>, options: VcpuOptions) -> io::Result<Vcpus> {
+        let NewVm { vcpus, vm, config } = machine;
         let wanted = if options.paused { Wanted::Pause } else { Wanted::Run };
         let seats = Seats::new(vcpus.len(), wanted, bus, options);
         let fds = vcpus.into_iter().map(|fd| Arc::new(Mutex::new(fd))).collect();
-        let mut all = Vcpus::of(&seats, fds, config, vm, ram);
+        let mut all = Vcpus::of(&seats, fds, config, vm);
         all.spawn(&seats)?;
         Ok(all)
     }
 
     /// Without threads.
-    pub(super) fn of(
-        seats: &Seats,
-        fds: Vec<Arc<Mutex<VcpuFd>>>,
-        config: MachineConfig,
-        vm: VmFd,
-        ram: Arc<GuestRam>,
-    ) -> Vcpus {
+    pub(super) fn of(seats: &Seats, fds: Vec<Arc<Mutex<VcpuFd>>>, config: MachineConfig, vm: VmWithRam) -> Vcpus {
         let (group, options) = (Arc::clone(&seats.group), seats.options.clone());
-        Vcpus { fds, threads: Vec::new(), group, options, config, vm, ram }
+        Vcpus { fds, threads: Vec::new(), group, options, config, vm }
     }
 
     /// The first vCPU has its thread: starts those of the others. If there are any, the first has waited for them.
@@ -143,7 +116,7 @@ impl Vcpus {
     fn spawn(&mut self, seats: &Seats) -> io::Result<bool> {
         let mut started = Vec::new();
         for (fd, vcpu) in self.fds.iter().zip(0..).skip(self.threads.len()) {
-            let place = Place { fd: Arc::clone(fd), ram: Arc::clone(&self.ram) };
+            let place = Place { fd: Arc::clone(fd), ram: Arc::clone(self.ram()) };
             let Started { thread, ready } = run::spawn(seats.seat(vcpu), move || Ok::<_, io::Error>((place, ())))?;
             self.threads.push(thread);
             started.push(ready);
@@ -155,13 +128,13 @@ impl Vcpus {
     /// The VM.
     #[must_use]
     pub fn vm(&self) -> &VmFd {
-        &self.vm
+        self.vm.vm()
     }
 
     /// The memory.
     #[must_use]
     pub fn ram(&self) -> &Arc<GuestRam> {
-        &self.ram
+        self.vm.ram()
     }
 
     /// What the machine consists of.
@@ -205,23 +178,6 @@ impl Vcpus {
         }
     }
 
-    /// Stops those that run, for a moment: see [`let_go`](Vcpus::let_go). On an error they run again.
-    pub(crate) fn hold(&self, limit: Duration) -> Result<Hold, StopError> {
-        let hold = self.group.hold();
-        match self.wait_stopped(limit) {
-            Ok(()) => Ok(hold),
-            Err(error) => {
-                self.group.let_go(&hold);
-                Err(error)
-            }
-        }
-    }
-
-    /// Lets those go on that were held, unless there is a reason not to that is not the holder's.
-    pub(crate) fn let_go(&self, hold: &Hold) {
-        self.group.let_go(hold);
-    }
-
     /// Lets all stopped vCPUs run. One that has failed stays as it is.
     pub fn resume(&self) {
         self.group.want(Wanted::Run);
@@ -248,7 +204,7 @@ impl Vcpus {
     pub fn save_state(&self, host: &Host) -> Result<MachineState, StateError> {
         let guards: Vec<_> = self.fds.iter().map(|fd| fd.lock()).collect();
         let vcpus: Vec<&VcpuFd> = guards.iter().map(|guard| &**guard).collect();
-        MachineState::save(&self.vm, &vcpus, host, self.config.irqchip, self.config.pit)
+        MachineState::save(self.vm(), &vcpus, host, self.config.irqchip, self.config.pit)
     }
 
     /// Puts state into the stopped machine: a reset to where it was saved. Time goes on where it was.
@@ -258,7 +214,7 @@ impl Vcpus {
     pub fn restore_state(&self, state: &MachineState, host: &Host) -> Result<Restored, StateError> {
         let guards: Vec<_> = self.fds.iter().map(|fd| fd.lock()).collect();
         let vcpus: Vec<&VcpuFd> = guards.iter().map(|guard| &**guard).collect();
-        state.restore(&self.vm, &vcpus, host)
+        state.restore(self.vm(), &vcpus, host)
     }
 
     /// Something to stop them with from elsewhere.

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
 use std::time::{Duration, Instant};
 
-use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{Kvm, VcpuFd};
 use nix::sched::sched_getcpu;
 use nix::unistd::{Pid, gettid};
 use parking_lot::Mutex;
@@ -18,8 +18,9 @@ use super::group::Seats;
 use super::run::{self, Place, Started};
 use super::table::Wanted;
 use crate::state::{ClockPolicy, Restored};
+use crate::sys::VmWithRam;
 use crate::{
-    Bus, GuestRam, Host, Machine, MachineConfig, MachineError, MachineState, RestoreError, StateError, VcpuOptions,
+    Bus, GuestRam, Host, MachineConfig, MachineError, MachineState, NewVm, RestoreError, StateError, VcpuOptions,
     Vcpus, sys,
 };
 
@@ -75,10 +76,9 @@ impl Caller {
 
 /// What it has made, and when.
 struct Made {
-    vm: VmFd,
     fds: Vec<Arc<Mutex<VcpuFd>>>,
+    vm: VmWithRam,
     config: MachineConfig,
-    ram: Arc<GuestRam>,
     begun: Instant,
     machine: Duration,
     load: Duration,
@@ -165,8 +165,8 @@ impl Launch {
         }
         let Some(first) = &self.first else { return Err(given_up()) };
         let made = receive(&first.ready).ok_or_else(ended)??;
-        let Made { vm, fds, config, ram, begun, machine, load, loaded, restored } = made;
-        let mut vcpus = Vcpus::of(&self.seats, fds, config, vm, ram);
+        let Made { fds, vm, config, begun, machine, load, loaded, restored } = made;
+        let mut vcpus = Vcpus::of(&self.seats, fds, config, vm);
         vcpus.start_others(&self.seats, self.first.take().map(|first| first.thread))?;
         let threads = begun.duration_since(self.begun) + loaded.elapsed();
         Ok((vcpus, Times { machine, load, threads, restored }))
@@ -190,28 +190,26 @@ impl Work {
         if let Some(caller) = self.caller {
             caller.move_off();
         }
-        let vm = Machine::empty(&self.kvm)?;
+        let vm = NewVm::empty(&self.kvm)?;
         let created = begun.elapsed();
         let Some(Order::Memory(ram)) = receive(&self.orders) else { return Err(given_up()) };
-        // Dropped before the memory that it knows by address.
-        let vm = vm;
         let mapping = Instant::now();
-        ram.set_slots(&vm).map_err(MachineError::from)?;
+        let vm = VmWithRam::new(vm, ram).map_err(MachineError::from)?;
         let mapped = mapping.elapsed();
         let Some(Order::Machine(state, clock)) = receive(&self.orders) else { return Err(given_up()) };
         let furnishing = Instant::now();
-        // The last of these is dropped first: the memory goes after all that knows it by address.
-        let Machine { ram, vm, vcpus, config } = Machine::furnish(vm, ram, MachineConfig::of(&state))?;
+        // The last of these is dropped first.
+        let NewVm { config, vm, vcpus } = NewVm::furnish(vm, MachineConfig::of(&state))?;
         let machine = created + mapped + furnishing.elapsed();
         let Some(Order::Load) = receive(&self.orders) else { return Err(given_up()) };
         let loading = Instant::now();
-        let restored = state.restore_created(&vm, &vcpus.iter().collect::<Vec<_>>(), &self.host, clock)?;
+        let restored = state.restore_created(vm.vm(), &vcpus.iter().collect::<Vec<_>>(), &self.host, clock)?;
         let load = loading.elapsed();
         let fds: Vec<_> = vcpus.into_iter().map(|fd| Arc::new(Mutex::new(fd))).collect();
         let fd = Arc::clone(fds.first().ok_or_else(given_up)?);
         let Some(Order::Run) = receive(&self.orders) else { return Err(given_up()) };
-        let place = Place { fd, ram: Arc::clone(&ram) };
-        Ok((place, Made { vm, fds, config, ram, begun, machine, load, loaded: Instant::now(), restored }))
+        let place = Place { fd, ram: Arc::clone(vm.ram()) };
+        Ok((place, Made { fds, vm, config, begun, machine, load, loaded: Instant::now(), restored }))
     }
 }
 

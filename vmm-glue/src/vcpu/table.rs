@@ -32,7 +32,7 @@ pub(super) struct Group {
     pub(super) changed: Condvar,
     /// Somebody wants something other than running: looked at after each exit.
     pub(super) attention: AtomicBool,
-    /// How often somebody asked for something: who holds vCPUs for a moment sees whether he still may let them go.
+    /// How often something was asked of them: a holder sees by it whether it may still let them go.
     /// Changes with the table locked.
     asked: AtomicU64,
     /// What interrupts a vCPU.
@@ -65,7 +65,7 @@ impl Group {
         }
     }
 
-    /// There are so many vCPUs, of which no other than the first has a thread yet. All are to do this.
+    /// There are `vcpus` vCPUs, of which only the first has a thread yet. All are to do this.
     pub(super) fn prepare(&self, vcpus: usize, wanted: Wanted) {
         let mut table = self.table.lock();
         table.resize_with(vcpus, || Entry::new(wanted));
@@ -130,7 +130,7 @@ impl Group {
 
 /// vCPUs that were stopped for a moment.
 #[derive(Debug)]
-pub(crate) struct Hold {
+pub(super) struct Hold {
     /// Which ones ran.
     vcpus: Vec<bool>,
     asked: u64,

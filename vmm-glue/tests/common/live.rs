@@ -12,7 +12,7 @@ use page_units::{BlockId, ByteLen, GuestAddr, PageCount};
 use parking_lot::Mutex;
 use testkit::guest::{GuestConfig, GuestImage, Operation, Oracle, Pattern, Privilege, Program, Signal, Walker};
 use vmm_glue::{
-    Backing, Bus, GuestRam, Host, LiveError, LiveOptions, LiveReport, LiveSnapshot, Machine, MachineConfig, RamSpec,
+    Backing, Bus, GuestRam, Host, LiveError, LiveOptions, LiveReport, LiveSnapshot, MachineConfig, NewVm, RamSpec,
     RestoreOptions, SavedVm, VcpuOptions, Vcpus, Vm, snapshot_live,
 };
 
@@ -97,7 +97,7 @@ pub fn boot(kind: &Kind, machine: MachineConfig) -> (Vcpus, GuestImage, Arc<Sign
     let kvm = Kvm::new().unwrap();
     let ram = Arc::new(GuestRam::allocate(&specs(kind.mib), kind.backing).unwrap());
     let (image, _) = prepare(&ram, kind);
-    let machine = Machine::new(&kvm, ram, machine).unwrap();
+    let machine = NewVm::new(&kvm, ram, machine).unwrap();
     for (number, vcpu) in (0..).zip(machine.vcpus()) {
         image.boot_vcpu(&kvm, vcpu, number);
     }

@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 use testkit::guest::{GuestConfig, GuestImage, Oracle, Pattern, Privilege, Program, Signal, Walker, layout};
 use userfaultfd::{Event, Uffd, UffdBuilder};
 use vmm_glue::{
-    Backing, Bus, GuestRam, Machine, MachineConfig, MachineState, Next, Piece, RamSpec, VcpuOptions, VcpuState, Vcpus,
+    Backing, Bus, GuestRam, MachineConfig, MachineState, NewVm, Next, Piece, RamSpec, VcpuOptions, VcpuState, Vcpus,
 };
 
 /// Long enough for anything here, even on a busy machine.
@@ -83,7 +83,7 @@ impl Rig {
             image.write_program(ram.memory(), vcpu, program);
         }
         let oracle = Oracle::capture(&image, ram.memory());
-        let machine = Machine::new(&kvm, Arc::clone(&ram), machine).unwrap();
+        let machine = NewVm::new(&kvm, Arc::clone(&ram), machine).unwrap();
         for (number, vcpu) in (0..).zip(machine.vcpus()) {
             image.boot_vcpu(&kvm, vcpu, number);
         }

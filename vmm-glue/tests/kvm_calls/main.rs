@@ -16,8 +16,8 @@ use testkit::guest::Privilege;
 use testkit::require;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_glue::{
-    Backing, ClockPolicy, Host, LiveOptions, Machine, MachineConfig, MachineState, RestoreOptions, SaveOptions,
-    SavedVm, StateError, TscMethod, snapshot_live,
+    Backing, ClockPolicy, Host, LiveOptions, MachineConfig, MachineState, NewVm, RestoreOptions, SaveOptions, SavedVm,
+    StateError, TscMethod, snapshot_live,
 };
 
 fn rig(vcpus: u32) -> Rig {
@@ -133,7 +133,7 @@ fn a_restore_from_a_file_puts_counters_back_and_can_catch_up() {
         let hour = 3_600_000_000_000;
         *state.vm.realtime.as_mut().unwrap() -= hour;
         for clock in [ClockPolicy::GoOn, ClockPolicy::CatchUp] {
-            let machine = Machine::new(&kvm, Arc::clone(&rig.ram), MachineConfig::full(2)).unwrap();
+            let machine = NewVm::new(&kvm, Arc::clone(&rig.ram), MachineConfig::full(2)).unwrap();
             let vcpus: Vec<_> = machine.vcpus().iter().collect();
             let begun = Instant::now();
             let restored = state.restore_with_clock(machine.vm(), &vcpus, &host, clock).unwrap();
@@ -176,7 +176,7 @@ fn a_snapshot_that_does_not_say_when_it_was_taken_can_not_catch_up() {
     let rig = rig(1);
     let mut state = rig.vcpus.save_state(&host).unwrap();
     state.vm.realtime = None;
-    let machine = Machine::new(&kvm, Arc::clone(&rig.ram), MachineConfig::full(1)).unwrap();
+    let machine = NewVm::new(&kvm, Arc::clone(&rig.ram), MachineConfig::full(1)).unwrap();
     let vcpus: Vec<_> = machine.vcpus().iter().collect();
     let error = state.restore_with_clock(machine.vm(), &vcpus, &host, ClockPolicy::CatchUp).unwrap_err();
     assert!(error.to_string().contains("the time at which the snapshot was taken"), "{error}");

@@ -17,9 +17,7 @@ use page_units::ByteLen;
 use parking_lot::Mutex;
 use testkit::guest::GuestImage;
 use testkit::require;
-use vmm_glue::{
-    FreezeOptions, Handlers, Host, LiveError, LiveOptions, LiveSnapshot, MachineConfig, Vcpus, snapshot_live,
-};
+use vmm_glue::{FreezeOptions, Host, LiveError, LiveOptions, LiveSnapshot, MachineConfig, Vcpus, snapshot_live};
 
 /// How long to wait for a write at a time.
 const MOMENT: Duration = Duration::from_millis(1);
@@ -46,7 +44,7 @@ impl Rig {
 
     fn try_snapshot(&self, path: &Path, pool: ByteLen) -> Result<LiveSnapshot, LiveError> {
         let copy = Arc::clone(&self.copy);
-        let freeze = FreezeOptions { pool, handlers: Handlers::default() };
+        let freeze = FreezeOptions::default().with_pool(pool);
         let options = LiveOptions::default().with_freeze(freeze).with_drain(move |ram| {
             *copy.lock() = live::copy_of(ram);
             Ok(())

@@ -3,7 +3,7 @@
 use std::env;
 use std::ffi::OsString;
 use std::fs::{self, OpenOptions};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use super::Need;
@@ -46,7 +46,12 @@ impl Facts {
         note(Need::Clippy, runs(Command::new(cargo_path()).args(["clippy", "--version"])));
         let compressor = |name: &str| runs(Command::new(name).arg("--version"));
         note(Need::Compressors, compressor("zstd") && compressor("lz4"));
-        note(Need::Qemu, qemu_major().is_some_and(|major| major >= 10));
+        note(Need::Qemu, qemu_major("qemu-system-x86_64".as_ref()).is_some_and(|major| major >= 10));
+        let tools = ["qemu-img", "qemu-io", "qemu-storage-daemon"];
+        note(Need::QemuTools, tools.iter().all(|tool| runs(Command::new(tool).arg("--version"))));
+        let older = env::var_os("FASTLOAD_OLDER_QEMU")
+            .map_or_else(|| older_qemu().join("usr/bin/qemu-system-x86_64"), PathBuf::from);
+        note(Need::OlderQemu, qemu_major(&older).is_some());
         Facts {
             root: effective_user() == Some(0),
             os: OsRelease::parse(&fs::read_to_string("/etc/os-release").unwrap_or_default()),
@@ -88,8 +93,14 @@ fn effective_user() -> Option<u32> {
     line.split_ascii_whitespace().nth(1)?.parse().ok()
 }
 
-fn qemu_major() -> Option<u32> {
-    let output = Command::new("qemu-system-x86_64").arg("--version").stdin(Stdio::null()).output().ok()?;
+/// Where the older QEMU is unpacked: in the target directory from which we run, where the tests look for it.
+pub(crate) fn older_qemu() -> PathBuf {
+    let this = env::current_exe().unwrap_or_default();
+    this.ancestors().nth(2).unwrap_or(Path::new("target")).join("older-qemu")
+}
+
+fn qemu_major(program: &Path) -> Option<u32> {
+    let output = Command::new(program).arg("--version").stdin(Stdio::null()).output().ok()?;
     parse_qemu_major(&String::from_utf8_lossy(&output.stdout))
 }
 

@@ -23,12 +23,25 @@ pub(crate) enum Need {
     Clippy,
     /// `qemu-system-x86_64`, version 10 or later.
     Qemu,
+    /// `qemu-img` and the other tools of that QEMU.
+    QemuTools,
+    /// A QEMU of version 7, unpacked into the target directory.
+    OlderQemu,
     /// The programs `zstd` and `lz4`, which decode what the tests compressed.
     Compressors,
 }
 
 impl Need {
-    const ALL: [Need; 6] = [Need::Libclang, Need::Cxx, Need::Rustfmt, Need::Clippy, Need::Qemu, Need::Compressors];
+    const ALL: [Need; 8] = [
+        Need::Libclang,
+        Need::Cxx,
+        Need::Rustfmt,
+        Need::Clippy,
+        Need::Qemu,
+        Need::QemuTools,
+        Need::OlderQemu,
+        Need::Compressors,
+    ];
 
     fn name(self) -> &'static str {
         match self {
@@ -38,6 +51,8 @@ impl Need {
             Need::Clippy => "clippy",
             Need::Qemu => "QEMU 10 or later (qemu-system-x86_64)",
             Need::Compressors => "zstd and lz4 (for the tests)",
+            Need::QemuTools => "the tools of QEMU 10 or later (qemu-img, qemu-io, qemu-storage-daemon)",
+            Need::OlderQemu => "QEMU 7 as well (unpacked into the target directory; or FASTLOAD_OLDER_QEMU)",
         }
     }
 }
@@ -101,6 +116,23 @@ pub(crate) fn ensure_or_skip(need: Need) -> Done {
         }
         done => done,
     }
+}
+
+/// The place from which this machine takes Debian's packages, for `main` of another suite: the extension and the text of
+/// a file for apt.
+///
+/// # Errors
+/// If this is not a Debian, or apt has no source for its own suite.
+pub(crate) fn apt_source(suite: &str) -> Done<(&'static str, String)> {
+    let facts = Facts::gather();
+    if !facts.os.is_debian() || !facts.apt_get {
+        return Err("this is not a Debian with apt-get".into());
+    }
+    let own = &facts.os.codename;
+    let entry = facts.sources.iter().find(|entry| entry.offers_main_of(own));
+    let entry = entry
+        .ok_or_else(|| format!("apt has no source for \"{own}\", from which the one for \"{suite}\" could be made"))?;
+    Ok(entry.for_suite(suite))
 }
 
 fn carry_out(facts: &Facts, plan: &Plan) -> Done {

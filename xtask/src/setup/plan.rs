@@ -1,10 +1,11 @@
 //! From what is missing to the commands that bring it.
 
 use std::fs;
+use std::path::PathBuf;
 use std::process::Command;
 
 use super::Need;
-use super::facts::Facts;
+use super::facts::{self, Facts};
 use crate::run::{Done, quote, run, show};
 
 /// One command.
@@ -16,6 +17,8 @@ enum Step {
     Update,
     /// Install from the machine's own suite, or from another.
     Install { packages: Vec<&'static str>, suite: Option<String> },
+    /// Unpack packages of a suite into a directory, without installing them.
+    Unpack { packages: Vec<&'static str>, suite: String, into: PathBuf },
     /// Add parts of the Rust toolchain.
     Components(Vec<&'static str>),
 }
@@ -33,6 +36,10 @@ pub(crate) struct Plan {
 pub(crate) fn make(facts: &Facts, needs: &[Need]) -> Plan {
     let mut missing: Vec<Need> = needs.iter().copied().filter(|&need| !facts.has(need)).collect();
     let mut plan = Plan::default();
+    // No other system has it in packages. The tests say what they lack.
+    if !(facts.os.is_debian() && facts.apt_get && !facts.os.has_own_qemu()) {
+        missing.retain(|need| *need != Need::OlderQemu);
+    }
     // No package changes where the build looks then.
     if let Some(path) = facts.libclang_path.as_ref().filter(|_| missing.contains(&Need::Libclang)) {
         let path = path.display();
@@ -40,7 +47,7 @@ pub(crate) fn make(facts: &Facts, needs: &[Need]) -> Plan {
             .push(format!("LIBCLANG_PATH is \"{path}\", where there is no libclang; please unset it, or mend it"));
         missing.retain(|need| *need != Need::Libclang);
     }
-    let in_packages = |need: &Need| matches!(need, Need::Libclang | Need::Cxx | Need::Qemu | Need::Compressors);
+    let in_packages = |need: &Need| !matches!(need, Need::Rustfmt | Need::Clippy);
     let (system, toolchain): (Vec<Need>, Vec<Need>) = missing.into_iter().partition(in_packages);
     if !system.is_empty() {
         if facts.os.is_debian() && facts.apt_get {
@@ -77,8 +84,10 @@ impl Plan {
         if missing.contains(&Need::Compressors) {
             own.extend(["zstd", "lz4"]);
         }
-        if missing.contains(&Need::Qemu) {
-            if facts.os.has_own_qemu() { &mut own } else { &mut from_backports }.push("qemu-system-x86");
+        for (need, package) in [(Need::Qemu, "qemu-system-x86"), (Need::QemuTools, "qemu-utils")] {
+            if missing.contains(&need) {
+                if facts.os.has_own_qemu() { &mut own } else { &mut from_backports }.push(package);
+            }
         }
         let backports = format!("{}-backports", facts.os.codename);
         if !from_backports.is_empty() && !facts.sources.iter().any(|entry| entry.offers_main_of(&backports)) {
@@ -96,7 +105,9 @@ impl Plan {
                 from_backports.clear();
             }
         }
-        if !own.is_empty() || !from_backports.is_empty() {
+        let older = missing.contains(&Need::OlderQemu);
+        // Without root the lists are taken as they are.
+        if !own.is_empty() || !from_backports.is_empty() || (older && facts.root) {
             self.steps.push(Step::Update);
         }
         if !own.is_empty() {
@@ -104,6 +115,11 @@ impl Plan {
         }
         if !from_backports.is_empty() {
             self.steps.push(Step::Install { packages: from_backports, suite: Some(backports) });
+        }
+        if older {
+            // The libraries that it needs come with the newer one.
+            let packages = vec!["qemu-system-x86", "qemu-system-common", "qemu-system-data", "seabios"];
+            self.steps.push(Step::Unpack { packages, suite: facts.os.codename.clone(), into: facts::older_qemu() });
         }
     }
 
@@ -119,7 +135,7 @@ impl Plan {
 
     /// Whether some of it is for root only.
     pub(crate) fn needs_root(&self) -> bool {
-        self.steps.iter().any(|step| !matches!(step, Step::Components(_)))
+        self.steps.iter().any(Step::needs_root)
     }
 
     /// Does it.
@@ -143,8 +159,7 @@ impl Plan {
 
     /// The same as one line for a shell; with `sudo` where root is needed and the reader is not (known to be) root.
     pub(crate) fn shell(&self, root: bool) -> String {
-        let (system, toolchain): (Vec<&Step>, Vec<&Step>) =
-            self.steps.iter().partition(|step| !matches!(step, Step::Components(_)));
+        let (system, toolchain): (Vec<&Step>, Vec<&Step>) = self.steps.iter().partition(|step| step.needs_root());
         let line = |steps: Vec<&Step>| steps.into_iter().map(Step::shell).collect::<Vec<_>>().join(" && ");
         let mut parts = Vec::new();
         if !system.is_empty() {
@@ -159,8 +174,23 @@ impl Plan {
 }
 
 impl Step {
+    fn needs_root(&self) -> bool {
+        !matches!(self, Step::Components(_) | Step::Unpack { .. })
+    }
+
     fn command(&self) -> Command {
+        let words: String;
         let (program, arguments): (&str, Vec<&str>) = match self {
+            Step::Unpack { packages, suite, into } => {
+                let from_suite: Vec<String> = packages.iter().map(|package| format!("{package}/{suite}")).collect();
+                let into = quote(&into.display().to_string());
+                words = format!(
+                    "rm -rf {into} && mkdir -p {into} && cd {into} && apt-get download {} && \
+                     for package in *.deb; do dpkg -x \"$package\" . && rm \"$package\"; done",
+                    from_suite.join(" ")
+                );
+                ("sh", vec!["-ec", &words])
+            }
             Step::AddSource { path, text } => ("sh", vec!["-c", "printf %s \"$1\" > \"$2\"", "sh", text, path]),
             Step::Update => ("apt-get", vec!["update"]),
             Step::Install { packages, suite } => {
@@ -217,12 +247,17 @@ mod tests {
     fn an_old_debian_takes_qemu_from_its_backports() {
         let plan = make(&fresh(12, "bookworm"), &Need::ALL);
         assert!(plan.needs_root());
+        let (installing, unpacking) =
+            plan.shell(true).split_once(" && sh -ec ").map(|(a, b)| (a.to_owned(), b.to_owned())).unwrap();
+        for word in ["apt-get download qemu-system-x86/bookworm", "seabios/bookworm", "dpkg -x", "older-qemu"] {
+            assert!(unpacking.contains(word), "{unpacking}");
+        }
         assert_eq!(
-            plan.shell(true),
+            installing,
             "printf %s 'deb [signed-by=/k.gpg] http://mirror.test/debian bookworm-backports main\n' > \
              /etc/apt/sources.list.d/fastload-backports.list && apt-get update && \
              apt-get install -y --no-install-recommends libclang-dev g++ zstd lz4 && \
-             apt-get install -y --no-install-recommends -t bookworm-backports qemu-system-x86"
+             apt-get install -y --no-install-recommends -t bookworm-backports qemu-system-x86 qemu-utils"
         );
         let mut configured = fresh(12, "bookworm");
         let more = "Types: deb\nURIs: http://mirror.test/debian\nSuites: bookworm-backports\nComponents: main\n";
@@ -238,14 +273,26 @@ mod tests {
         let plan = make(&fresh(13, "trixie"), &Need::ALL);
         assert_eq!(
             plan.shell(false),
-            "sudo sh -c 'apt-get update && apt-get install -y --no-install-recommends libclang-dev g++ zstd lz4 qemu-system-x86'"
+            "sudo sh -c 'apt-get update && apt-get install -y --no-install-recommends libclang-dev g++ zstd lz4 qemu-system-x86 qemu-utils'"
         );
     }
 
     #[test]
-    fn toolchain_parts_need_no_root() {
-        let present = vec![Need::Libclang, Need::Cxx, Need::Qemu, Need::Compressors];
+    fn what_is_unpacked_needs_no_root() {
+        let present = Need::ALL.into_iter().filter(|need| *need != Need::OlderQemu).collect();
         let facts = Facts { present, root: false, ..fresh(12, "bookworm") };
+        let plan = make(&facts, &Need::ALL);
+        assert!(!plan.needs_root() && plan.shell(false).starts_with("sh -ec "), "{plan:?}");
+        assert!(make(&Facts { root: true, ..facts }, &Need::ALL).shell(true).starts_with("apt-get update && sh -ec "));
+    }
+
+    #[test]
+    fn toolchain_parts_need_no_root() {
+        let facts = Facts {
+            present: vec![Need::Libclang, Need::Cxx, Need::Qemu, Need::QemuTools, Need::OlderQemu, Need::Compressors],
+            root: false,
+            ..fresh(12, "bookworm")
+        };
         let plan = make(&facts, &Need::ALL);
         assert!(!plan.needs_root());
         assert_eq!(plan.shell(false), "rustup component add rustfmt clippy");

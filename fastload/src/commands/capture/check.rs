@@ -32,6 +32,10 @@ const INCOMPATIBLE: [&str; 17] = [
     "x-ignore-shared",
 ];
 
+/// The first version of QEMU that leaves a paused guest paused after a background snapshot (QEMU migration/migration.c,
+/// `bg_migration_vm_start_bh`).
+const PAUSED_STAYS: (u64, u64, u64) = (9, 0, 0);
+
 /// What of a QEMU's state, beside RAM, is room enough for.
 const DEVICE_STATE: ByteLen = ByteLen(16 << 20);
 
@@ -46,6 +50,8 @@ pub(super) struct Guest {
     pub(super) ram: ByteLen,
     /// The length that they may grow to.
     pub(super) most_ram: ByteLen,
+    /// The images that the guest writes to.
+    pub(super) disks: Vec<String>,
 }
 
 /// Refuses a QEMU that can't be captured, by what it says about itself.
@@ -80,11 +86,26 @@ pub(super) fn ready(qmp: &mut Qmp) -> Result<Guest, Failure> {
         );
     }
     memory_devices(qmp)?;
+    let mut disks: Vec<String> =
+        qmp.image_files()?.into_iter().filter(|image| image.writable).map(|image| image.file).collect();
+    disks.sort();
+    disks.dedup();
     let blocks = qmp.ram_blocks()?;
+    if blocks.is_empty() || qmp.machine()? == "none" {
+        return Err("this QEMU has a machine without memory (-machine none): there is nothing to capture".into());
+    }
+    if state == "paused" && qmp.version() < PAUSED_STAYS {
+        let (major, minor, micro) = qmp.version();
+        return Err(format!(
+            "the guest is paused, and QEMU {major}.{minor}.{micro} would start it when it has saved it (QEMU 9.0 and later do \
+             not): let it run, then capture it"
+        )
+        .into());
+    }
     let sum = |lengths: &mut dyn Iterator<Item = u64>| ByteLen(lengths.fold(0, u64::saturating_add));
     let ram = sum(&mut blocks.iter().map(|block| block.used));
     let most_ram = sum(&mut blocks.iter().map(|block| block.most.max(block.used)));
-    Ok(Guest { running: state == "running", failed: migration == "failed", capabilities, ram, most_ram })
+    Ok(Guest { running: state == "running", failed: migration == "failed", capabilities, ram, most_ram, disks })
 }
 
 fn parameters(qmp: &mut Qmp) -> Result<(), Failure> {

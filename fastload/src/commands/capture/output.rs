@@ -14,6 +14,15 @@ use crate::output;
 
 /// Tells of the freeze point, at once.
 pub(super) fn frozen(freeze: Freeze, json: bool) -> Result<(), Failure> {
+    if freeze.held {
+        let blackout = micros(freeze.blackout);
+        if json {
+            let event = json!({"event": "resumed", "frozen_at_us": micros(freeze.at), "blackout_us": blackout});
+            return Ok(output::print(&format!("{event}\n"))?);
+        }
+        note(&format!("running again after {blackout} us, the command included"));
+        return Ok(());
+    }
     if json {
         let event = json!({
             "event": "frozen",
@@ -24,6 +33,16 @@ pub(super) fn frozen(freeze: Freeze, json: bool) -> Result<(), Failure> {
     }
     let at = freeze.at.as_secs_f64();
     note(&format!("frozen at {at:.6} (seconds since 1970), running again after {} us", micros(freeze.blackout)));
+    Ok(())
+}
+
+/// Tells that the guest stands still, and that the command is run now.
+pub(super) fn held(at: Duration, json: bool) -> Result<(), Failure> {
+    if json {
+        let event = json!({"event": "frozen", "frozen_at_us": micros(at)});
+        return Ok(output::print(&format!("{event}\n"))?);
+    }
+    note(&format!("frozen at {:.6} (seconds since 1970), and the command runs", at.as_secs_f64()));
     Ok(())
 }
 
@@ -43,6 +62,9 @@ pub(super) struct Captured {
     pub(super) sent: Duration,
     /// Until the file was there.
     pub(super) complete: Duration,
+    /// The images that the guest writes to, which are no part of the file.
+    pub(super) disks: Vec<String>,
+    pub(super) warnings: Vec<String>,
 }
 
 impl Captured {
@@ -58,7 +80,10 @@ impl Captured {
             self.zero,
             indicatif::HumanBytes(self.allocated),
             self.complete.as_secs_f64(),
-        ))?)
+        ))
+        .and_then(|()| {
+            self.disks.iter().try_for_each(|disk| output::print(&format!("disk, not part of it: {disk}\n")))
+        })?)
     }
 
     fn figures(&self) -> Value {
@@ -75,6 +100,8 @@ impl Captured {
             "blackout_us": self.freeze.map(|freeze| micros(freeze.blackout)),
             "sent_us": micros(self.sent),
             "complete_us": micros(self.complete),
+            "disks": self.disks,
+            "warnings": self.warnings,
         })
     }
 }

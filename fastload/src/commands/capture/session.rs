@@ -10,15 +10,19 @@ use nix::sys::socket::{setsockopt, sockopt};
 use serde_json::json;
 
 use super::check::Guest;
+use super::hook::Hook;
 use super::interrupt::Interrupts;
-use super::note;
+use super::{note, output};
 use crate::commands::Failure;
+use crate::commands::load::{Coming, Keeper};
 use crate::commands::serving::MOMENT;
 
 /// How often QEMU is asked whether it can write-protect its memory, if it says no.
 const ATTEMPTS: usize = 100;
 /// How long QEMU may take to end a migration that was cancelled.
 const ENDING: Duration = Duration::from_secs(60);
+/// How long QEMU may take to say that it has stopped the guest, after it has answered.
+const STOPPING: Duration = Duration::from_secs(10);
 /// How much QEMU may send before we have written it, in bytes of the system's memory.
 const SLACK: usize = 64 << 20;
 /// What QEMU knows our descriptor by, until it takes it.
@@ -30,6 +34,8 @@ const TURN_OFF: &str = r#"{"execute": "migrate-set-capabilities", "arguments": {
 /// How far QEMU is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Stage {
+    /// It was not told to send yet.
+    Ready,
     /// It is at work.
     Active,
     /// It says that all was sent.
@@ -45,6 +51,8 @@ pub(super) struct Freeze {
     pub(super) at: Duration,
     /// For how long it stood still.
     pub(super) blackout: Duration,
+    /// Whether it was for a command.
+    pub(super) held: bool,
 }
 
 /// The migration that sends the snapshot.
@@ -58,11 +66,23 @@ pub(super) struct Session<'a> {
     stage: Stage,
     stopped: Option<Event>,
     resumed: Option<Event>,
+    /// Whether it was we who stopped the guest, for a command.
+    held: bool,
+    hooked: bool,
+    /// Sees to it that the guest goes on if this process is killed while it is held.
+    keeper: Option<Keeper>,
+    /// How a command line names QEMU's monitor.
+    address: String,
 }
 
 impl<'a> Session<'a> {
-    /// Makes QEMU send a snapshot into a socket that has no name.
-    pub(super) fn begin(qmp: &'a mut Qmp, guest: &Guest, interrupts: &Interrupts) -> Result<Session<'a>, Failure> {
+    /// Prepares QEMU to send a snapshot into a socket that has no name.
+    pub(super) fn begin(
+        qmp: &'a mut Qmp,
+        guest: &Guest,
+        interrupts: &Interrupts,
+        address: &str,
+    ) -> Result<Session<'a>, Failure> {
         let (socket, theirs) = UnixStream::pair()?;
         // What waits there for the disk keeps no writer of the guest waiting. Without privileges the system allows less.
         if setsockopt(&theirs, sockopt::SndBufForce, &SLACK).is_err() {
@@ -89,23 +109,60 @@ impl<'a> Session<'a> {
             return Err(failure);
         }
         qmp.forget_events();
-        let mut session = Session {
+        Ok(Session {
             qmp,
             before,
             was_running: guest.running,
             socket,
-            stage: Stage::Active,
+            stage: Stage::Ready,
             stopped: None,
             resumed: None,
-        };
-        match session.migrate() {
-            Ok(()) => Ok(session),
-            Err(error) => {
-                // The first error is the one that matters.
-                let _ = session.restore();
-                Err(userfaultfd(error))
-            }
+            held: false,
+            hooked: false,
+            keeper: None,
+            address: address.to_owned(),
+        })
+    }
+
+    /// Stops the guest and runs a command. How long that took. [`go`](Session::go) lets the guest go on.
+    pub(super) fn hold(&mut self, hook: &Hook, interrupts: &Interrupts, json: bool) -> Result<Duration, Failure> {
+        if self.was_running {
+            self.keeper = Coming::resuming(self.qmp).arm();
+            (self.held, self.hooked) = (true, true);
+            self.qmp.execute("stop", json!({}))?;
+            self.stopped = self.qmp.wait_event(&["STOP"], STOPPING)?;
+            let at = self.stopped.as_ref().ok_or("QEMU does not say that it has stopped the guest")?.happened;
+            output::held(at, json)?;
         }
+        hook.run(interrupts)
+    }
+
+    /// Lets QEMU send.
+    pub(super) fn send(&mut self) -> Result<(), Failure> {
+        let sent = self.migrate().map_err(userfaultfd);
+        if sent.is_ok() {
+            self.stage = Stage::Active;
+        }
+        sent
+    }
+
+    /// Whether the guest still stands still for a command.
+    pub(super) fn is_held(&self) -> bool {
+        self.held
+    }
+
+    /// Lets a guest go on that was held, now that QEMU protects its memory.
+    pub(super) fn go(&mut self) -> Result<(), Failure> {
+        // What QEMU has to do to its run state after it has saved the guest, it has done when it answers the second of
+        // two commands.
+        self.qmp.run_state()?;
+        if self.qmp.run_state()? == "paused" && self.resumed.is_none() {
+            let started = self.qmp.execute("cont", json!({}));
+            started.map_err(|error| format!("{error}. To start the guest: fastload resume --qmp {}", self.address))?;
+        }
+        self.held = false;
+        self.keeper.take().into_iter().for_each(Keeper::dismiss);
+        Ok(())
     }
 
     fn migrate(&mut self) -> Result<(), QmpError> {
@@ -149,7 +206,7 @@ impl<'a> Session<'a> {
             "RESUME" if self.resumed.is_none() => {
                 let Some(stopped) = &self.stopped else { return Ok(None) };
                 let blackout = event.happened.saturating_sub(stopped.happened);
-                let freeze = Freeze { at: stopped.happened, blackout };
+                let freeze = Freeze { at: stopped.happened, blackout, held: self.hooked };
                 self.resumed = Some(event);
                 return Ok(Some(freeze));
             }
@@ -198,6 +255,10 @@ impl<'a> Session<'a> {
     /// Ends the migration; whether it did.
     fn give_up(&mut self, interrupts: &Interrupts) -> Result<bool, QmpError> {
         self.hang_up();
+        if self.stage == Stage::Ready {
+            take_back(self.qmp);
+            return self.go_on().map(|()| true);
+        }
         let until = Instant::now() + ENDING;
         if *self.ask()? == Stage::Active {
             self.qmp.execute("migrate_cancel", json!({}))?;
@@ -216,9 +277,10 @@ impl<'a> Session<'a> {
         let paused = self.was_running && self.qmp.run_state()? == "paused";
         self.rest()?;
         // One that has run since was stopped by somebody else.
-        if paused && self.stopped.is_some() && self.resumed.is_none() {
+        if paused && (self.stopped.is_some() || self.held) && self.resumed.is_none() {
             self.qmp.execute("cont", json!({}))?;
         }
+        self.keeper.take().into_iter().for_each(Keeper::dismiss);
         Ok(())
     }
 

@@ -16,6 +16,7 @@ use qemu_pages::receive::QemuStream;
 use super::check::Guest;
 use super::interrupt::Interrupts;
 use super::output::{self, Captured};
+use super::run_state;
 use super::session::{Freeze, Session, Stage};
 use super::sink::Held;
 use crate::commands::Failure;
@@ -35,14 +36,25 @@ pub(super) struct Taken {
     sink: Arc<Held>,
     freeze: Option<Freeze>,
     sent: Instant,
+    /// The guest was stopped for the capture only.
+    was_running: bool,
 }
 
 impl Taken {
+    /// The same of a guest that was running until the capture stopped it: the file says so.
+    pub(super) fn that_was_running(self) -> Taken {
+        Taken { was_running: true, ..self }
+    }
+
     /// Gives the file its name.
     pub(super) fn publish(self, begun: Instant) -> Result<Captured, Failure> {
         let device_state = self.source.device_state().ok_or("the device state has not come")?;
         let writer = self.sink.file.writer();
-        writer.finish(device_state)?;
+        if self.was_running {
+            writer.finish(&run_state::as_running(device_state)?)?;
+        } else {
+            writer.finish(device_state)?;
+        }
         let ((stored, zero), ram) = (self.sink.pages(), self.source.layout().total());
         let meta = std::fs::metadata(&self.output).map_err(|error| format!("{}: {error}", self.output.display()))?;
         let allocated = meta.blocks().saturating_mul(512);
@@ -57,6 +69,8 @@ impl Taken {
             freeze: self.freeze,
             sent: self.sent.saturating_duration_since(begun),
             complete: begun.elapsed(),
+            disks: Vec::new(),
+            warnings: Vec::new(),
         })
     }
 }
@@ -78,7 +92,7 @@ pub(super) fn take(
     watch.pages(&source, &sink, &*feed)?;
     let sent = Instant::now();
     watch.last_word()?;
-    Ok(Taken { output: output.to_owned(), sink, freeze: watch.freeze, sent, source })
+    Ok(Taken { output: output.to_owned(), sink, freeze: watch.freeze, sent, source, was_running: false })
 }
 
 /// What is looked after meanwhile.
@@ -92,6 +106,11 @@ struct Watch<'a, 'q> {
 }
 
 impl Watch<'_, '_> {
+    /// A guest that is held goes on as soon as it may.
+    fn release(&mut self, protected: bool) -> Result<(), Failure> {
+        if protected && self.session.is_held() { self.session.go() } else { Ok(()) }
+    }
+
     /// A moment of waiting: for the freeze point, for Ctrl-C.
     fn look(&mut self) -> Result<(), Failure> {
         if self.interrupts.came() {
@@ -142,7 +161,9 @@ impl Watch<'_, '_> {
             }
             let (stored, zero) = sink.pages();
             bar.set_position(stored.to_bytes().0.saturating_add(zero.to_bytes().0));
-            if let Err(failure) = self.look() {
+            // With the first page QEMU protects them all, and has saved the devices.
+            let protected = stored.0 > 0 || zero.0 > 0;
+            if let Err(failure) = self.release(protected).and_then(|()| self.look()) {
                 break Err(failure);
             }
         };
@@ -161,9 +182,10 @@ impl Watch<'_, '_> {
                 Stage::Active if Instant::now() > until => {
                     return Err("QEMU sent everything, but does not say that it is done".into());
                 }
-                Stage::Active => self.look()?,
+                Stage::Active | Stage::Ready => self.look()?,
             }
         }
+        self.release(true)?;
         // The freeze point was before that.
         if let Some(freeze) = self.session.rest()? {
             self.freeze = Some(freeze);
@@ -177,7 +199,7 @@ impl Watch<'_, '_> {
         let until = Instant::now() + EXPLANATION;
         while Instant::now() < until {
             match self.session.ask() {
-                Ok(Stage::Active) => {}
+                Ok(Stage::Active | Stage::Ready) => {}
                 Ok(Stage::Failed(why)) => return format!("{what}; QEMU says: {why}").into(),
                 Ok(Stage::Completed) => break,
                 Err(error) => return format!("{what}; {error}").into(),

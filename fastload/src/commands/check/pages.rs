@@ -57,7 +57,7 @@ pub(super) fn check(snapshot: &Snapshot, findings: &mut Findings, quiet: bool) {
 
 fn read(snapshot: &Snapshot, ids: Vec<BlockId>, blocks: Vec<FlatBlock>, quiet: bool) -> Result<Pages, String> {
     // The sink outlives this borrow; a second look at the same file does not cost much.
-    let options = Options { base: Some(snapshot.base()), damaged: true };
+    let options = Options::default().with_base(snapshot.base()).with_damaged(true);
     let again = Snapshot::open_with(snapshot.path(), &options).map_err(|error| error.to_string())?;
     if again.identity() != snapshot.identity() {
         return Err("the file was replaced while it was checked".to_owned());
@@ -93,12 +93,12 @@ impl Judge {
         let mut count = 0;
         let mut rest = run;
         while !rest.is_empty() {
-            let (stored, pages) = self
+            let found = self
                 .snapshot
-                .load_run_at(block, rest.first, rest.pages)
+                .load_run(block, rest.first, rest.pages)
                 .map_err(|error| SinkError::Stopped { reason: error.to_string() })?;
-            let (now, later) = rest.split_at(pages.max(PageCount(1)));
-            if stored == wanted {
+            let (now, later) = rest.split_at(found.pages().max(PageCount(1)));
+            if found.is_stored() == wanted {
                 count += now.pages.0;
             }
             rest = later;

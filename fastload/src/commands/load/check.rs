@@ -7,7 +7,7 @@ use fastload_qmp::{GuestBlock, Qmp};
 use mapped_ram::Snapshot;
 use page_units::{PageSize, RamBlock};
 use serde_json::json;
-use vmstate::SectionKind;
+use vmstate::{GlobalState, SectionKind};
 
 use super::devices;
 use crate::commands::Failure;
@@ -55,20 +55,22 @@ pub(super) fn fits(
     Ok(blocks.iter().filter_map(size).collect())
 }
 
-/// Whether the guest was running when it was saved. QEMU itself does not look, with postcopy.
-pub(super) fn ran(snapshot: &Snapshot) -> Result<bool, Failure> {
+/// The run state that the guest was in when it was saved. QEMU itself does not look, with postcopy.
+pub(super) fn saved_state(snapshot: &Snapshot) -> Result<String, Failure> {
     // libvirt stops every guest before it saves it, and keeps in its own header whether it ran.
     if let Ok(Known::Libvirt(header, stream)) = recognise::at(snapshot.path())
         && stream == snapshot.base()
     {
-        return Ok(header.was_running);
+        let state = if header.was_running { "running" } else { "paused, says libvirt" };
+        return Ok(state.to_owned());
     }
-    let state = snapshot.sections().iter().find(|s| s.kind == SectionKind::Full && s.name == "globalstate");
-    let Some(state) = state else { return Ok(true) };
-    // QEMU migration/global_state.c: length (4 bytes), then the name of the run state.
-    let body = contents::read(snapshot, state.body.clone())?;
-    let text: Vec<u8> = body.iter().skip(4).copied().take_while(|byte| *byte != 0).collect();
-    Ok(text == b"running")
+    let failed = |error: &dyn std::error::Error| format!("{}: {error}", snapshot.path().display());
+    let state = snapshot.sections().iter().find(|s| s.kind == SectionKind::Full && s.name == GlobalState::SECTION);
+    let Some(device) = state.map(|entry| contents::device(snapshot, entry)).transpose()?.flatten() else {
+        return Ok("running".to_owned());
+    };
+    let value = device.decode().map_err(|error| failed(&error))?;
+    Ok(GlobalState::from_value(&value).map_err(|error| failed(&error))?.runstate)
 }
 
 fn uuid(qmp: &mut Qmp, snapshot: &Snapshot, path: &Path) -> Result<(), Failure> {

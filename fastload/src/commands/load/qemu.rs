@@ -9,6 +9,7 @@ use serde_json::json;
 
 use super::beside::{Beside, Note};
 use super::keeper::{Coming, Keeper};
+use super::state::Paused;
 use crate::commands::Failure;
 use crate::commands::serving::{Fate, MOMENT};
 
@@ -37,7 +38,7 @@ pub(crate) struct Waiting<'a> {
     pub(crate) qmp: &'a mut Qmp,
     pub(crate) address: Address,
     pub(crate) preempt: bool,
-    pub(crate) paused: bool,
+    pub(crate) paused: Option<Paused>,
     before: Capabilities,
     beside: Beside,
     keeper: Option<Keeper>,
@@ -50,28 +51,10 @@ impl<'a> Waiting<'a> {
         beside: &Beside,
         control: &Control,
         preempt: bool,
-        paused: bool,
+        paused: Option<Paused>,
         keeper: Coming,
     ) -> Result<Waiting<'a>, Failure> {
-        let state = qmp.run_state()?;
-        let (migration, _) = qmp.migration()?;
-        if state == "inmigrate" && migration == "setup" {
-            return Err(
-                "QEMU listens for a migration already (since a load that was killed, perhaps): start it anew with \
-                        -incoming defer, or feed it with `fastload serve`"
-                    .into(),
-            );
-        }
-        if state != "inmigrate" || migration != "none" {
-            let now = if migration == "none" { state } else { format!("{state}, migration {migration}") };
-            return Err(
-                format!("QEMU does not wait for a snapshot (it is {now}): start it with -incoming defer").into()
-            );
-        }
         let before = qmp.capabilities()?;
-        if preempt && !before.0.contains_key("postcopy-preempt") {
-            return Err("this QEMU has no capability postcopy-preempt: do without --preempt".into());
-        }
         let off = OFF.iter().filter(|name| before.0.contains_key(**name)).map(|name| ((*name).to_owned(), false));
         let mut wanted: Capabilities = Capabilities(off.collect());
         wanted.0.insert("postcopy-ram".to_owned(), true);
@@ -84,7 +67,7 @@ impl<'a> Waiting<'a> {
         let mut waiting = Waiting::over(qmp, beside, preempt, paused, before);
         if let Err(error) = waiting.start(control, keeper) {
             // The first error is the one that matters.
-            let _ = waiting.qmp.set_capabilities(&Capabilities::default(), &waiting.before);
+            let _ = waiting.put_back();
             waiting.forget();
             return Err(error);
         }
@@ -124,10 +107,16 @@ impl<'a> Waiting<'a> {
             let mine = ["postcopy-ram", "postcopy-preempt"].into_iter().filter(|name| known.0.contains_key(*name));
             before.0.extend(mine.map(|name| (name.to_owned(), false)));
         }
-        Ok(Waiting::over(qmp, beside, preempt, false, before))
+        Ok(Waiting::over(qmp, beside, preempt, None, before))
     }
 
-    fn over(qmp: &'a mut Qmp, beside: &Beside, preempt: bool, paused: bool, before: Capabilities) -> Waiting<'a> {
+    fn over(
+        qmp: &'a mut Qmp,
+        beside: &Beside,
+        preempt: bool,
+        paused: Option<Paused>,
+        before: Capabilities,
+    ) -> Waiting<'a> {
         let (address, beside) = (Address::Unix(beside.socket.clone()), beside.clone());
         Waiting { qmp, address, preempt, paused, before, beside, keeper: None }
     }
@@ -139,12 +128,30 @@ impl<'a> Waiting<'a> {
             return Err("stopped before anything was loaded".into());
         }
         self.keeper = keeper.arm();
-        self.qmp.execute("migrate-incoming", json!({"uri": self.beside.uri()})).map_err(userfaultfd)?;
-        if self.paused {
+        let listening = self.qmp.execute("migrate-incoming", json!({"uri": self.beside.uri()}));
+        listening.map_err(|error| self.refused(error))?;
+        if self.paused.is_some() {
             // Before the guest is there this only says that it is not to be started; it could not be taken back.
             self.qmp.execute("stop", json!({}))?;
         }
         Ok(())
+    }
+
+    /// What a refusal to listen means.
+    fn refused(&self, error: QmpError) -> Failure {
+        let text = error.to_string();
+        if text.contains("already been started") {
+            return format!("{text}. {LISTENED}").into();
+        }
+        if text.contains("Failed to bind socket") {
+            return self.beside.unreachable(&text).into();
+        }
+        userfaultfd(error)
+    }
+
+    /// Puts the settings back as they were.
+    pub(super) fn put_back(&mut self) -> Result<(), QmpError> {
+        self.qmp.set_capabilities(&Capabilities::default(), &self.before)
     }
 
     /// What the capabilities were before.
@@ -164,7 +171,7 @@ impl<'a> Waiting<'a> {
         let _ = fs::remove_file(&self.beside.socket);
         if complete {
             self.forget();
-            self.qmp.set_capabilities(&Capabilities::default(), &self.before)?;
+            self.put_back()?;
         }
         Ok(())
     }
@@ -183,6 +190,64 @@ impl<'a> Waiting<'a> {
             }
         }
     }
+}
+
+/// What is to be done with a QEMU that was told to listen, and got nothing.
+const LISTENED: &str = "QEMU listens for a migration already (since a load that was killed, perhaps), and got nothing yet: \
+     end it and start it anew with -incoming defer, or feed it with `fastload serve`";
+
+/// Refuses a QEMU that does not wait for a snapshot. One whose guest waits for the rest of its memory is not to be ended:
+/// `recovery` brings it.
+pub(super) fn waits(qmp: &mut Qmp, note: Option<&Note>, recovery: &str) -> Result<(), Failure> {
+    let state = qmp.run_state()?;
+    let (migration, _) = qmp.migration()?;
+    if state == "inmigrate" && migration == "none" {
+        return Ok(());
+    }
+    if state == "inmigrate" && migration == "setup" {
+        return Err(LISTENED.into());
+    }
+    let recovery = note.map_or_else(|| recovery.to_owned(), |note| note.recovery(recovery));
+    if migration == "postcopy-paused" {
+        return Err(format!(
+            "this QEMU has a guest already, which was being loaded and waits for the rest of its memory: {recovery}"
+        )
+        .into());
+    }
+    if migration.starts_with("postcopy-") {
+        return Err(format!(
+            "this QEMU has a guest already, which is being loaded (migration {migration}). If the process that does it has \
+             ended, the guest waits for the rest of its memory: {recovery}"
+        )
+        .into());
+    }
+    if state == "inmigrate" && migration == "completed" {
+        return Err("QEMU has loaded a guest that it could not start, and can't start any more: end it, and start it \
+                    anew with -incoming defer"
+            .into());
+    }
+    let now = if migration == "none" { state } else { format!("{state}, migration {migration}") };
+    Err(format!(
+        "QEMU does not wait for a snapshot (it has a guest, which is {now}): load it into another QEMU, one that was started \
+         with -incoming defer"
+    )
+    .into())
+}
+
+/// Refuses a QEMU to which requests can't be answered on a second connection, before anything changes.
+pub(super) fn knows_preempt(qmp: &mut Qmp) -> Result<(), Failure> {
+    let (major, minor, micro) = qmp.version();
+    if major < 8 {
+        return Err(format!(
+            "--preempt needs QEMU 8.0 or later, and this is QEMU {major}.{minor}.{micro}, which speaks another protocol \
+             there: do without --preempt"
+        )
+        .into());
+    }
+    if !qmp.capabilities()?.0.contains_key("postcopy-preempt") {
+        return Err("this QEMU has no capability postcopy-preempt: do without --preempt".into());
+    }
+    Ok(())
 }
 
 /// Whether requests are to be answered on a second connection.
@@ -207,6 +272,10 @@ fn fate(answer: Result<(String, Option<String>), QmpError>) -> Fate {
 fn userfaultfd(error: QmpError) -> Failure {
     let text = error.to_string();
     let lower = text.to_lowercase();
+    // QEMU's own reason, where it gives one, is the right one.
+    if lower.contains("file-backed") || lower.contains("shared memory") {
+        return error.into();
+    }
     if lower.contains("userfault") || lower.contains("postcopy is not supported") {
         return format!(
             "{text}. If QEMU lacks the right to userfaultfd, give it one of: read and write access to /dev/userfaultfd \
@@ -264,8 +333,8 @@ mod tests {
 
     fn fate_of(states: &'static [&'static str], ends: bool) -> Fate {
         let (mut qmp, commands) = qemu(states, ends);
-        let beside = Beside::of(Path::new("/tmp/qmp")).unwrap();
-        let fate = Waiting::over(&mut qmp, &beside, false, false, Capabilities::default()).fate();
+        let beside = Beside::of(&Path::new("/tmp/qmp").into()).unwrap();
+        let fate = Waiting::over(&mut qmp, &beside, false, None, Capabilities::default()).fate();
         drop(qmp);
         commands.join().unwrap();
         fate
@@ -289,7 +358,7 @@ mod tests {
     fn a_recovery_waits_until_the_devices_are_loaded() {
         let (mut qmp, commands) =
             qemu(&["postcopy-device", "postcopy-device", "postcopy-active", "postcopy-paused"], false);
-        let beside = Beside::of(Path::new("/tmp/qmp")).unwrap();
+        let beside = Beside::of(&Path::new("/tmp/qmp").into()).unwrap();
         assert!(recover::listen(&mut qmp, &beside, None, Coming::default()).is_ok());
         drop(qmp);
         let commands = commands.join().unwrap();

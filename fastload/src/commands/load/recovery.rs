@@ -1,6 +1,7 @@
 //! `fastload load --recover`, with QEMU's help or, where it is held up, without.
 
 use std::io::{self, ErrorKind};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use fastload_qmp::{Qmp, QmpError};
@@ -11,6 +12,7 @@ use super::keeper::{Coming, Keeper};
 use super::qemu::{self, Waiting};
 use super::{ANSWER, Load, PATIENCE, Times, check, recover};
 use crate::commands::Failure;
+use crate::commands::monitor;
 use crate::commands::serving::{self, Fate, Image};
 
 /// How long a QEMU that listens may take to say which pages it has.
@@ -24,8 +26,8 @@ impl Load {
     pub(super) fn recover(&self, begun: Instant, image: &Image) -> Result<(), Failure> {
         let known = Beside::of(&self.qmp).ok().and_then(|beside| Some((beside.read()?, beside)));
         let Some((note, beside)) = known else {
-            let mut qmp = Qmp::connect(&self.qmp, PATIENCE).map_err(gone)?;
-            let beside = Beside::of(&self.qmp)?;
+            let mut qmp = monitor::connect(&self.qmp).map_err(gone)?;
+            let beside = Beside::of(&self.qmp)?.reached_by(&mut qmp)?;
             let done = self
                 .listening(&mut qmp, image, &beside, None)
                 .and_then(|(server, waiting)| self.serve(begun, image, server, waiting));
@@ -36,11 +38,11 @@ impl Load {
         };
         let connected = match Qmp::connect(&self.qmp, ANSWER) {
             // Whoever was left behind has it, for a moment.
-            Err(QmpError::NoGreeting { .. }) => Qmp::connect(&self.qmp, PATIENCE),
+            Err(QmpError::NoGreeting { .. }) => monitor::connect(&self.qmp),
             other => other,
         };
         let mut qmp = match connected {
-            Err(QmpError::Mute { .. }) => return self.unasked(begun, image, &beside, &note),
+            Err(QmpError::Mute { .. }) => return self.unasked(begun, image, &beside.noted(&note), &note),
             Err(error) => {
                 if matches!(&error, QmpError::Connect { error, .. } if is_end(error)) {
                     beside.forget();
@@ -50,12 +52,13 @@ impl Load {
             Ok(qmp) => qmp,
         };
         qmp.set_limit(ANSWER);
-        let ready = self.listening(&mut qmp, image, &beside, Some(&note));
+        let (noted, beside) = (beside.noted(&note), beside.reached_by(&mut qmp)?);
+        let ready = self.listening(&mut qmp, image, &beside, Some((&note, &noted)));
         let late = |failure: &Failure| matches!(failure.downcast_ref(), Some(QmpError::Timeout { .. }));
         if ready.as_ref().is_err_and(late) {
             drop(ready);
             drop(qmp);
-            return self.unasked(begun, image, &beside, &note);
+            return self.unasked(begun, image, &noted, &note);
         }
         let done = ready.and_then(|(server, waiting)| {
             waiting.qmp.set_limit(PATIENCE);
@@ -73,13 +76,13 @@ impl Load {
         qmp: &'a mut Qmp,
         image: &Image,
         beside: &Beside,
-        note: Option<&Note>,
+        note: Option<(&Note, &Beside)>,
     ) -> Result<(Server, Waiting<'a>), Failure> {
         let keeper = Coming::new(qmp, &beside.uri());
         let blocks = check::fits(qmp, &image.snapshot, &self.snapshot, self.compared())?;
         // A note may be about another QEMU, which had the same monitor.
         let note = match note {
-            Some(note) if qmp.listens_at(&beside.socket)? => Some(note),
+            Some((note, noted)) if qmp.listens_at(Path::new(&noted.listen))? => Some(note),
             _ => None,
         };
         if let Some(note) = note {
@@ -87,11 +90,15 @@ impl Load {
         }
         // A guest to be recovered has what it was started with.
         let preempt = qemu::has_preempt(&qmp.capabilities()?);
+        if self.preempt && !preempt {
+            serving::note("the guest was loaded without --preempt, and is recovered without it");
+        }
         let server = image.server(&blocks, self.options(preempt))?;
         let waiting = recover::listen(qmp, beside, note, keeper)?;
         if note.is_none() {
             // Should it be killed again.
-            let _ = beside.write(&Note::new(&self.snapshot, image, preempt, &blocks, waiting.before()));
+            let note = Note::new(&self.snapshot, image, preempt, &blocks, waiting.before());
+            let _ = beside.write(&note.with_recovery(&self.recovery()));
         }
         serving::interrupts(server.control(), self.recovery())?;
         Ok((server, waiting))
@@ -108,14 +115,15 @@ impl Load {
         let address = Address::Unix(beside.socket.clone());
         let (mut answering, mut keeper, mut mute) = (None, None, false);
         let served = serving::attend(image, server, &address, true, |control| {
-            let Ok(qmp) = Qmp::connect(&self.qmp, TRIED) else {
+            let Ok(mut qmp) = Qmp::connect(&self.qmp, TRIED) else {
                 mute = control.progress().phase < Phase::Started && connecting.elapsed() > NOTICE;
                 if mute {
                     control.stop();
                 }
                 return Ok(!mute);
             };
-            keeper = Coming::new(&qmp, &beside.uri()).arm();
+            let again = beside.clone().reached_by(&mut qmp).unwrap_or_else(|_| beside.clone());
+            keeper = Coming::new(&qmp, &again.uri()).arm();
             answering = Some(qmp);
             Ok(false)
         });
@@ -127,7 +135,7 @@ impl Load {
             }
         };
         keeper.into_iter().for_each(Keeper::dismiss);
-        let mut qmp = answering.map_or_else(|| Qmp::connect(&self.qmp, PATIENCE), Ok)?;
+        let mut qmp = answering.map_or_else(|| monitor::connect(&self.qmp), Ok)?;
         qmp.set_limit(PATIENCE);
         let mut waiting = Waiting::recovered(&mut qmp, beside, note.preempt, Some(note))?;
         waiting.finish(true)?;
@@ -140,7 +148,7 @@ impl Load {
             _ if mute => "it says nothing".to_owned(),
             _ => return serving::explain(failure, &self.recovery(), || Fate::Unknown),
         };
-        let (qmp, socket) = (self.qmp.display(), beside.socket.display());
+        let (qmp, socket) = (&self.qmp, beside.socket.display());
         format!(
             "{qmp}: QEMU does not answer, and does not listen at {socket} either ({why}): it is stopped, or its main thread \
              is held up by its guest, and no process of this program stood by to make it listen. It hears only a QMP \

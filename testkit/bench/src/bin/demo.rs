@@ -77,7 +77,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes() {
+    fn sizes_are_parsed() {
         assert_eq!(size("1G"), Ok(ByteLen(1 << 30)));
         assert_eq!(size("64M"), Ok(ByteLen(64 << 20)));
         assert_eq!(size("4194304"), Ok(ByteLen(4 << 20)));

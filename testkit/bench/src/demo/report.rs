@@ -69,7 +69,7 @@ impl Report {
         });
         row("time to complete", |restore| time(restore.complete_us));
         row("pages the guest waited for", |restore| restore.demand_faults.to_string());
-        row("pages loaded beside it", |restore| restore.background_pages.to_string());
+        row("pages loaded in the background", |restore| restore.background_pages.to_string());
         row("zero pages, not loaded", |restore| restore.zero_pages.to_string());
         let end = self.eager.complete_us.max(self.on_demand.complete_us);
         let _ = write!(text, "\n{}", super::timeline::draw(&[("eager", eager), ("on demand", on_demand)], end));
@@ -154,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn times() {
+    fn times_are_shown_with_a_fitting_unit() {
         assert_eq!([999, 1_000, 123_456, 1_234_567].map(time), ["999 us", "1.0 ms", "123 ms", "1.23 s"]);
     }
 }

@@ -14,8 +14,7 @@ use testkit::guest::{GuestConfig, GuestImage, Operation, Pattern, Privilege, Pro
 use testkit::hugepages::Overcommit;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_glue::{
-    Backing, GuestRam, Host, LiveOptions, LiveReport, Machine, MachineConfig, RamSpec, VcpuOptions, Vcpus,
-    snapshot_live,
+    Backing, GuestRam, Host, LiveOptions, LiveReport, MachineConfig, NewVm, RamSpec, VcpuOptions, Vcpus, snapshot_live,
 };
 
 use super::{Bench, Measured};
@@ -59,7 +58,7 @@ impl Busy {
             ..Program::write_all(window)
         };
         image.write_program(ram.memory(), 0, &program);
-        let machine = Machine::new(&kvm, ram, MachineConfig { vcpus: 1, irqchip: true, pit: false })?;
+        let machine = NewVm::new(&kvm, ram, MachineConfig { vcpus: 1, irqchip: true, pit: false })?;
         for (number, vcpu) in (0..).zip(machine.vcpus()) {
             image.boot_vcpu(&kvm, vcpu, number);
         }
@@ -79,7 +78,7 @@ impl Busy {
         }
     }
 
-    /// What a snapshot's blackout is, in milliseconds: all of it, and what of it is neither stopping nor state.
+    /// Measures a snapshot's blackout in milliseconds: all of it, and the part that is neither stopping nor state.
     fn blackout(&self, path: &Path) -> Measured<[f64; 2]> {
         self.run_on();
         let snapshot = snapshot_live(&self.vcpus, &self.host, path, &LiveOptions::default())?;

@@ -28,8 +28,9 @@ pub(super) fn faults(bench: &Bench) -> Measured {
             let run = layout.run_of(BlockId(0)).ok_or("an empty block")?;
             let region = crate::sys::region(&memory, run);
             // The pool takes all, as the floor's does: nothing is written out meanwhile.
-            let options = FreezeOptions { pool: ByteLen::of(LEN), handlers: Handlers::on_cores([handler]) };
-            let frozen = Freezer::prepare(vec![region], layout, &options)?.arm(&[])?;
+            let options =
+                FreezeOptions::default().with_pool(ByteLen::of(LEN)).with_handlers(Handlers::on_cores([handler]));
+            let frozen = Freezer::prepare(vec![region], layout, &options)?.arm()?;
             pin(bench.near)?;
             let latencies = write_all(&memory);
             unpin()?;

@@ -23,7 +23,7 @@ use crate::sys::{Map, pin, unpin};
 /// Steps the guest would do, of which it does one before it is saved and one when it is resumed.
 const STEPS: u64 = 1000;
 
-/// So often each size has its pairs: a resume takes so little time that something else could go on for all of them.
+/// How often each size has its pairs: a resume is so short that a disturbance could last through all pairs of one round.
 const SPARSE_ROUNDS: usize = 5;
 
 /// A stopped guest twice: in memory with its bare state, and as a snapshot file.

@@ -38,7 +38,7 @@ pub type Slot = (u64, u64, u64);
 
 /// The slots of a guest that the testkit made.
 #[must_use]
-pub fn slots(memory: &testkit::guest::Memory) -> Vec<Slot> {
+pub fn slots<B: vm_memory::bitmap::Bitmap>(memory: &testkit::guest::Memory<B>) -> Vec<Slot> {
     use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
     memory.iter().map(|region| (region.start_addr().0, region.as_ptr() as u64, region.len())).collect()
 }
@@ -160,7 +160,7 @@ mod tests {
     #[test]
     fn the_sequence_brings_a_guest_back() {
         testkit::require!(Kvm);
-        let memory = Memory::from_ranges(&[(GuestAddress(0), 4 << 20)]).unwrap();
+        let memory: Memory = Memory::from_ranges(&[(GuestAddress(0), 4 << 20)]).unwrap();
         let image = GuestImage::build(&memory, GuestConfig { privilege: Privilege::Kernel, vcpus: 1 });
         let program = Program { report_every: 1, pattern: Pattern::Random, ..Program::write_all(2 << 20) };
         image.write_program(&memory, 0, &program);

@@ -11,7 +11,7 @@ use page_units::ByteLen;
 use std::sync::{Mutex, OnceLock};
 use testkit::guest::{GuestConfig, GuestImage, Pattern, Privilege, Program, Report, Signal, fill_pages};
 use vmm_glue::{
-    Backing, Bus, GuestRam, Host, Machine, MachineConfig, Next, RamSpec, SaveOptions, Saved, VcpuOptions, Vcpus,
+    Backing, Bus, GuestRam, Host, MachineConfig, NewVm, Next, RamSpec, SaveOptions, Saved, VcpuOptions, Vcpus,
 };
 
 /// What things here end with.
@@ -23,7 +23,7 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 /// The guest's configuration.
 pub const CONFIG: GuestConfig = GuestConfig { privilege: Privilege::Kernel, vcpus: 1 };
 
-/// Notes when the guest first speaks, and stops it after so many steps, when it is done, or when it complains.
+/// Notes when the guest first speaks, and stops it after a number of steps, when it is done, or when it complains.
 #[derive(Debug)]
 pub struct Port {
     steps: AtomicU64,
@@ -33,7 +33,7 @@ pub struct Port {
 }
 
 impl Port {
-    /// A port that stops the guest after so many steps.
+    /// A port that stops the guest after a number of steps.
     #[must_use]
     pub fn stopping_after(steps: u64) -> Arc<Port> {
         Arc::new(Port {
@@ -44,7 +44,7 @@ impl Port {
         })
     }
 
-    /// Lets the guest do so many steps more than it has done, or any number.
+    /// Lets the guest do a number of further steps, or any number.
     pub fn stop_after(&self, more: Option<u64>) {
         let done = self.steps.load(Ordering::Relaxed);
         self.stop_after.store(more.map_or(u64::MAX, |more| done + more), Ordering::Relaxed);
@@ -104,7 +104,7 @@ pub struct Prepared {
     pub program: Program,
 }
 
-/// Makes a guest of so much RAM, of which about `percent` is filled by the host.
+/// Makes a guest with `ram` bytes of RAM, of which the host fills about `percent`.
 ///
 /// # Errors
 /// If there is no such memory.
@@ -123,13 +123,13 @@ pub fn prepare(ram: ByteLen, percent: u64, steps: u64) -> Done<Prepared> {
 }
 
 impl Prepared {
-    /// Runs the guest for so many steps, and leaves it stopped.
+    /// Runs the guest for a number of steps, and leaves it stopped.
     ///
     /// # Errors
     /// If KVM refuses, or the guest does something else.
     pub fn run(&self, kvm: &Kvm, steps: u64) -> Done<(Vcpus, Arc<Port>)> {
         let machine = MachineConfig { vcpus: 1, irqchip: true, pit: false };
-        let machine = Machine::new(kvm, Arc::clone(&self.ram), machine)?;
+        let machine = NewVm::new(kvm, Arc::clone(&self.ram), machine)?;
         for (number, vcpu) in (0..).zip(machine.vcpus()) {
             self.image.boot_vcpu(kvm, vcpu, number);
         }

@@ -16,6 +16,7 @@
 //! by itself.
 
 mod code;
+mod disk;
 mod elf;
 mod program;
 mod status;
@@ -60,10 +61,13 @@ pub struct Plan {
     pub stride: u64,
     /// ... the first `stored` have content; the others stay zero.
     pub stored: u64,
-    /// It compares a word every so many bytes: a multiple of 8 that divides 4096.
+    /// The distance of the words that it compares, in bytes: a multiple of 8 that divides 4096.
     pub step: u64,
     /// How many processors it starts, at most [`MOST_CPUS`].
     pub cpus: u64,
+    /// With [`Work::Generations`]: it also writes the number of each pass to the first sector of the first IDE disk (of a
+    /// pc), before it begins the pass, and counts an error if it does not find the number of the pass before there.
+    pub disk: bool,
     /// The first processor takes an interrupt every 2 ms. Each is looked up in a page of its own: the next of this
     /// guest-physical memory, in bytes, page-aligned, below 2 GiB, and not in the ranges. While that page is missing QEMU
     /// (without KVM) waits for it, and holds its main thread up.
@@ -74,7 +78,16 @@ impl Plan {
     /// A guest that checks the memory from [`LOWEST`] to `end`, a quarter of which stays zero.
     #[must_use]
     pub fn check(end: u64) -> Plan {
-        Plan { work: Work::Check, ranges: vec![(LOWEST, end)], stride: 8, stored: 6, step: 64, cpus: 1, ticks: None }
+        Plan {
+            work: Work::Check,
+            ranges: vec![(LOWEST, end)],
+            stride: 8,
+            stored: 6,
+            step: 64,
+            cpus: 1,
+            disk: false,
+            ticks: None,
+        }
     }
 
     /// The ELF file.

@@ -5,7 +5,7 @@ use iced_x86::code_asm::*;
 
 use super::code::{LOAD, MAIN, MIX, SEED, TRAMPOLINE, TRAMPOLINE_AT, TRAMPOLINE_SIZE, parameter};
 use super::status::{MAGIC, field};
-use super::{Plan, STACKS, STATUS, Work, ticks};
+use super::{Plan, STACKS, STATUS, Work, disk, ticks};
 
 const COM1: i32 = 0x3f8;
 const COM1_LINE_STATUS: i32 = 0x3fd;
@@ -162,6 +162,9 @@ impl Routines {
         a.set_label(&mut self.generation)?;
         a.mov(rax, status(field::GENERATION))?;
         a.inc(rax)?;
+        if plan.disk {
+            disk::next(a)?;
+        }
         a.mov(status(field::GENERATION), rax)?;
         each_page(a, plan, false, |a| {
             a.mov(rax, status(field::GENERATION))?;

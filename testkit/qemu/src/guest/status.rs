@@ -39,6 +39,9 @@ impl Status {
 
 pub(super) const MAGIC: u64 = u64::from_le_bytes(*b"FASTLOAD");
 
+/// Offset in the status page of what is read from a disk and written to it: a sector.
+pub(super) const SECTOR: usize = 2048;
+
 /// Offsets in the status page.
 pub(super) mod field {
     pub(in super::super) const MAGIC: usize = 0;

@@ -20,7 +20,7 @@ enum Point {
     Socket,
     /// Its capabilities are on, and it is about to be told to send.
     Migrate,
-    /// So many bytes into the file: at the first write from there on.
+    /// At the first write beyond this many bytes of the file.
     Bytes(u64),
     /// All has come, and is about to be made durable.
     Sync,
@@ -69,7 +69,7 @@ fn killed(qemu: &mut Qemu, place: &Place, point: Point) {
     }
 }
 
-/// What is there beside the old file.
+/// What is there next to the old file.
 fn others(place: &Place) -> Vec<String> {
     place.files().into_iter().filter(|name| name != "vm.snap").collect()
 }

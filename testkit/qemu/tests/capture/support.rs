@@ -86,10 +86,11 @@ pub(crate) fn block(snapshot: &Snapshot, name: &str) -> Vec<u8> {
     let mut bytes = vec![0; usize::try_from(ram.length().0).unwrap()];
     let mut page = PageIndex(0);
     while page.0 < ram.pages().0 {
-        let (stored, pages) = snapshot.load_run_at(id, page, PageCount(u64::MAX)).unwrap();
+        let found = snapshot.load_run(id, page, PageCount(u64::MAX)).unwrap();
+        let pages = found.pages();
         let at = usize::try_from(page.byte_offset().0).unwrap();
         let into = &mut bytes[at..at + usize::try_from(pages.to_bytes().0).unwrap()];
-        if stored {
+        if found.is_stored() {
             snapshot.file().read_exact_at(into, snapshot.page_offset(id, page).unwrap().0).unwrap();
             // What is zero is a hole.
             for (i, content) in into.chunks(4096).enumerate() {

@@ -87,7 +87,7 @@ fn a_qemu_that_dies_leaves_no_file() {
 }
 
 #[test]
-fn a_qemu_without_the_right_to_userfaultfd() {
+fn a_qemu_without_the_right_to_userfaultfd_is_refused_by_name() {
     testkit::require!(Qemu, Root);
     let mut qemu = at_work(&Setup { user: Some(65534), ..Setup::new(Machine::Pc, 32) });
     let place = Place::new();
@@ -105,7 +105,7 @@ fn a_qemu_without_the_right_to_userfaultfd() {
     goes_on(&mut qemu);
 }
 
-/// A file system of so many MiB, while this value lives.
+/// A file system of a few MiB, while this value lives.
 struct Small(Place);
 
 impl Small {

@@ -124,7 +124,7 @@ fn a_guest_at_work_under_kvm() {
 }
 
 #[test]
-fn again_and_again() {
+fn a_guest_is_captured_several_times() {
     testkit::require!(Qemu, Userfaultfd);
     let setup = Setup::new(Machine::Pc, 32);
     let mut qemu = at_work(&setup);

@@ -22,7 +22,7 @@ fn refused_both_ways(bare: &Setup, arguments: &str, words: &[&str]) {
 }
 
 #[test]
-fn on_pci() {
+fn a_device_that_differs_on_pci_is_refused() {
     testkit::require!(Qemu);
     let bare = Setup::new(Machine::Pc, 64);
     refused_both_ways(&bare, "-device virtio-rng-pci", &["0000:00:02.0"]);
@@ -33,7 +33,7 @@ fn on_pci() {
 }
 
 #[test]
-fn on_pci_behind_a_bridge() {
+fn a_device_that_differs_behind_a_bridge_is_refused() {
     testkit::require!(Qemu);
     let bridge = "-device pcie-root-port,id=r,chassis=1,addr=5.0";
     let bare = with(&Setup::new(Machine::Q35, 64), bridge);
@@ -77,21 +77,21 @@ fn on_pci_on_other_root_buses() {
 }
 
 #[test]
-fn on_isa() {
+fn a_device_that_differs_on_isa_is_refused() {
     testkit::require!(Qemu);
     let parallel = "-chardev null,id=p -device isa-parallel,chardev=p";
     refused_both_ways(&Setup::new(Machine::Pc, 64), parallel, &["isa-parallel"]);
 }
 
 #[test]
-fn on_usb() {
+fn a_device_that_differs_on_usb_is_refused() {
     testkit::require!(Qemu);
     let bare = with(&Setup::new(Machine::Pc, 64), "-device piix3-usb-uhci,id=u");
     refused_both_ways(&bare, "-device piix3-usb-uhci,id=u -device usb-tablet,bus=u.0", &["usb-tablet"]);
 }
 
 #[test]
-fn on_virtio_mmio() {
+fn a_device_that_differs_on_virtio_mmio_is_refused() {
     testkit::require!(Qemu);
     refused_both_ways(&Setup::new(Machine::Microvm, 64), "-device virtio-rng-device", &["virtio-rng-device"]);
 }

@@ -22,7 +22,7 @@ fn ticking() -> Saved {
     Saved::new(&Setup::new(Machine::Pc, 64), &plan, How::default())
 }
 
-/// Waits until the guest has taken more interrupts: all that it needs beside the page of the next one is there.
+/// Waits until the guest has taken more interrupts: all that it needs but the page of the next one is there.
 fn ticked(qemu: &mut Qemu, more: u64) {
     let before = qemu.ticks().unwrap();
     while qemu.ticks().unwrap() < before + more {}

@@ -25,7 +25,7 @@ fn known_as_started(qemu: &mut Qemu) {
     qemu.touch(40 * MIB).unwrap();
 }
 
-/// Waits until QEMU has so many bytes of memory in use.
+/// Waits until QEMU has a number of bytes of memory in use.
 fn grown(qemu: &Qemu, bytes: u64) {
     let until = Instant::now() + Duration::from_secs(30);
     while qemu.resident().unwrap() < bytes {
@@ -34,7 +34,7 @@ fn grown(qemu: &Qemu, bytes: u64) {
     }
 }
 
-/// Kills the server when so many bytes have arrived and the guest was started, then recovers.
+/// Kills the server when a number of bytes have arrived and the guest was started, then recovers.
 fn killed_and_recovered(saved: &Saved, bytes: u64, more: &[&str]) {
     let mut qemu = saved.waiting(&saved.setup);
     let before = qemu.resident().unwrap();
@@ -75,7 +75,7 @@ fn a_guest_at_work_waits_for_the_recovery() {
 }
 
 #[test]
-fn twice_killed() {
+fn a_server_that_is_killed_twice_recovers_twice() {
     testkit::require!(Qemu, Userfaultfd);
     let setup = Setup::new(Machine::Microvm, 64);
     let saved = Saved::new(&setup, &Plan::check(60 * MIB), How::default());
@@ -113,7 +113,7 @@ fn a_server_that_stalls_holds_the_guest_up_and_no_more() {
     saved.is_whole(&mut qemu);
 }
 
-/// The destination dies after the guest was started and so many bytes have come to it.
+/// The destination dies after the guest was started and a part of its memory has come to it.
 fn dies(saved: &Saved, bytes: u64, more: &[&str]) {
     let mut qemu = saved.waiting(&saved.setup);
     let before = qemu.resident().unwrap();

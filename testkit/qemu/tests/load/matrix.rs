@@ -170,7 +170,7 @@ fn each_pair_of_two_things_is_run_by_default() {
 
 /// RAM of a device, which the guest's firmware has written into.
 #[test]
-fn video_memory() {
+fn video_memory_is_loaded() {
     testkit::require!(Qemu, Userfaultfd);
     let setup = Setup { extra: vec!["-vga".into(), "std".into()], ..machine(Machine::Pc, 64) };
     let saved = Saved::new(&setup, &plan(&setup), How::default());
@@ -183,7 +183,7 @@ fn video_memory() {
 }
 
 #[test]
-fn four_gibibytes() {
+fn memory_above_four_gibibytes_is_loaded() {
     testkit::require!(Qemu, Userfaultfd);
     let setup = machine(Machine::Pc, 4096);
     let high = 1 << 32;
@@ -202,7 +202,7 @@ fn four_gibibytes() {
 }
 
 #[test]
-fn under_kvm() {
+fn a_guest_under_kvm_is_loaded() {
     testkit::require!(Qemu, Userfaultfd, Kvm);
     for machine_type in [Machine::Pc, Machine::Microvm] {
         let setup = Setup { kvm: true, ..machine(machine_type, 64) };
@@ -214,7 +214,7 @@ fn under_kvm() {
 }
 
 #[test]
-fn huge_pages() {
+fn huge_pages_are_loaded() {
     testkit::require!(Qemu, Userfaultfd, Hugepages);
     let setup = machine(Machine::Pc, 64);
     let saved = Saved::new(&setup, &plan(&setup), How::default());

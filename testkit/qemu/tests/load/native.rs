@@ -32,7 +32,7 @@ fn loads_both_ways(saved: &Saved) {
 }
 
 #[test]
-fn converted_files() {
+fn qemu_loads_converted_files() {
     testkit::require!(Qemu, Userfaultfd);
     let setup = Setup { cpus: 2, virtio: true, ..Setup::new(Machine::Q35, 64) };
     let plan = Plan { cpus: 2, ..Plan::check(60 * MIB) };

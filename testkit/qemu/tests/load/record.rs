@@ -99,13 +99,13 @@ fn records(preempt: bool) {
 }
 
 #[test]
-fn qemu_to_qemu() {
+fn the_wire_between_two_qemus_is_recorded() {
     testkit::require!(Qemu, Userfaultfd);
     records(false);
 }
 
 #[test]
-fn qemu_to_qemu_with_preempt() {
+fn the_wire_between_two_qemus_with_preempt_is_recorded() {
     testkit::require!(Qemu, Userfaultfd);
     records(true);
 }

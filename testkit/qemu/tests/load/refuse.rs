@@ -1,7 +1,7 @@
 //! What does not fit is refused before anything starts, with a message that says what to do.
 
 use testkit_qemu::guest::Plan;
-use testkit_qemu::{Fastload, Machine, Qemu, Setup};
+use testkit_qemu::{Machine, Qemu, Setup};
 
 use crate::MIB;
 use crate::support::{How, Saved, settings_are_back};
@@ -26,7 +26,7 @@ pub(crate) fn refused_with(saved: &Saved, setup: &Setup, more: &[&str], words: &
 }
 
 #[test]
-fn another_machine() {
+fn another_machine_is_refused() {
     testkit::require!(Qemu);
     let setup = Setup { virtio: true, cpus: 2, ..Setup::new(Machine::Q35, 64) };
     let saved = Saved::new(&setup, &Plan::check(16 * MIB), How::default());
@@ -62,7 +62,7 @@ fn a_qemu_that_does_not_wait() {
 }
 
 #[test]
-fn a_qemu_without_the_right_to_userfaultfd() {
+fn a_qemu_without_the_right_to_userfaultfd_is_refused_by_name() {
     testkit::require!(Qemu, Root);
     let allowed = std::fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd").unwrap_or_default();
     let setup = Setup::new(Machine::Pc, 64);
@@ -89,27 +89,4 @@ fn files_that_are_no_snapshots() {
     refused(&saved, &setup, &[]);
     file.set_len(0).unwrap();
     refused(&saved, &setup, &[]);
-}
-
-/// A socket of ours has no room beside it: that is found before QEMU's settings are changed.
-#[test]
-fn a_monitor_in_a_directory_with_a_long_name() {
-    testkit::require!(Qemu, Userfaultfd);
-    let setup = Setup::new(Machine::Pc, 64);
-    let saved = Saved::new(&setup, &Plan::check(16 * MIB), How::default());
-    let mut qemu = saved.waiting(&setup);
-    let dir = qemu.dir().join("d".repeat(90));
-    std::fs::create_dir(&dir).unwrap();
-    // It is reached by a path that is short enough.
-    std::os::unix::fs::symlink(qemu.qmp_path(), dir.join("qmp")).unwrap();
-    std::os::unix::fs::symlink(&dir, qemu.dir().join("s")).unwrap();
-    let path = qemu.dir().join("s/qmp").display().to_string();
-    let file = saved.file.display().to_string();
-    let ended = Fastload::start(["load", &file, "--qmp", &path]).unwrap().finish().unwrap();
-    assert!(ended.error().contains("too long"), "{ended:?}");
-    assert_eq!(qemu.qmp().migration().unwrap().0, "none");
-    settings_are_back(&mut qemu);
-    // Nothing is in the way of another attempt.
-    assert!(saved.load(&qemu, &[]).status.success());
-    saved.is_whole(&mut qemu);
 }

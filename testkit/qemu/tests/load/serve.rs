@@ -23,7 +23,7 @@ pub(crate) fn serve(saved: &Saved, to: &str, more: &[&str]) -> Fastload {
 }
 
 #[test]
-fn over_unix_and_tcp_with_and_without_preempt() {
+fn a_guest_is_served_over_unix_and_tcp_with_and_without_preempt() {
     testkit::require!(Qemu, Userfaultfd);
     let setup = Setup::new(Machine::Pc, 64);
     let saved = Saved::new(&setup, &Plan::check(60 * MIB), How { at_work: true, ..How::default() });
@@ -66,7 +66,7 @@ fn recovers_at_an_address_that_qemu_was_given() {
 }
 
 #[test]
-fn nobody_listens() {
+fn what_is_not_there_is_named() {
     let ended = Fastload::start(["serve", "/nonexistent", "--to", "unix:/nonexistent"]).unwrap().finish().unwrap();
     assert!(ended.error().contains("/nonexistent"), "{ended:?}");
     let ended = Fastload::start(["serve", "/nonexistent", "--to", "fd:3"]).unwrap().finish().unwrap();

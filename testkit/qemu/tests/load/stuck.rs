@@ -13,7 +13,7 @@ use testkit_qemu::{Fastload, Machine, Qemu, Setup};
 use crate::MIB;
 use crate::support::{How, Saved, settings_are_back};
 
-/// Whoever stands by for this `fastload`.
+/// The process that stands by for this `fastload`.
 pub(crate) fn standing_by(server: &Fastload) -> Option<nix::unistd::Pid> {
     let parent = format!("PPid:\t{}", server.id());
     let processes = std::fs::read_dir("/proc").unwrap().map_while(Result::ok);
@@ -36,7 +36,7 @@ fn left_alone(saved: &Saved, more: &[&str]) -> Qemu {
     qemu
 }
 
-/// What we leave beside the QMP socket.
+/// What we leave next to the QMP socket.
 fn left_behind(qemu: &Qemu) -> Vec<PathBuf> {
     let names = std::fs::read_dir(qemu.dir()).unwrap().map(|entry| entry.unwrap().path());
     names.filter(|path| path.file_name().unwrap().to_str().unwrap().starts_with(".fastload")).collect()
@@ -63,6 +63,10 @@ fn a_guest_that_holds_qemu_up_is_recovered() {
             assert!(Instant::now() < until && !held.is_finished(), "its main thread is not held up");
             thread::yield_now();
         }
+        // Who does not know that is told.
+        let arguments = first.iter().filter(|argument| !["--recover", "--json"].contains(&argument.as_str()));
+        let plain = Fastload::start(arguments).unwrap().finish().unwrap();
+        assert!(plain.error().contains("waits for the rest of its memory: fastload load"), "{plain:?}");
         let server = Fastload::start(first).unwrap();
         let (mut qemu, page) = held.join().unwrap();
         page.unwrap();
@@ -71,6 +75,33 @@ fn a_guest_that_holds_qemu_up_is_recovered() {
         let last = Fastload::start(saved.load_arguments(&qemu, &["--recover"])).unwrap().finish().unwrap();
         assert_eq!(last.figures()["recovered"], true);
         assert_eq!(last.figures()["preempt"], !more.is_empty());
+        assert_eq!(left_behind(&qemu), [] as [PathBuf; 0]);
+        saved.is_whole(&mut qemu);
+    }
+}
+
+/// Who repeats the command after a crash is told what helps, and not what ends the guest: by each QEMU, with and without
+/// preempt.
+#[test]
+fn who_forgets_to_recover_is_told() {
+    testkit::require!(Qemu, Userfaultfd);
+    let setup = Setup { version: Some("7.2"), ..Setup::new(Machine::Pc, 32) };
+    let saved = Saved::new(&setup, &Plan::check(28 * MIB), How::default());
+    let mut ways = vec![(setup.clone(), &[] as &[&str]), (setup.clone(), &["--preempt"])];
+    if testkit::require::have(&[testkit::require::Prerequisite::OlderQemu]) {
+        ways.push((setup.older(), &[]));
+    }
+    for (waiting, more) in ways {
+        let mut qemu = saved.waiting(&waiting);
+        let server = Fastload::start(saved.load_arguments(&qemu, &[&["--no-background"], more].concat())).unwrap();
+        qemu.qmp().wait_event(&["RESUME"], Duration::from_secs(30)).unwrap().unwrap();
+        server.kill().unwrap();
+        // It may not have noticed yet, and may be held up.
+        let again = saved.load(&qemu, more);
+        assert!(again.error().contains("rest of its memory: fastload load"), "{again:?}");
+        assert!(!again.error().contains("anew"), "{again:?}");
+        let figures = again.typed("load", &[&["--json"], more].concat()).figures();
+        assert_eq!((&figures["recovered"], &figures["preempt"]), (&true.into(), &(!more.is_empty()).into()));
         assert_eq!(left_behind(&qemu), [] as [PathBuf; 0]);
         saved.is_whole(&mut qemu);
     }

@@ -43,11 +43,29 @@ fn a_guest_that_was_paused_stays_so() {
     let mut other = testkit_qemu::Qemu::start(&setup.waiting(), &plan.build()).unwrap();
     let arguments = crate::support::load_arguments(&file, &other, &[]);
     let figures = testkit_qemu::Fastload::start(arguments).unwrap().finish().unwrap().figures();
-    assert_eq!(figures["state"], "paused");
+    assert_eq!((&figures["state"], &figures["paused_because"]), (&json!("paused"), &json!("saved-paused")));
     assert_eq!(other.qmp().run_state().unwrap(), "paused");
     other.execute("cont", json!({})).unwrap();
     let (passes, errors) = other.order('?').unwrap();
     assert!(passes > 0 && errors == 0);
+
+    // Without --json it says why, and how to go on.
+    let mut other = testkit_qemu::Qemu::start(&setup.waiting(), &plan.build()).unwrap();
+    let socket = other.qmp_path().display().to_string();
+    let ended = Fastload::start(["load", &file.display().to_string(), "--qmp", &socket]).unwrap().finish().unwrap();
+    assert!(ended.status.success() && ended.stderr.contains("it was saved (paused; --run starts it"), "{ended:?}");
+    assert_eq!(ended.typed("resume", &[]).stdout, "running\n");
+    assert!(other.order('?').unwrap().0 > 0);
+
+    // And --run starts it.
+    for stopped in [false, true] {
+        let waiting = Setup { stopped, ..setup.waiting() };
+        let mut other = testkit_qemu::Qemu::start(&waiting, &plan.build()).unwrap();
+        let arguments = crate::support::load_arguments(&file, &other, &["--run"]);
+        let figures = Fastload::start(arguments).unwrap().finish().unwrap().figures();
+        assert_eq!((&figures["state"], &figures["paused_because"]), (&json!("running"), &json!(null)), "{figures}");
+        assert!(other.order('?').unwrap().0 > 0);
+    }
 }
 
 #[test]
@@ -57,7 +75,7 @@ fn a_qemu_started_with_s_stays_paused() {
     let saved = Saved::new(&setup, &Plan::check(16 * MIB), How::default());
     let mut qemu = saved.waiting(&Setup { stopped: true, ..setup });
     let figures = saved.load(&qemu, &[]).figures();
-    assert_eq!(figures["state"], "paused", "{figures}");
+    assert_eq!((&figures["state"], &figures["paused_because"]), (&json!("paused"), &json!("started-with-S")));
     saved.is_whole(&mut qemu);
 }
 

@@ -179,7 +179,7 @@ impl Destination<'_> {
         back.write_all(&bytes)
     }
 
-    /// Whoever waits for a page when a connection ends need not wait any more.
+    /// Reads until the connection ends; then threads that wait for a page stop waiting.
     fn until_over(&self, read: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
         let ended = read();
         if self.over.swap(true, Ordering::SeqCst) {

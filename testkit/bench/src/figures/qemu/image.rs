@@ -16,7 +16,7 @@ use super::super::{Bench, Measured};
 /// No load takes as long.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// Whether so much memory is free.
+/// Whether that much memory is free.
 pub(super) fn room(bytes: u64) -> Result<(), String> {
     let info = fs::read_to_string("/proc/meminfo").map_err(|error| format!("/proc/meminfo: {error}"))?;
     let available = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
@@ -109,9 +109,9 @@ impl Image {
         resumed(&mut qemu, begun)
     }
 
-    /// Memory that is let go just before a load begins, so that the QEMU can take it at once. Of a virtual machine,
-    /// what has been free for a moment is given back to the host, and whoever takes it next waits for that: up to a
-    /// second for a GiB, on one side of a pair or on the other, as it happens.
+    /// Memory that is let go just before a load begins, so that the QEMU can take it at once. In a virtual
+    /// machine, memory that was free for a moment goes back to the host, and the next owner waits for it: up to a
+    /// second for a GiB, on one side of a pair or on the other by chance.
     pub(super) fn warm(&self) -> Measured<Vec<u8>> {
         Ok(black_box(vec![1; usize::try_from(self.setup.ram())?]))
     }

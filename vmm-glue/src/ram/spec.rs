@@ -9,8 +9,8 @@ use uffd_engine::Backing;
 /// around the hole below 4 GiB.
 #[derive(Clone, Debug)]
 pub struct RamSpec {
-    pub(super) name: String,
-    pub(super) pieces: Vec<(GuestAddr, ByteLen)>,
+    name: String,
+    pieces: Vec<(GuestAddr, ByteLen)>,
 }
 
 impl RamSpec {
@@ -25,6 +25,18 @@ impl RamSpec {
     pub fn at(mut self, guest: GuestAddr, length: ByteLen) -> RamSpec {
         self.pieces.push((guest, length));
         self
+    }
+
+    /// The block's name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its pieces in the order of the block's pages: where the guest sees them, and how long they are.
+    #[must_use]
+    pub fn pieces(&self) -> &[(GuestAddr, ByteLen)] {
+        &self.pieces
     }
 
     /// How long all its pieces are together; `None` if that is no number.
@@ -70,6 +82,16 @@ pub enum MemoryError {
         /// Where.
         guest: GuestAddr,
         /// How much.
+        length: ByteLen,
+        /// Why not.
+        reason: String,
+    },
+    /// Memory could not be read or written.
+    #[error("guest memory at {guest} ({length} bytes) can't be accessed: {reason}")]
+    Access {
+        /// Where.
+        guest: GuestAddr,
+        /// How much was left.
         length: ByteLen,
         /// Why not.
         reason: String,

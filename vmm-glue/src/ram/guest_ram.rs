@@ -1,27 +1,26 @@
 //! Guest memory: RAM blocks, where they lie in guest-physical memory, and where in this process.
 
-mod discard;
-mod map;
-mod spec;
-
 use std::fs::File;
+use std::io;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
-use kvm_ioctls::VmFd;
-use page_units::{BlockId, ByteLen, GuestAddr, HostAddr, Layout, LayoutError, PageIndex, PageRun, RamBlock};
+use page_units::{
+    BlockId, ByteLen, FileOffset, GuestAddr, HostAddr, Layout, LayoutError, PageIndex, PageRun, RamBlock,
+};
 use uffd_engine::{Backing, Region};
+use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
 
-pub use self::discard::Discard;
-pub(crate) use self::discard::FreezeClaim;
-use self::discard::Frozen;
-pub use self::spec::{MemoryError, RamSpec};
+use super::bitmap::OwnersBitmap;
+use super::discard::Frozen;
+use super::{MemoryError, RamSpec, map};
 use crate::sys;
 
-/// Guest memory as `vm-memory` has it.
-pub type Memory = GuestMemoryMmap<()>;
+/// Guest memory as `vm-memory` has it. What is written through it is noted in the bitmap of the VMM that it was adopted
+/// from, if it was.
+pub type Memory = GuestMemoryMmap<OwnersBitmap>;
 
 /// A part of a RAM block that is contiguous everywhere.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,7 +39,7 @@ pub struct Piece {
 }
 
 impl Piece {
-    fn len(&self) -> ByteLen {
+    pub(super) fn len(&self) -> ByteLen {
         self.run.len()
     }
 }
@@ -50,11 +49,11 @@ impl Piece {
 pub struct GuestRam {
     memory: Memory,
     layout: Layout,
-    pieces: Vec<Piece>,
+    pub(super) pieces: Vec<Piece>,
     /// Second mappings of shared huge pages, by piece.
-    aliases: Vec<Option<Arc<MmapRegion<()>>>>,
+    aliases: Vec<Option<Arc<MmapRegion<OwnersBitmap>>>>,
     /// A live snapshot has it write-protected.
-    frozen: Frozen,
+    pub(super) frozen: Frozen,
 }
 
 impl GuestRam {
@@ -67,12 +66,12 @@ impl GuestRam {
         let mut regions = Vec::new();
         for (spec, id) in specs.iter().zip(0..) {
             let length = spec.length().ok_or(LayoutError::TooLarge)?;
-            let block = RamBlock::new(&spec.name, length, backing.granule())?;
+            let block = RamBlock::new(spec.name(), length, backing.granule())?;
             let failed =
-                |error: String| MemoryError::Allocate { block: spec.name.clone(), length, backing, reason: error };
+                |error: String| MemoryError::Allocate { block: spec.name().to_owned(), length, backing, reason: error };
             let file = map::file_of(&block, backing).map_err(|error| failed(error.to_string()))?;
             let mut offset = ByteLen(0);
-            for &(guest, len) in &spec.pieces {
+            for &(guest, len) in spec.pieces() {
                 if len.0 == 0 || !(len.0 | guest.0).is_multiple_of(backing.granule().bytes().0) {
                     return Err(failed(format!("{len} bytes at guest-physical {guest} are not whole pages")));
                 }
@@ -105,14 +104,22 @@ impl GuestRam {
         Ok(GuestRam { memory, layout, pieces, aliases, frozen: Frozen::default() })
     }
 
-    /// Takes memory that a VMM has already: each region is a RAM block of its own, named by `name`. What it is made of is
-    /// told by how it is mapped, and by its file.
+    /// Takes memory that a VMM has already, with a bitmap of any type (VMMs that migrate have `AtomicBitmap`): each region is
+    /// a RAM block of its own, named by `name`. What it is made of is told by how it is mapped, and by its file. It stays
+    /// mapped for as long as this or the VMM's own handle lives.
+    ///
+    /// What is written through [`memory`](GuestRam::memory) is noted in the VMM's bitmap. Pages that are loaded, by an engine
+    /// or before the guest runs, are not: they are what the guest has from the beginning.
     ///
     /// # Errors
     /// If names repeat, a region is not whole pages, or its huge pages are not of 2 MiB.
-    pub fn adopt(memory: Memory, name: impl Fn(GuestAddr) -> String) -> Result<GuestRam, MemoryError> {
+    pub fn adopt<B: Bitmap + Send + Sync + 'static>(
+        memory: GuestMemoryMmap<B>,
+        name: impl Fn(GuestAddr) -> String,
+    ) -> Result<GuestRam, MemoryError> {
         let mut blocks = Vec::new();
         let mut pieces = Vec::new();
+        let mut regions = Vec::new();
         for (region, id) in memory.iter().zip(0..) {
             let guest = GuestAddr(region.start_addr().0);
             let shared = region.flags() & libc::MAP_SHARED != 0;
@@ -122,9 +129,14 @@ impl GuestRam {
             let block = RamBlock::new(name, length, backing.granule())?;
             let run = PageRun::new(BlockId(id), PageIndex(0), block.pages());
             let host = HostAddr(region.as_ptr().addr() as u64);
+            let collection = |error: String| MemoryError::Collection(format!("{guest}: {error}"));
+            let view = sys::view_of(region.get_mmap()).map_err(|error| collection(error.to_string()))?;
+            let region = GuestRegionMmap::new(view, region.start_addr());
+            regions.push(region.ok_or_else(|| collection("it is too high".into()))?);
             blocks.push(block);
             pieces.push(Piece { guest, host, run, backing, shared });
         }
+        let memory = Memory::from_regions(regions).map_err(|error| MemoryError::Collection(error.to_string()))?;
         let aliases = pieces.iter().map(|_| None).collect();
         Ok(GuestRam { layout: Layout::new(blocks)?, memory, pieces, aliases, frozen: Frozen::default() })
     }
@@ -168,17 +180,31 @@ impl GuestRam {
             }
             numbers.push(found.0);
         }
-        let regions = self.pieces.iter().zip(&self.aliases).map(|(piece, alias)| {
+        let mapped = self.aliases.iter().zip(self.memory.iter());
+        let regions = self.pieces.iter().zip(mapped).map(|(piece, (alias, memory))| {
             let number = usize::try_from(piece.run.block.0).ok().and_then(|at| numbers.get(at)).copied();
             let run = PageRun { block: number.unwrap_or(piece.run.block), ..piece.run };
-            sys::region(self.memory.clone(), alias.clone(), piece, run)
+            let region = sys::region(self.memory.clone(), alias.clone(), piece, run);
+            match memory.file_offset() {
+                Some(file) => region.with_file(Arc::clone(file.arc()), FileOffset(file.start())),
+                None => region,
+            }
         });
         Ok(regions.collect())
     }
 
-    /// Refuses files that hold pages although nobody has touched them: an engine maps what is there, and the guest would
-    /// find zeros. (Private memory is refused by the engine.)
-    pub(crate) fn check_untouched(&self) -> Result<(), MemoryError> {
+    /// Finds the pages that exist, in the RAM blocks' own numbers; nothing is touched for it.
+    pub(crate) fn populated(&self) -> std::io::Result<Vec<PageRun>> {
+        let regions = self.regions(&self.layout).map_err(std::io::Error::other)?;
+        uffd_engine::populated(&regions)
+    }
+
+    /// Refuses memory whose files hold pages already, although no guest has touched them: an engine maps what is there, and
+    /// the guest would find zeros. (The engine itself refuses private memory.) To be called before an engine loads it.
+    ///
+    /// # Errors
+    /// If there are pages: `mlockall` makes some, or another user of the file has touched them.
+    pub fn check_untouched(&self) -> Result<(), MemoryError> {
         for (piece, region) in self.pieces.iter().zip(self.memory.iter()) {
             let Some(file) = region.file_offset() else { continue };
             let held = file.file().metadata().map_or_else(
@@ -191,6 +217,19 @@ impl GuestRam {
             }
         }
         Ok(())
+    }
+
+    /// The first piece of which the end lies beyond its file, if there is one: somebody has cut that off, and what the guest
+    /// had there is gone.
+    pub(crate) fn cut_off(&self) -> io::Result<Option<GuestAddr>> {
+        for (piece, region) in self.pieces.iter().zip(self.memory.iter()) {
+            let Some(at) = region.file_offset() else { continue };
+            let there = at.file().metadata()?.len().saturating_sub(at.start());
+            if there < piece.len().0 {
+                return Ok(Some(piece.guest + ByteLen(there)));
+            }
+        }
+        Ok(None)
     }
 
     /// The file behind a piece, and where in it the piece begins.
@@ -211,20 +250,56 @@ impl GuestRam {
         pieces.chain(aliases).collect()
     }
 
-    /// Gives the memory to a VM: one slot per piece, numbered from 0 on. Do it **before** creating an irqchip: after
-    /// that the first slot costs KVM milliseconds.
-    ///
-    /// The memory must stay mapped for as long as the VM runs; a [`Machine`](crate::Machine) sees to it.
+    /// Reads guest memory through the kernel: where its content could not be loaded, or its file was cut off, this is an error
+    /// and not the `SIGBUS` of a plain load. For device models, whose threads have no other way to survive that; a page that
+    /// is still missing is waited for.
     ///
     /// # Errors
-    /// If KVM refuses.
-    pub fn set_slots(&self, vm: &VmFd) -> Result<(), MemoryError> {
-        for (piece, slot) in self.pieces.iter().zip(0..) {
-            sys::set_slot(vm, slot, piece.guest, piece.host, piece.len()).map_err(|error| MemoryError::Slot {
-                guest: piece.guest,
-                length: piece.len(),
-                error,
-            })?;
+    /// If not all of it is RAM, or can be read.
+    pub fn read(&self, guest: GuestAddr, to: &mut [u8]) -> Result<(), MemoryError> {
+        let length = ByteLen::of(to.len());
+        let mut rest = to;
+        self.each_part(guest, length, |_, host, length| {
+            let (now, later) = std::mem::take(&mut rest).split_at_mut(length.get());
+            rest = later;
+            sys::read_memory(host, now)
+        })
+    }
+
+    /// Writes guest memory through the kernel, as [`read`](GuestRam::read) reads it, and notes it in the bitmap of the VMM that
+    /// the memory was adopted from.
+    ///
+    /// # Errors
+    /// If not all of it is RAM, or can be written. Some of it may have been.
+    pub fn write(&self, guest: GuestAddr, from: &[u8]) -> Result<(), MemoryError> {
+        let mut rest = from;
+        self.each_part(guest, ByteLen::of(from.len()), |at, host, length| {
+            let (now, later) = rest.split_at(length.get());
+            rest = later;
+            sys::write_memory(now.as_ptr(), host, length)?;
+            if let Some((region, offset)) = self.memory.to_region_addr(GuestAddress(at.0)) {
+                region.bitmap().mark_dirty(usize::try_from(offset.0).unwrap_or(usize::MAX), length.get());
+            }
+            Ok(())
+        })
+    }
+
+    /// The pieces of a range, in order.
+    fn each_part(
+        &self,
+        guest: GuestAddr,
+        length: ByteLen,
+        mut part: impl FnMut(GuestAddr, HostAddr, ByteLen) -> io::Result<()>,
+    ) -> Result<(), MemoryError> {
+        let (mut at, mut left) = (guest, length);
+        while left.0 > 0 {
+            let failed = |reason: String| MemoryError::Access { guest: at, length: left, reason };
+            let inside = |piece: &&Piece| piece.guest <= at && at - piece.guest < piece.len();
+            let piece = self.pieces.iter().find(inside).ok_or_else(|| failed("there is no RAM".into()))?;
+            let offset = at - piece.guest;
+            let now = left.min(piece.len() - offset);
+            part(at, piece.host + offset, now).map_err(|error| failed(error.to_string()))?;
+            (at, left) = (at + now, left - now);
         }
         Ok(())
     }

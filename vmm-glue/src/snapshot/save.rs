@@ -12,7 +12,8 @@ use page_units::{ByteLen, PageCount};
 use vmstate::{Configuration, DeviceWriter, WriteError};
 
 use crate::state::{Host, StateError};
-use crate::{RamSource, StopError, Vcpus, blueprint};
+use crate::sys::WritesFail;
+use crate::{Machine, RamSource, StopError};
 
 /// Not 0 and 1, which the stream's other sections have.
 pub(crate) const FIRST_DEVICE: u32 = 2;
@@ -65,6 +66,9 @@ pub enum SaveError {
     /// The state could not be taken.
     #[error(transparent)]
     State(#[from] StateError),
+    /// The signals of writes that fail could not be blocked.
+    #[error("blocking SIGXFSZ and SIGPIPE failed: {0}")]
+    Signals(#[source] io::Error),
     /// Which pages exist could not be found out.
     #[error("looking up which pages exist failed: {0}")]
     Populated(#[source] io::Error),
@@ -87,24 +91,27 @@ pub enum SaveError {
 /// The memory must be complete: see [`Vm::save`](crate::Vm::save), which checks it.
 ///
 /// # Errors
-/// If anything fails: nothing is published then.
-pub fn save(vcpus: &Vcpus, host: &Host, path: &Path, options: &SaveOptions) -> Result<Saved, SaveError> {
+/// If anything fails, which no signal is: a limit on the length of files, too, is an error. Nothing is published then, and vCPUs that ran before run again.
+pub fn save(machine: &dyn Machine, host: &Host, path: &Path, options: &SaveOptions) -> Result<Saved, SaveError> {
     let begun = Instant::now();
-    vcpus.pause(options.stop_limit)?;
+    let _writes = WritesFail::new().map_err(SaveError::Signals)?;
+    let ram = machine.ram();
+    let mut held = machine.hold(options.stop_limit)?;
     let mut devices = DeviceWriter::new(FIRST_DEVICE);
-    devices.push(blueprint::section(vcpus.ram())?);
-    for section in vcpus.save_state(host)?.sections()? {
+    devices.push(ram.section()?);
+    for section in held.sections(host)? {
         devices.push(section);
     }
     let state = devices.finish(&options.machine)?;
     let length = ByteLen::of(state.len());
 
-    let source = RamSource::new(Arc::clone(vcpus.ram())).map_err(SaveError::Populated)?;
+    let source = RamSource::new(Arc::clone(ram)).map_err(SaveError::Populated)?;
     let configuration = Configuration::new(options.machine.clone());
-    let sink = Arc::new(MappedRamSink::new(Writer::create(path, &configuration, vcpus.ram().layout().clone())?));
+    let sink = Arc::new(MappedRamSink::new(Writer::create(path, &configuration, ram.layout().clone())?));
     sink.set_device_state(state);
     let pumping = PumpOptions { threads: options.threads, find_zeros: true, ..PumpOptions::default() };
     let done = pump(&source, Arc::clone(&sink) as Arc<dyn page_source::PageSink>, &pumping)?;
     sink.outcome()?;
+    held.keep();
     Ok(Saved { stored: done.stored, zero: done.zero, state: length, took: begun.elapsed() })
 }

@@ -5,22 +5,28 @@ use mapped_ram::Snapshot;
 use page_units::{ByteLen, GuestAddr, PageSize};
 use vmstate::Section;
 
-use crate::memory::{GuestRam, RamSpec};
+use crate::ram::{GuestRam, RamSpec};
 use crate::state::StateError;
 
 pub(crate) const NAME: &str = "vm-memory";
 const VERSION: u32 = 1;
 
-/// The section that describes `ram`.
-pub(crate) fn section(ram: &GuestRam) -> Result<Section, StateError> {
-    let mut numbers = Vec::new();
-    let mut pieces: Vec<_> = ram.pieces().iter().collect();
-    // In the order of the blocks' pages: so a specification is read again piece by piece.
-    pieces.sort_by_key(|piece| (piece.run.block, piece.run.first));
-    for piece in pieces {
-        numbers.extend([u64::from(piece.run.block.0), piece.guest.0, piece.run.len().0]);
+impl GuestRam {
+    /// The device section that says where the blocks are: `vm-memory` in `docs/device-sections.md`. Every snapshot of this
+    /// crate has it.
+    ///
+    /// # Errors
+    /// If it can't be encoded.
+    pub fn section(&self) -> Result<Section, StateError> {
+        let mut numbers = Vec::new();
+        let mut pieces: Vec<_> = self.pieces().iter().collect();
+        // In the order of the blocks' pages: so a specification is read again piece by piece.
+        pieces.sort_by_key(|piece| (piece.run.block, piece.run.first));
+        for piece in pieces {
+            numbers.extend([u64::from(piece.run.block.0), piece.guest.0, piece.run.len().0]);
+        }
+        Ok(Section::builder(NAME, 0, VERSION).u64s("pieces", &numbers).build()?)
     }
-    Ok(Section::builder(NAME, 0, VERSION).u64s("pieces", &numbers).build()?)
 }
 
 /// The memory that the guest of a snapshot had.

@@ -7,8 +7,7 @@ use std::sync::Arc;
 use page_source::{Content, Feed, PageBytes, PageSink, PageSource, SourceError, Span, Urgency};
 use page_units::{BlockId, Layout, PageCount, PageIndex, PageRun};
 
-use crate::memory::GuestRam;
-use crate::populated::Existing;
+use crate::ram::GuestRam;
 use crate::sys;
 
 /// So much is copied at a time.
@@ -38,12 +37,16 @@ impl RamSource {
     /// must be complete: a missing page would be taken for zero.
     ///
     /// # Errors
-    /// If the system does not say.
+    /// If the system does not say, or a file behind the memory is shorter than the memory.
     pub fn new(ram: Arc<GuestRam>) -> std::io::Result<RamSource> {
+        if let Some(guest) = ram.cut_off()? {
+            let reason = format!("the file behind guest memory is cut off at {guest}, and what was there is gone");
+            return Err(std::io::Error::other(reason));
+        }
         let mut populated = vec![Vec::new(); ram.layout().blocks().len()];
-        for (piece, runs) in ram.pieces().iter().zip(Existing::new(&ram)?.pages()?) {
-            if let Some(block) = usize::try_from(piece.run.block.0).ok().and_then(|block| populated.get_mut(block)) {
-                block.extend(runs);
+        for run in ram.populated()? {
+            if let Some(block) = usize::try_from(run.block.0).ok().and_then(|block| populated.get_mut(block)) {
+                block.push(run);
             }
         }
         populated.iter_mut().for_each(|runs: &mut Vec<PageRun>| runs.sort_unstable_by_key(|run| run.first));

@@ -3,21 +3,28 @@
 use std::fs::File;
 use std::io;
 
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 use page_units::{ByteLen, PageSize, RamBlock};
 use uffd_engine::Backing;
+use vm_memory::bitmap::Bitmap;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
 
+use super::OwnersBitmap;
+
 pub(super) fn file_of(block: &RamBlock, backing: Backing) -> io::Result<Option<File>> {
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
     let flags = match backing {
         Backing::Anonymous => return Ok(None),
-        Backing::Memfd => MFdFlags::MFD_CLOEXEC,
-        Backing::Hugetlb => MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB,
+        Backing::Memfd => flags,
+        Backing::Hugetlb => flags | MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB,
     };
     let file = File::from(memfd_create(block.name(), flags)?);
     file.set_len(block.length().0)?;
+    // Whoever else gets it can't cut memory off, which would be a SIGBUS for each of its users.
+    fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW))?;
     Ok(Some(file))
 }
 
@@ -26,8 +33,8 @@ pub(super) fn map(
     file: Option<&File>,
     offset: ByteLen,
     backing: Backing,
-) -> Result<MmapRegion<()>, Box<dyn std::error::Error>> {
-    let builder = MmapRegionBuilder::new_with_bitmap(len.get(), ())
+) -> Result<MmapRegion<OwnersBitmap>, Box<dyn std::error::Error>> {
+    let builder = MmapRegionBuilder::new_with_bitmap(len.get(), OwnersBitmap::default())
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
         .with_hugetlbfs(backing == Backing::Hugetlb);
     let builder = match file {
@@ -45,7 +52,7 @@ pub(super) fn map(
 
 /// What a region of somebody else is made of; what cannot be is an error. (Whether `vm-memory` was told that it consists of
 /// huge pages is up to who mapped it.)
-pub(super) fn backing_of(region: &GuestRegionMmap<()>) -> Result<Backing, String> {
+pub(super) fn backing_of<B: Bitmap>(region: &GuestRegionMmap<B>) -> Result<Backing, String> {
     let page = match region.file_offset() {
         Some(at) => {
             let system = fstatfs(at.file()).map_err(|error| format!("its file can't be asked what it is: {error}"))?;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use page_source::{End, Flow, PageBytes, PageSink, SinkError, SourceError};
 use page_units::{BlockId, Layout, PageRun};
 
-use crate::memory::{GuestRam, MemoryError};
+use crate::ram::{GuestRam, MemoryError};
 use crate::sys;
 
 /// Takes pages into fresh guest memory, which is zero where nothing arrives.

@@ -5,6 +5,7 @@ use std::time::Duration;
 use page_units::{BlockId, GuestAddr, Layout, PageCount, PageRun};
 use uffd_engine::Backing;
 
+use super::Step;
 use crate::{GuestRam, Restored};
 
 /// How memory came.
@@ -38,26 +39,6 @@ pub struct RestoreReport {
     /// take longer than all.
     pub steps: Vec<(Step, Duration)>,
     pub(crate) source: Layout,
-}
-
-/// A step of a restore.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum Step {
-    /// Opening the file and mapping it.
-    Open,
-    /// Reading the device state, and checking that this host can have it.
-    State,
-    /// Mapping guest memory.
-    Memory,
-    /// Loading all pages (eager), or starting the engine (on demand).
-    Pages,
-    /// Creating VM, slots, chips and vCPUs.
-    Machine,
-    /// Putting the state into them.
-    Load,
-    /// The vCPUs' threads: until the first begins to make the machine, and from when its vCPU is ready.
-    Threads,
 }
 
 impl RestoreReport {
