@@ -76,7 +76,7 @@ impl RestoreOptions {
         self
     }
 
-    /// The guest waits for [`Vm::resume`].
+    /// The guest waits for [`Vm::resume`](crate::Vm::resume).
     #[must_use]
     pub fn paused(mut self) -> RestoreOptions {
         self.vcpus.paused = true;
