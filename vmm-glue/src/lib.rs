@@ -57,7 +57,10 @@ mod vcpu;
 #[cfg(feature = "vcpus")]
 mod vm;
 
-pub use live::{Blackout, LiveError, LiveEvent, LiveOptions, LiveProgress, LiveReport, LiveSnapshot, snapshot_live};
+pub use live::{
+    Blackout, LiveError, LiveEvent, LiveOptions, LiveProgress, LiveReport, LiveSnapshot, snapshot_live,
+    snapshot_live_loading,
+};
 pub use machine::{Held, Machine, StopError};
 pub use ram::{Discard, GuestRam, Memory, MemoryError, OwnersBitmap, Piece, RamSource, RamSpec};
 pub use snapshot::{Loaded, RestoreError, SaveError, SaveOptions, Saved, SavedVm, Step, host_check, save};

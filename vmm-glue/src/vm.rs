@@ -9,7 +9,7 @@ use std::time::Duration;
 use page_units::{GuestAddr, PageCount};
 use uffd_engine::{Engine, EngineError};
 
-use crate::live::{self, LiveError, LiveOptions, LiveSnapshot};
+use crate::live::{LiveError, LiveOptions, LiveSnapshot, snapshot_live, snapshot_live_loading};
 use crate::snapshot::RestoreReport;
 use crate::snapshot::{SaveError, SaveOptions, Saved, save};
 use crate::state::Host;
@@ -213,13 +213,13 @@ impl Vm {
     /// # Errors
     /// If anything fails: the guest goes on, and there is no file, or the one that was there before.
     pub fn snapshot_live(&self, host: &Host, path: &Path, options: &LiveOptions) -> Result<LiveSnapshot, LiveError> {
-        if let Some(pages) = self.poisoned() {
-            return Err(LiveError::Poisoned(pages));
-        }
         if self.is_loading() && self.is_loaded_from(path) {
             return Err(LiveError::Source { path: path.into() });
         }
-        live::take(self.vcpus(), host, path, options, self.engine.as_ref())
+        match &self.engine {
+            Some(engine) => snapshot_live_loading(self.vcpus(), engine, host, path, options),
+            None => snapshot_live(self.vcpus(), host, path, options),
+        }
     }
 }
 
