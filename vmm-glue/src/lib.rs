@@ -46,7 +46,6 @@
 //!
 //! The parts can be used one by one: `examples/own_vmm` is a VMM of its own that is saved and restored with them.
 
-mod live;
 mod machine;
 mod ram;
 mod snapshot;
@@ -57,13 +56,12 @@ mod vcpu;
 #[cfg(feature = "vcpus")]
 mod vm;
 
-pub use live::{
-    Blackout, LiveError, LiveEvent, LiveOptions, LiveProgress, LiveReport, LiveSnapshot, snapshot_live,
-    snapshot_live_loading,
-};
 pub use machine::{Held, Machine, StopError};
 pub use ram::{Discard, GuestRam, Memory, MemoryError, OwnersBitmap, Piece, RamSource, RamSpec};
-pub use snapshot::{Loaded, RestoreError, SaveError, SaveOptions, Saved, SavedVm, Step, host_check, save};
+pub use snapshot::{
+    Blackout, LiveError, LiveEvent, LiveOptions, LiveProgress, LiveReport, LiveSnapshot, Loaded, RestoreError,
+    SaveError, SaveOptions, Saved, SavedVm, Step, host_check, save, snapshot_live, snapshot_live_loading,
+};
 #[cfg(feature = "vcpus")]
 pub use snapshot::{Mode, Observer, RestoreOptions, RestoreReport, resume_on_demand};
 pub use state::{ClockPolicy, Host, Lack, MachineState, Restored, StateError, TscMethod, VcpuState, VmState};

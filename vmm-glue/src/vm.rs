@@ -9,8 +9,8 @@ use std::time::Duration;
 use page_units::{GuestAddr, PageCount};
 use uffd_engine::{Engine, EngineError};
 
-use crate::live::{LiveError, LiveOptions, LiveSnapshot, snapshot_live, snapshot_live_loading};
 use crate::snapshot::RestoreReport;
+use crate::snapshot::{LiveError, LiveOptions, LiveSnapshot, snapshot_live, snapshot_live_loading};
 use crate::snapshot::{SaveError, SaveOptions, Saved, save};
 use crate::state::Host;
 use crate::vcpu::VcpuError;
