@@ -178,8 +178,8 @@ fn what_was_never_touched_here_is_saved() {
         let block = RamBlock::new("ram", ByteLen(LEN as u64), PageSize::SMALL).unwrap();
         let blocks = FlatBlock::concatenated(vec![block]).unwrap();
         let sink = Arc::new(FlatSink::create(&path, &blocks).unwrap());
-        pump(&source, sink.clone(), &PumpOptions::default()).unwrap();
-        sink.outcome().unwrap();
+        pump(Arc::new(source), sink.clone(), &PumpOptions::default()).unwrap();
+        sink.publish().unwrap();
         assert!(std::fs::read(&path).unwrap() == expected, "{flags:#x}");
     }
 }

@@ -110,7 +110,7 @@ impl Load {
                         self.intake.window.requested(area.granule.0);
                     }
                     self.intake.recent_faults.push(place);
-                    self.feed.request(self.around(place), Urgency::Demand);
+                    self.ask(self.around(place), Urgency::Demand);
                     states.get(place.granule).state == State::Present
                 }
             };
@@ -129,7 +129,7 @@ impl Load {
 
     fn is_zero(&self, place: Place) -> bool {
         let area = self.area(place);
-        let span = self.source.run_within(area.block(), area.page(place.granule), area.granule);
+        let span = self.pages.content(area.pages(place.granule, 1));
         span.content == page_source::Content::Zero && span.pages >= area.granule
     }
 

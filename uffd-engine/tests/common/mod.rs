@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
-use page_source::PageSource;
+use page_source::Source;
 use page_units::{BlockId, ByteLen, HostAddr, Layout, PageIndex, PageRun};
 use testkit::oracle::Oracle;
 use testkit::require::Prerequisite;
@@ -132,7 +132,7 @@ impl Memory {
         HostAddr(self.maps[block.0 as usize].as_ptr() as u64)
     }
 
-    pub(crate) fn engine(&self, source: Arc<dyn PageSource>) -> Builder {
+    pub(crate) fn engine(&self, source: impl Into<Source>) -> Builder {
         Engine::builder().regions(self.regions()).source(source)
     }
 
