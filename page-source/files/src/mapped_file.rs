@@ -94,7 +94,7 @@ impl MappedFile {
         self.changed.get().map(|what| changed(&self.path, what))
     }
 
-    /// Lets the kernel begin to read so much into its page cache, and does not wait for it.
+    /// Lets the kernel begin to read `len` bytes into its page cache, and does not wait for it.
     pub(crate) fn read_ahead(&self, offset: FileOffset, len: ByteLen) {
         /// The kernel reads no more for one call than the device's read-ahead size, 128 KiB by default
         /// (Linux, mm/readahead.c, `force_page_cache_ra`).

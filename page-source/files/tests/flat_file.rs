@@ -42,7 +42,7 @@ fn open(path: &Path) -> FlatFile {
 }
 
 #[test]
-fn all_pages_arrive_once_and_byte_exact() {
+fn every_page_arrives_once_and_byte_exact() {
     let dir = tempfile::tempdir().unwrap();
     let (path, ram) = sample(dir.path());
     for (urgency, scan) in [(Urgency::Background, false), (Urgency::Demand, false), (Urgency::Background, true)] {
