@@ -74,7 +74,7 @@ impl Identity {
         } else if times && self.modified != now.modified {
             Some(
                 "its modification time (if its file system moves times by itself, as FUSE and network file systems may: \
-                 watch its size only)",
+                 watch its size only, `Watch::Size`, `fastload --watch size`)",
             )
         } else if watch == Watch::Strict && self.changed != now.changed {
             Some("its change time (it was written to, renamed, linked or removed, or had its attributes set)")
