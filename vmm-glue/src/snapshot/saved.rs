@@ -108,7 +108,7 @@ impl SavedVm {
         with_memory: impl FnOnce(&[RamSpec]) -> Result<T, RestoreError>,
     ) -> Result<(SavedVm, T), RestoreError> {
         let mut clock = Clock::going_on(&[]);
-        let snapshot = Arc::new(Snapshot::open_with(path, &Options { watch, ..Options::default() })?);
+        let snapshot = Arc::new(Snapshot::open_with(path, &Options::default().with_watch(watch))?);
         clock.done(Step::Open);
         let memory = blueprint::load(&snapshot)?;
         clock.done(Step::State);

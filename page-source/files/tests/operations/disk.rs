@@ -190,5 +190,5 @@ impl Filesystem for OneFile {
 /// Whether what is told of a file's name is that of a mount of ours.
 pub(crate) fn is_fuse(path: &Path) -> bool {
     let magic = nix::sys::statfs::statfs(path).unwrap().filesystem_type().0;
-    i64::from(magic) == 0x6573_5546
+    magic == 0x6573_5546
 }

@@ -79,9 +79,7 @@ impl Laid {
                 Box::new(FlatFile::open_with(&self.path, blocks, &FlatOptions::default().with_watch(watch))?)
             }
             Format::MappedRam => {
-                let mut options = mapped_ram::Options::default();
-                options.watch = watch;
-                Box::new(MappedRam::open_with(&self.path, &options)?)
+                Box::new(MappedRam::open_with(&self.path, &mapped_ram::Options::default().with_watch(watch))?)
             }
         })
     }
