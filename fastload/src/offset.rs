@@ -55,7 +55,10 @@ impl Offset {
             (None, Known::Other(what)) => return Err(format!("{}: {what}", path.display()).into()),
             (None, Known::Perhaps) => None,
         };
-        let opened = Snapshot::open_with(path, &Options::default().with_base(base).with_damaged(damaged).with_watch(self.watch()));
+        let opened = Snapshot::open_with(
+            path,
+            &Options::default().with_base(base).with_damaged(damaged).with_watch(self.watch()),
+        );
         if let Ok(snapshot) = &opened {
             let (machine, base) = (&snapshot.configuration().machine, snapshot.base());
             log::debug!("{}: opened, the snapshot of a {machine} that begins at {base}", path.display());

@@ -133,8 +133,8 @@ impl MappedFile {
     /// That the file is no longer what it was, seen while reading pages of the block named so at `offset`.
     pub(crate) fn change_error(&self, what: &str, block: &str, run: PageRun, offset: FileOffset) -> SourceError {
         let what = format!(
-            "{what} changed while pages were being loaded from it (RAM block \"{block}\", file offset {offset}): keep a \
-             snapshot file unchanged while a guest runs from it"
+            "{what} changed while pages were being loaded from it (RAM block \"{block}\", file offset {offset}): {}",
+            advice(what)
         );
         SourceError::new(SourceErrorKind::Changed, self.subject(block, run).at(offset), what)
     }
@@ -156,9 +156,17 @@ impl MappedFile {
 
 /// That a file is not what it was when it was opened.
 pub(crate) fn changed(path: &Path, what: &str) -> SourceError {
-    let what = format!(
-        "{what} changed since it was opened, so what was loaded from it can't be trusted: keep a snapshot file unchanged \
-         while a guest runs from it"
-    );
+    let what =
+        format!("{what} changed since it was opened, so what was loaded from it can't be trusted: {}", advice(what));
     SourceError::new(SourceErrorKind::Changed, Subject::file(path), what)
+}
+
+/// What to do against a change of a file: of its times, there may be another cause.
+fn advice(what: &str) -> &'static str {
+    if what.contains(" time") {
+        "keep a snapshot file unchanged while a guest runs from it (or, where a file system moves times by itself, as FUSE \
+         and network file systems may, watch its size only: `Watch::Size`, `fastload --watch size`)"
+    } else {
+        "keep a snapshot file unchanged while a guest runs from it"
+    }
 }
