@@ -132,7 +132,7 @@ impl SavedVm {
             steps,
             source,
         };
-        Ok(Vm::new(vcpus, engine, report, self.snapshot().identity().inode))
+        Ok(Vm::new(vcpus, engine, report, *self.snapshot().identity()))
     }
 }
 
@@ -167,7 +167,8 @@ pub fn resume_on_demand(
     configure: impl FnOnce(Builder) -> Builder,
 ) -> Result<Vm, RestoreError> {
     let launch = Launch::begin(kvm, host, bus, options.vcpus.clone())?;
-    let (saved, ram) = SavedVm::read(path.as_ref(), kvm, host, |_, _| false, |specs| memory(&launch, specs, options))?;
+    let (saved, ram) =
+        SavedVm::read(path.as_ref(), kvm, host, |_, _| false, options.watch, |specs| memory(&launch, specs, options))?;
     let clock = Clock::going_on(&saved.steps);
     saved.on_demand(launch, ram, options, configure, clock)
 }
