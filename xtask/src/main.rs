@@ -53,6 +53,8 @@ enum Task {
     Dist(dist::Args),
     /// Install what is missing on this machine (as root on Debian), or print the command that does
     Setup(setup::Args),
+    /// Pack every published crate, and build each from its package
+    Package,
     /// Check the rules for source files that no compiler knows
     Tidy,
 }
@@ -67,6 +69,7 @@ fn main() -> ExitCode {
         Task::Bench(args) => bench::run(&args),
         Task::Dist(args) => dist::run(&args),
         Task::Setup(args) => setup::run(&args),
+        Task::Package => package::run(run::root()),
         Task::Tidy => tidy::run(),
     };
     match done {
