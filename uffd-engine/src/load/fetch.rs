@@ -13,6 +13,7 @@ use super::status::{Outcome, Task};
 use crate::EngineError;
 use crate::memory::Place;
 use crate::memory::holder::{Fetch, FetchError, MissingContent};
+use crate::memory::states::State;
 use crate::sys::memory::Scratch;
 
 /// How much is fetched at a time at most.
@@ -60,7 +61,9 @@ impl Fetch for Source {
 
     fn missing(&self, at: Place, in_file: bool) -> MissingContent {
         let area = self.intake.memory.area(at.area);
-        if in_file && !self.intake.staging.gathering(at) {
+        // What the file holds of a page that is Missing is its content only if it was put there on purpose.
+        let missing = self.intake.memory.states(at.area).get(at.granule).state == State::Missing;
+        if in_file && (self.intake.prefilled || !missing) && !self.intake.staging.gathering(at) {
             return self.map(at);
         }
         let span = self.source.run_within(area.block(), area.page(at.granule), area.granule);
