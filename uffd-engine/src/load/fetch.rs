@@ -39,6 +39,13 @@ impl Source {
         }
     }
 
+    /// Has the engine bring a granule.
+    fn request(&self, at: Place) {
+        if let Some(load) = self.load.upgrade() {
+            load.request_granule(at);
+        }
+    }
+
     /// Maps what the file behind shared memory holds.
     fn map(&self, at: Place) -> MissingContent {
         let mapped = self.intake.map_cached(&self.intake.memory.view.installing(), at);
@@ -61,21 +68,25 @@ impl Fetch for Source {
 
     fn missing(&self, at: Place, in_file: bool) -> MissingContent {
         let area = self.intake.memory.area(at.area);
-        // What the file holds of a page that is Missing is its content only if it was put there on purpose.
         let missing = self.intake.memory.states(at.area).get(at.granule).state == State::Missing;
-        if in_file && (self.intake.prefilled || !missing) && !self.intake.staging.gathering(at) {
-            return self.map(at);
-        }
         let span = self.source.run_within(area.block(), area.page(at.granule), area.granule);
-        if span.content == Content::Zero && span.pages >= area.granule {
+        let zero = span.content == Content::Zero && span.pages >= area.granule;
+        if in_file && !self.intake.staging.gathering(at) {
+            // What the file holds of a page that the source has content for is content only if it was put there on purpose.
+            // The engine finds out.
+            if !missing || zero || self.intake.prefilled {
+                return self.map(at);
+            }
+            self.request(at);
+            return MissingContent::Soon;
+        }
+        if zero {
             return MissingContent::Zero;
         }
         if self.source.repeatable() {
             return MissingContent::Source;
         }
-        if let Some(load) = self.load.upgrade() {
-            load.request_granule(at);
-        }
+        self.request(at);
         MissingContent::Soon
     }
 
