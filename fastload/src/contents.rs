@@ -68,7 +68,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let sample = samples::stripped().into_iter().find(|sample| sample.name.contains("pc-32-plain")).unwrap();
         let path = sample.unpack(dir.path()).unwrap();
-        // Sparse: a terabyte that takes no room.
+        // Sparse: a terabyte that takes no space.
         std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(1 << 40).unwrap();
         let Ok(snapshot) = Snapshot::open_with(&path, &mapped_ram::Options::default().with_damaged(true)) else {
             panic!("it opens: it is whole, with zeros behind");

@@ -110,7 +110,7 @@ pub(crate) fn merge(layers: &[&Path], beside: &Path) -> Result<File, Failure> {
         .custom_flags(nix::libc::O_TMPFILE)
         .mode(0o600)
         .open(directory)
-        .map_err(|error| format!("{}: making room for the layers failed: {error}", directory.display()))?;
+        .map_err(|error| format!("{}: making space for the layers failed: {error}", directory.display()))?;
     for layer in layers {
         let named = |error: io::Error| Failure::from(format!("{}: {error}", layer.display()));
         let file = File::open(layer).map_err(named)?;

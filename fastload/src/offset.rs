@@ -39,26 +39,27 @@ impl Offset {
             (None, Known::Other(what)) => return Err(format!("{}: {what}", path.display()).into()),
             (None, Known::Perhaps) => None,
         };
-        Snapshot::open_with(path, &Options::default().with_base(base).with_damaged(damaged)).map_err(|error| {
-            match (&error.kind, known) {
-                (OpenErrorKind::NotAStream { .. }, Known::Libvirt(..)) if self.offset.is_none() => {
-                    format!("{error}, where the header of this image of libvirt's says that it begins: it is damaged")
-                        .into()
-                }
-                (OpenErrorKind::NotAStream { .. }, Known::Other(what)) => format!("{error}; {what}").into(),
-                (OpenErrorKind::NotAStream { .. }, Known::Perhaps) => {
-                    format!("{error}{}", recognise::unknown(path)).into()
-                }
-                (OpenErrorKind::PlainStream { .. }, _) => {
-                    let file = format!("file:{}", path.display());
-                    format!(
-                        "{error}; or start QEMU with -incoming {}, then: fastload capture --qmp SOCKET OUT",
-                        quoted(file.as_ref())
-                    )
+        let opened = Snapshot::open_with(path, &Options::default().with_base(base).with_damaged(damaged));
+        if let Ok(snapshot) = &opened {
+            let (machine, base) = (&snapshot.configuration().machine, snapshot.base());
+            log::debug!("{}: opened, the snapshot of a {machine} that begins at {base}", path.display());
+        }
+        opened.map_err(|error| match (&error.kind, known) {
+            (OpenErrorKind::NotAStream { .. }, Known::Libvirt(..)) if self.offset.is_none() => {
+                format!("{error}, where the header of this image of libvirt's says that it begins: it is damaged")
                     .into()
-                }
-                _ => error.into(),
             }
+            (OpenErrorKind::NotAStream { .. }, Known::Other(what)) => format!("{error}; {what}").into(),
+            (OpenErrorKind::NotAStream { .. }, Known::Perhaps) => format!("{error}{}", recognise::unknown(path)).into(),
+            (OpenErrorKind::PlainStream { .. }, _) => {
+                let file = format!("file:{}", path.display());
+                format!(
+                    "{error}; or start QEMU with -incoming {}, then: fastload capture --qmp SOCKET OUT",
+                    quoted(file.as_ref())
+                )
+                .into()
+            }
+            _ => error.into(),
         })
     }
 

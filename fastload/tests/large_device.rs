@@ -9,7 +9,7 @@ use mapped_ram::{Snapshot, Writer};
 use page_units::{ByteLen, Layout, PageSize, RamBlock};
 use vmstate::{Configuration, Event, SectionHeader, StreamWriter};
 
-/// A snapshot in which device `d` has a section for each of these instances: an array of so many bytes, which are a hole
+/// A snapshot in which device `d` has a section for each of these instances: an array of a number of bytes, which are a hole
 /// of the file.
 fn with_arrays(path: &Path, length: u64, instances: &[u32]) {
     let small = path.with_extension("small");
@@ -44,7 +44,7 @@ fn with_arrays(path: &Path, length: u64, instances: &[u32]) {
     }
 }
 
-/// With so many KiB of address space.
+/// Runs it with `kib` KiB of address space.
 fn inspect(path: &Path, kib: u64, arguments: &str) -> Output {
     let script = format!("ulimit -v {kib} && exec \"$0\" inspect \"$1\" --device d {arguments}");
     Command::new("sh").args(["-c", &script, env!("CARGO_BIN_EXE_fastload")]).arg(path).output().unwrap()
@@ -61,10 +61,10 @@ fn what_is_shown_costs_a_few_times_its_length() {
     let shown = inspect(&path, 512 << 10, "");
     assert!(shown.status.success() && shown.stdout.len() < 1000, "{}", String::from_utf8_lossy(&shown.stderr));
     assert!(String::from_utf8(shown.stdout).unwrap().contains("a: uint8 = 67108864 bytes 0000"));
-    // So many are numbers.
+    // This many are numbers.
     with_arrays(&path, 1000, &[0]);
     let shown: serde_json::Value = serde_json::from_slice(&inspect(&path, 1 << 20, "--json").stdout).unwrap();
-    assert_eq!(shown[0]["fields"][0]["values"].as_array().map(Vec::len), Some(1000), "{shown}");
+    assert_eq!(shown["devices"][0]["fields"][0]["values"].as_array().map(Vec::len), Some(1000), "{shown}");
 }
 
 #[test]
@@ -89,6 +89,6 @@ fn each_device_is_shown_once() {
     with_arrays(&path, 10, &[3, 0, 3, 3, 1]);
     let shown: serde_json::Value = serde_json::from_slice(&inspect(&path, 1 << 20, "--json").stdout).unwrap();
     let instances: Vec<&serde_json::Value> =
-        shown.as_array().unwrap().iter().map(|device| &device["instance"]).collect();
+        shown["devices"].as_array().unwrap().iter().map(|device| &device["instance"]).collect();
     assert_eq!(instances, [3, 0, 1]);
 }

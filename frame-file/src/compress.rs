@@ -24,7 +24,7 @@ enum Done {
 
 type Numbered = (u64, Result<Done, EncodeError>);
 
-/// Compresses all of `input` into `writer`, cut as `cuts` says, on `threads` threads beside this one. What is all zero
+/// Compresses all of `input` into `writer`, cut as `cuts` says, on `threads` threads and this one. What is all zero
 /// becomes frames of zeros. `progress` is told how many bytes of the input are done.
 ///
 /// # Errors

@@ -111,6 +111,17 @@ impl<'a> PageBytes<'a> {
         sys::pwrite_all(file, self, offset)
     }
 
+    /// Brings the bytes into memory, if they are of a mapped file whose pages may lie on a disk: for a sink that is about
+    /// to take a lock, or whose reader must not wait meanwhile. Does nothing for ordinary memory.
+    ///
+    /// A hint (`MADV_POPULATE_READ`, madvise(2); Linux before 5.14 does not know it): what is wrong with the file is said
+    /// by the call that takes the bytes.
+    pub fn bring(&self) {
+        if self.file.is_some() {
+            sys::populate(self);
+        }
+    }
+
     pub(crate) fn ordinary(&self) -> bool {
         self.file.is_none()
     }
@@ -140,6 +151,7 @@ mod tests {
         let out = tempfile::tempfile().unwrap();
         let file = tempfile::tempfile().unwrap();
         let nowhere = PageBytes::from_mapped_file(std::ptr::null(), ByteLen(8), &file, FileOffset(0));
+        nowhere.bring();
         let error = nowhere.write_to(&out, FileOffset(0)).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EFAULT));
         PageBytes::from_slice(b"abc").write_to(&out, FileOffset(2)).unwrap();

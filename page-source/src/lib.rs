@@ -12,18 +12,26 @@
 //!   sink that is guest memory in `uffd-engine`.
 
 mod bytes;
+mod collect;
 mod error;
-mod flow;
-mod pages;
+mod feed;
+mod page_set;
 mod pump;
+mod shared_feed;
+mod sink;
+mod source;
 mod sys;
 mod threaded;
 mod zeros;
 
 pub use bytes::PageBytes;
-pub use error::{SinkError, SourceError};
-pub use flow::{Content, End, Feed, Flow, PageSink, PageSource, Span, Urgency};
-pub use pages::PageSet;
+pub use collect::{Collect, Counted, Null};
+pub use error::{SinkError, SourceError, SourceErrorKind, Subject};
+pub use feed::{Answer, EndGuard, Feed, Urgency};
+pub use page_set::PageSet;
 pub use pump::{Progress, PumpError, PumpOptions, Pumped, pump};
+pub use shared_feed::SharedFeed;
+pub use sink::{End, PageSink, Reply};
+pub use source::{Content, OneShot, PageSource, Pages, Source, Span};
 pub use threaded::Threaded;
 pub use zeros::{deliver_without_zeros, is_zero};

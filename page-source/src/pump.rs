@@ -5,14 +5,14 @@ mod relay;
 use std::fmt;
 use std::sync::Arc;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use page_units::PageCount;
 
 use self::relay::{Relay, Stop};
-use crate::{End, PageSink, PageSource, SinkError, SourceError, Urgency};
+use crate::{End, PageSink, SinkError, Source, SourceError, Urgency};
 
-/// How often the source is asked whether it is still alive, and the progress told.
+/// How often the progress is told.
 const TICK: Duration = Duration::from_millis(50);
 
 /// How to [`pump`].
@@ -65,6 +65,8 @@ pub struct Pumped {
     pub stored: PageCount,
     /// Pages that are zero.
     pub zero: PageCount,
+    /// Pages about which the source has nothing to say.
+    pub absent: PageCount,
     /// Pages that arrived more often than once.
     pub again: PageCount,
 }
@@ -82,20 +84,25 @@ pub enum PumpError {
 }
 
 /// Asks `source` for every page, gives them to `sink`, and ends it: [`End::Complete`] exactly if every page has
-/// arrived as data or zero and the source [verifies](PageSource::verify), otherwise [`End::Broken`].
+/// arrived and the source [finished](crate::Feed::finish) well, otherwise [`End::Broken`]. Whether the sink makes
+/// something of it that others see (a file with a name) is another question, to be asked of the sink.
 ///
 /// Memory stays bounded, however late the source answers: at most [`PumpOptions::window`] pages are asked for at a
-/// time. A source that dies ends it, unless it neither says so nor admits it when asked ([`Feed::alive`]).
+/// time.
 ///
 /// # Errors
-/// The first failure of the source or the sink. The sink may fail in its `end` as well, and says so itself.
+/// The first failure of the source or the sink.
 ///
 /// # Panics
 /// If the sink or a progress callback panics.
-///
-/// [`Feed::alive`]: crate::Feed::alive
-pub fn pump(source: &dyn PageSource, sink: Arc<dyn PageSink>, options: &PumpOptions<'_>) -> Result<Pumped, PumpError> {
-    let relay = Arc::new(Relay::new(source.layout().clone(), Arc::clone(&sink), options));
+pub fn pump(
+    source: impl Into<Source>,
+    sink: Arc<dyn PageSink>,
+    options: &PumpOptions<'_>,
+) -> Result<Pumped, PumpError> {
+    let source = source.into();
+    let pages = source.pages();
+    let relay = Arc::new(Relay::new(pages.layout().clone(), Arc::clone(&sink), options));
     let feed = match source.start(Arc::clone(&relay) as Arc<dyn PageSink>) {
         Ok(feed) => feed,
         Err(error) => {
@@ -106,27 +113,23 @@ pub fn pump(source: &dyn PageSource, sink: Arc<dyn PageSink>, options: &PumpOpti
     thread::scope(|scope| {
         for _ in 0..options.threads.max(1) {
             scope.spawn(|| {
-                let _last_words = relay.working();
-                while let Some(run) = relay.next(source) {
+                let _working = relay.working();
+                while let Some(run) = relay.next(&*pages) {
                     feed.request(run, Urgency::Background);
                 }
             });
         }
-        let mut told = Instant::now();
-        while !relay.wait(TICK) {
-            if !feed.alive() {
-                relay.source_died();
-            }
-            if let Some(progress) = options.progress
-                && told.elapsed() >= TICK
-            {
-                progress(relay.progress());
-                told = Instant::now();
+        match options.progress {
+            None => relay.wait(),
+            Some(progress) => {
+                while !relay.wait_for(TICK) {
+                    progress(relay.progress());
+                }
             }
         }
     });
-    drop(feed);
-    let ended = relay.finish().and_then(|pumped| match source.verify() {
+    let finished = feed.finish();
+    let ended = relay.finish().and_then(|pumped| match finished {
         Ok(()) => Ok(pumped),
         Err(error) => Err(Stop::Source(error)),
     });
@@ -143,7 +146,7 @@ pub fn pump(source: &dyn PageSource, sink: Arc<dyn PageSink>, options: &PumpOpti
             Err(error.into())
         }
         Err(Stop::Sink(error)) => {
-            sink.end(End::Broken(SourceError::Stopped { reason: error.to_string() }));
+            sink.end(End::Broken(SourceError::stopped(&error)));
             Err(error.into())
         }
     }

@@ -20,6 +20,16 @@ pub(crate) fn lent_slice<'a>(bytes: &PageBytes<'a>) -> &'a [u8] {
     unsafe { std::slice::from_raw_parts(bytes.as_kernel_ptr(), bytes.len().get()) }
 }
 
+/// Lets the kernel bring the pages of a mapping into memory.
+pub(crate) fn populate(bytes: &PageBytes<'_>) {
+    const ALIGNMENT: usize = 4096;
+    let start = bytes.as_kernel_ptr();
+    let before = start.addr() % ALIGNMENT;
+    let (from, length) = (start.wrapping_sub(before), bytes.len().get() + before);
+    // SAFETY: the advice changes neither what is mapped nor its content, and the kernel checks the range.
+    let _ = unsafe { libc::madvise(from.cast_mut().cast(), length, libc::MADV_POPULATE_READ) };
+}
+
 /// `pwrite` until all is written.
 pub(crate) fn pwrite_all(file: BorrowedFd<'_>, bytes: &PageBytes<'_>, offset: FileOffset) -> io::Result<()> {
     let mut done = 0;

@@ -1,11 +1,10 @@
 //! A sink that is a socket: what a late source sends in any order is put together again on the other side.
 
 use std::io::{self, Read, Write};
-use std::ops::ControlFlow;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use page_source::{End, Flow, PageBytes, PageSink, PumpOptions, SinkError, SourceError, pump};
+use page_source::{End, PageBytes, PageSink, PumpOptions, Reply, SinkError, SourceError, pump};
 use page_units::{BlockId, FileOffset, Layout, PageCount, PageIndex, PageRun};
 use parking_lot::Mutex;
 use testkit::late::LateSource;
@@ -17,36 +16,38 @@ use testkit::seed::seeds;
 struct SocketSink(Mutex<UnixStream>);
 
 impl SocketSink {
-    fn send(&self, kind: u8, run: PageRun, content: &[u8]) -> Flow {
+    fn send(&self, kind: u8, run: PageRun, content: &[u8]) -> Reply {
         let header = [u64::from(run.block.0), run.first.0, run.pages.0].map(u64::to_le_bytes).concat();
         let mut socket = self.0.lock();
         let sent = socket.write_all(&[kind]).and_then(|()| socket.write_all(&header));
         match sent.and_then(|()| socket.write_all(content)) {
-            Ok(()) => ControlFlow::Continue(()),
-            Err(error) => ControlFlow::Break(SinkError::Write {
-                target: "peer".into(),
-                offset: FileOffset(0),
-                error: Arc::new(error),
-            }),
+            Ok(()) => Reply::Taken,
+            Err(error) => {
+                SinkError::Write { target: "peer".into(), offset: FileOffset(0), error: Arc::new(error) }.into()
+            }
         }
     }
 }
 
 impl PageSink for SocketSink {
-    fn data(&self, run: PageRun, bytes: PageBytes<'_>) -> Flow {
+    fn data(&self, run: PageRun, bytes: PageBytes<'_>) -> Reply {
         let mut content = vec![0; bytes.len().get()];
         if bytes.copy_to(&mut content).is_err() {
-            return ControlFlow::Break(SinkError::Unreadable(run));
+            return Reply::Unreadable(run);
         }
         self.send(b'D', run, &content)
     }
 
-    fn zero(&self, run: PageRun) -> Flow {
+    fn zero(&self, run: PageRun) -> Reply {
         self.send(b'Z', run, &[])
     }
 
-    fn failed(&self, _: PageRun, error: SourceError) -> Flow {
-        ControlFlow::Break(SinkError::Source { error })
+    fn absent(&self, run: PageRun) -> Reply {
+        SinkError::Absent(run).into()
+    }
+
+    fn failed(&self, _: PageRun, error: SourceError) -> Reply {
+        SinkError::Source { error }.into()
     }
 
     fn end(&self, end: End) {
@@ -90,7 +91,7 @@ fn a_late_source_fills_a_peer_over_a_socket() {
         let sink = Arc::new(SocketSink(Mutex::new(ours)));
         let source = LateSource::new(Arc::clone(&oracle), seed).with_threads(2);
         let options = PumpOptions { window: PageCount(300), piece: PageCount(64), ..PumpOptions::default() };
-        pump(&source, sink, &options).unwrap();
+        pump(Arc::new(source), sink, &options).unwrap();
         let (received, end) = peer.join().unwrap().unwrap();
         assert!(received == *oracle && end == b'E', "seed {seed}");
     }
@@ -102,6 +103,6 @@ fn a_peer_that_goes_away_ends_the_pump() {
     let (ours, theirs) = UnixStream::pair().unwrap();
     drop(theirs);
     let sink = Arc::new(SocketSink(Mutex::new(ours)));
-    let error = pump(&LateSource::new(oracle, 1), sink, &PumpOptions::default()).unwrap_err();
+    let error = pump(Arc::new(LateSource::new(oracle, 1)), sink, &PumpOptions::default()).unwrap_err();
     assert!(error.to_string().starts_with("peer: writing"), "{error}");
 }

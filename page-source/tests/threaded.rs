@@ -1,13 +1,12 @@
 //! Answers from threads of one's own: demand first, and silence after the drop.
 
-use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use page_source::{End, PageSource, Threaded, Urgency};
+use page_source::{Answer, End, PageSource, Reply, SinkError, Threaded, Urgency};
 use page_units::{BlockId, PageCount, PageIndex, PageRun};
 use testkit::collector::Collector;
-use testkit::faults::{Fault, FaultySource};
+use testkit::faults::{Altered, Fault, FaultySource};
 use testkit::gate::Gate;
 use testkit::late::LateSource;
 use testkit::oracle::Oracle;
@@ -34,7 +33,7 @@ fn demand_overtakes_the_background() {
             700 => urgent.enter(),
             _ => {}
         }
-        ControlFlow::Continue(())
+        Reply::Taken
     });
     let arrived = |runs: usize| {
         while sink.state.lock().runs.len() < runs {
@@ -79,14 +78,14 @@ fn no_call_follows_the_drop_in_any_state() {
             let seen = Arc::clone(&dropped);
             let sink = Collector::with_hook(move |run| {
                 assert!(!seen.load(Ordering::Acquire), "{run} after the drop");
-                ControlFlow::Continue(())
+                Reply::Taken
             });
             let feed = source.start(sink.clone()).unwrap();
             match number % 4 {
                 // Nothing was asked for.
                 0 => {}
                 // Everything is under way.
-                1 => feed.request(run(0, 1024), Urgency::Background),
+                1 => _ = feed.request(run(0, 1024), Urgency::Background),
                 // A thread stands at the gate: dropping turns it back.
                 2 if i == 0 => {
                     gate.close();
@@ -108,7 +107,7 @@ fn no_call_follows_the_drop_in_any_state() {
             gate.open();
             std::thread::yield_now();
             assert_eq!(sink.state.lock().runs.len(), runs);
-            assert!(sink.state.lock().ends.is_empty());
+            assert!(matches!(sink.state.lock().ends[..], [End::Stopped]));
         }
     }
 }
@@ -126,7 +125,6 @@ fn a_panic_is_told_once_and_after_everything_else() {
             std::thread::yield_now();
         }
         let runs = sink.state.lock().runs.len();
-        assert!(!feed.alive());
         feed.request(run(0, 1), Urgency::Demand);
         drop(feed);
         let state = sink.state.lock();
@@ -136,18 +134,36 @@ fn a_panic_is_told_once_and_after_everything_else() {
 }
 
 #[test]
-fn a_source_that_falls_silent_admits_it() {
+fn a_source_whose_thread_dies_ends_the_flow_at_once() {
     let oracle = oracle();
     let faulty = FaultySource::new(Arc::new(MemorySource::new(oracle)), 1, Fault::Silence);
     let source = Threaded::new(faulty, 1);
     let sink = Collector::new();
     let feed = source.start(sink.clone()).unwrap();
-    assert!(feed.alive());
     feed.request(run(0, 1024), Urgency::Background);
-    while feed.alive() {
+    while sink.state.lock().ends.is_empty() {
         std::thread::yield_now();
     }
     drop(feed);
     assert_eq!(sink.state.lock().pages.len(), 64);
-    assert!(sink.state.lock().ends.is_empty());
+    assert!(matches!(sink.state.lock().ends[..], [End::Broken(_)]));
+}
+
+#[test]
+fn finishing_asks_the_source_itself_after_its_threads_have_ended() {
+    let memory = MemorySource::new(oracle());
+    for (altered, sink_stops) in [(false, false), (true, false), (false, true), (true, true)] {
+        let sink = Collector::with_hook(move |_| match sink_stops {
+            true => SinkError::stopped("enough").into(),
+            false => Reply::Taken,
+        });
+        let feed = match altered {
+            true => Threaded::new(Altered::new(memory.clone()), 2).start(sink.clone()),
+            false => Threaded::new(memory.clone(), 2).start(sink.clone()),
+        };
+        let feed = feed.unwrap();
+        assert_eq!(feed.request(run(0, 8), Urgency::Demand), Answer::Later);
+        assert_eq!(feed.finish().is_err(), altered);
+        assert_eq!(sink.state.lock().ends.len(), 1);
+    }
 }

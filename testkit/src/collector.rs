@@ -1,10 +1,9 @@
 //! A sink that keeps everything it is given.
 
 use std::collections::BTreeMap;
-use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use page_source::{End, Flow, PageBytes, PageSink, SinkError, SourceError};
+use page_source::{End, PageBytes, PageSink, Reply, SourceError};
 use page_units::{BlockId, Layout, PageIndex, PageRun};
 use parking_lot::Mutex;
 
@@ -15,6 +14,8 @@ pub enum Got {
     Data(Vec<u8>),
     /// It is zero.
     Zero,
+    /// The source has nothing to say.
+    Absent,
     /// Its content is not there: why.
     Failed(String),
 }
@@ -30,7 +31,7 @@ pub struct Collected {
     pub ends: Vec<End>,
 }
 
-type Hook = Box<dyn Fn(PageRun) -> Flow + Send + Sync>;
+type Hook = Box<dyn Fn(PageRun) -> Reply + Send + Sync>;
 
 /// Collects. `hook` is called before each run is taken.
 #[derive(Default)]
@@ -53,21 +54,24 @@ impl Collector {
     }
 
     /// Asks `hook` before it takes a run.
-    pub fn with_hook(hook: impl Fn(PageRun) -> Flow + Send + Sync + 'static) -> Arc<Collector> {
+    pub fn with_hook(hook: impl Fn(PageRun) -> Reply + Send + Sync + 'static) -> Arc<Collector> {
         Arc::new(Collector { state: Mutex::default(), hook: Some(Box::new(hook)) })
     }
 
-    fn take(&self, run: PageRun, kind: &'static str, got: impl Fn(usize) -> Got) -> Flow {
+    fn take(&self, run: PageRun, kind: &'static str, got: impl Fn(usize) -> Got) -> Reply {
         assert!(!run.is_empty());
         if let Some(hook) = &self.hook {
-            hook(run)?;
+            match hook(run) {
+                Reply::Taken => {}
+                reply => return reply,
+            }
         }
         let mut state = self.state.lock();
         state.runs.push((run, kind));
         for (i, page) in run.iter().enumerate() {
             state.pages.entry((run.block, page)).or_default().push(got(i));
         }
-        ControlFlow::Continue(())
+        Reply::Taken
     }
 
     /// How the page ended, if it did so exactly once.
@@ -85,6 +89,7 @@ impl Collector {
             match self.once(block.0, page.0) {
                 Got::Data(bytes) => all.extend(bytes),
                 Got::Zero => all.extend([0; 4096]),
+                Got::Absent => panic!("page {page} is absent"),
                 Got::Failed(why) => panic!("page {page} failed: {why}"),
             }
         }
@@ -100,20 +105,24 @@ impl Collector {
 }
 
 impl PageSink for Collector {
-    fn data(&self, run: PageRun, bytes: PageBytes<'_>) -> Flow {
+    fn data(&self, run: PageRun, bytes: PageBytes<'_>) -> Reply {
         assert_eq!(bytes.len(), run.len());
         let mut content = vec![0; bytes.len().get()];
         if bytes.copy_to(&mut content).is_err() {
-            return ControlFlow::Break(SinkError::Unreadable(run));
+            return Reply::Unreadable(run);
         }
         self.take(run, "data", |i| Got::Data(content[i * 4096..][..4096].to_vec()))
     }
 
-    fn zero(&self, run: PageRun) -> Flow {
+    fn zero(&self, run: PageRun) -> Reply {
         self.take(run, "zero", |_| Got::Zero)
     }
 
-    fn failed(&self, run: PageRun, error: SourceError) -> Flow {
+    fn absent(&self, run: PageRun) -> Reply {
+        self.take(run, "absent", |_| Got::Absent)
+    }
+
+    fn failed(&self, run: PageRun, error: SourceError) -> Reply {
         self.take(run, "failed", |_| Got::Failed(error.to_string()))
     }
 

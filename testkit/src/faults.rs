@@ -1,12 +1,13 @@
 //! Sources that go wrong at an exact moment.
 
 use std::io;
-use std::ops::ControlFlow;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use page_source::{End, Feed, Flow, PageBytes, PageSink, PageSource, SinkError, SourceError, Span, Urgency};
+use page_source::{
+    Answer, End, Feed, PageBytes, PageSink, PageSource, Pages, Reply, SinkError, SourceError, SourceErrorKind, Span,
+    Subject, Urgency,
+};
 use page_units::{BlockId, ByteLen, FileOffset, Layout, PageCount, PageIndex, PageRun};
 use parking_lot::RwLock;
 
@@ -23,7 +24,7 @@ pub enum Fault {
     Slow(Gate),
     /// The thread that delivers it panics.
     Panic,
-    /// The source is silent from now on, without a word. [`Feed::alive`] says so.
+    /// The thread that delivers it dies without a word: all that tells of it is the end of the flow.
     Silence,
     /// The source ends as broken.
     Broken,
@@ -52,29 +53,26 @@ impl FaultySource {
     }
 }
 
-impl PageSource for FaultySource {
+impl Pages for FaultySource {
     fn layout(&self) -> &Layout {
         self.inner.layout()
     }
 
-    fn run_at(&self, block: BlockId, first: PageIndex) -> Span {
-        self.inner.run_at(block, first)
+    fn content(&self, run: PageRun) -> Span {
+        self.inner.content(run)
     }
 
-    fn repeatable(&self) -> bool {
-        self.inner.repeatable()
+    fn unit(&self, block: BlockId, page: PageIndex) -> PageRun {
+        self.inner.unit(block, page)
     }
+}
 
-    fn verify(&self) -> Result<(), SourceError> {
-        self.inner.verify()
-    }
-
+impl PageSource for FaultySource {
     fn start(&self, sink: Arc<dyn PageSink>) -> Result<Box<dyn Feed>, SourceError> {
         let sink = Arc::new(FaultySink {
             source: self.clone(),
             sink,
             ended: RwLock::new(false),
-            silent: AtomicBool::new(false),
             dropped: AtomicBool::new(false),
         });
         let feed = Some(self.inner.start(Arc::clone(&sink) as Arc<dyn PageSink>)?);
@@ -88,16 +86,12 @@ struct FaultySink {
     sink: Arc<dyn PageSink>,
     /// Held for reading during every call, so that the end comes after all of them.
     ended: RwLock<bool>,
-    silent: AtomicBool,
     dropped: AtomicBool,
 }
 
 impl FaultySink {
-    fn deliver(&self, run: PageRun, inner: impl Fn(PageRun) -> Flow) -> Flow {
-        let stop = |reason: &str| ControlFlow::Break(SinkError::Stopped { reason: reason.to_owned() });
-        if self.silent.load(Ordering::Acquire) {
-            return stop("silent");
-        }
+    fn deliver(&self, run: PageRun, inner: impl Fn(PageRun) -> Reply) -> Reply {
+        let stop = |reason: &str| Reply::Stop(SinkError::stopped(reason));
         let number = self.source.delivered.fetch_add(1, Ordering::AcqRel);
         let due = number == self.source.at;
         match &self.source.fault {
@@ -106,11 +100,12 @@ impl FaultySink {
             }
             Fault::Panic if due => panic!("injected panic at run {number}"),
             Fault::Silence if due => {
-                self.silent.store(true, Ordering::Release);
+                let what = "its thread has died";
+                self.end(End::Broken(SourceError::new(SourceErrorKind::PeerGone, Subject::peer("injected"), what)));
                 return stop("silent");
             }
             Fault::Broken if due => {
-                self.end(End::Broken(SourceError::Injected(format!("broken at run {number}"))));
+                self.end(End::Broken(injected(&format!("broken at run {number}"))));
                 return stop("broken");
             }
             _ => {}
@@ -123,8 +118,10 @@ impl FaultySink {
             Fault::Error if due => self.sink.failed(run, self.error(run)),
             Fault::Short if due => {
                 let (there, gone) = run.split_at(PageCount(run.pages.0 / 2));
-                if !there.is_empty() {
-                    inner(there)?;
+                if !there.is_empty()
+                    && let reply @ (Reply::Stop(_) | Reply::Unreadable(_)) = inner(there)
+                {
+                    return reply;
                 }
                 self.sink.failed(gone, self.error(gone))
             }
@@ -133,35 +130,84 @@ impl FaultySink {
     }
 
     fn error(&self, run: PageRun) -> SourceError {
-        SourceError::Read {
-            path: PathBuf::from("injected"),
-            block: self.source.layout().get(run.block).map_or("?", |block| block.name()).to_owned(),
-            offset: FileOffset(run.first.byte_offset().0),
-            length: run.len(),
-            error: Arc::new(io::Error::other("injected")),
-        }
+        let block = self.source.layout().get(run.block).map_or("?", |block| block.name());
+        let offset = FileOffset(run.first.byte_offset().0);
+        let length = run.len();
+        let what = format!("reading {length} bytes of RAM block \"{block}\" at file offset {offset} failed");
+        let subject = Subject::file("injected").block(block).run(run).at(offset);
+        SourceError::new(SourceErrorKind::Unreadable, subject, what).with_cause(io::Error::other("injected"))
     }
 }
 
+/// A source that says at the end of a flow that what it has delivered is not true any more.
+#[derive(Clone, Debug)]
+pub struct Altered<S>(S);
+
+impl<S: PageSource> Altered<S> {
+    /// `source`, otherwise as it is.
+    pub fn new(source: S) -> Altered<S> {
+        Altered(source)
+    }
+}
+
+impl<S: PageSource> Pages for Altered<S> {
+    fn layout(&self) -> &Layout {
+        self.0.layout()
+    }
+
+    fn content(&self, run: PageRun) -> Span {
+        self.0.content(run)
+    }
+}
+
+impl<S: PageSource> PageSource for Altered<S> {
+    fn start(&self, sink: Arc<dyn PageSink>) -> Result<Box<dyn Feed>, SourceError> {
+        Ok(Box::new(AlteredFeed(self.0.start(sink)?)))
+    }
+}
+
+#[derive(Debug)]
+struct AlteredFeed(Box<dyn Feed>);
+
+impl Feed for AlteredFeed {
+    fn request(&self, run: PageRun, urgency: Urgency) -> Answer {
+        self.0.request(run, urgency)
+    }
+
+    fn finish(self: Box<Self>) -> Result<(), SourceError> {
+        self.0.finish()?;
+        Err(SourceError::new(SourceErrorKind::Changed, Subject::none(), "injected failure: altered"))
+    }
+}
+
+/// The error of an injected failure.
+#[must_use]
+pub fn injected(why: &str) -> SourceError {
+    SourceError::new(SourceErrorKind::PeerGone, Subject::none(), format!("injected failure: {why}"))
+}
+
 impl PageSink for FaultySink {
-    fn data(&self, run: PageRun, bytes: PageBytes<'_>) -> Flow {
+    fn data(&self, run: PageRun, bytes: PageBytes<'_>) -> Reply {
         self.deliver(run, |part| self.sink.data(part, bytes.slice(ByteLen(0), part.len())))
     }
 
-    fn zero(&self, run: PageRun) -> Flow {
+    fn zero(&self, run: PageRun) -> Reply {
         self.deliver(run, |part| self.sink.zero(part))
     }
 
-    fn failed(&self, run: PageRun, error: SourceError) -> Flow {
+    fn absent(&self, run: PageRun) -> Reply {
+        self.deliver(run, |part| self.sink.absent(part))
+    }
+
+    fn failed(&self, run: PageRun, error: SourceError) -> Reply {
         self.deliver(run, |part| self.sink.failed(part, error.clone()))
     }
 
     fn end(&self, end: End) {
         let mut ended = self.ended.write();
-        if !*ended && !self.silent.load(Ordering::Acquire) {
+        if !std::mem::replace(&mut *ended, true) {
             self.sink.end(end);
         }
-        *ended = true;
     }
 }
 
@@ -173,23 +219,28 @@ struct FaultyFeed {
 }
 
 impl Feed for FaultyFeed {
-    fn request(&self, run: PageRun, urgency: Urgency) {
-        if let Some(feed) = &self.feed {
-            feed.request(run, urgency);
-        }
+    fn request(&self, run: PageRun, urgency: Urgency) -> Answer {
+        self.feed.as_ref().map_or(Answer::Here, |feed| feed.request(run, urgency))
     }
 
-    fn alive(&self) -> bool {
-        !self.sink.silent.load(Ordering::Acquire) && self.feed.as_ref().is_some_and(|feed| feed.alive())
+    fn finish(mut self: Box<Self>) -> Result<(), SourceError> {
+        self.leave();
+        self.feed.take().map_or(Ok(()), Feed::finish)
+    }
+}
+
+impl FaultyFeed {
+    fn leave(&self) {
+        self.sink.dropped.store(true, Ordering::Release);
+        if let Fault::Slow(gate) = &self.sink.source.fault {
+            gate.wake();
+        }
     }
 }
 
 impl Drop for FaultyFeed {
     fn drop(&mut self) {
-        self.sink.dropped.store(true, Ordering::Release);
-        if let Fault::Slow(gate) = &self.sink.source.fault {
-            gate.wake();
-        }
+        self.leave();
         self.feed = None;
     }
 }

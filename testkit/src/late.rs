@@ -2,11 +2,11 @@
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 
-use page_source::{End, Feed, Flow, PageSink, PageSource, SourceError, Span, Urgency};
-use page_units::{BlockId, Layout, PageCount, PageIndex, PageRun};
+use page_source::{Answer, EndGuard, Feed, OneShot, PageSink, PageSource, Pages, Reply, SourceError, Span, Urgency};
+use page_units::{Layout, PageCount, PageIndex, PageRun};
 use parking_lot::{Condvar, Mutex};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -50,9 +50,9 @@ impl LateSource {
 
     /// Sends each page once in its life, as a postcopy peer does; nothing comes twice then.
     #[must_use]
-    pub fn sending_each_page_once(mut self) -> LateSource {
+    pub fn sending_each_page_once(mut self) -> LatePeer {
         self.repeatable = false;
-        self
+        LatePeer(self)
     }
 
     /// Before each piece that is sent, its thread comes to this gate.
@@ -63,48 +63,56 @@ impl LateSource {
     }
 }
 
-impl PageSource for LateSource {
+impl Pages for LateSource {
     fn layout(&self) -> &Layout {
         self.oracle.layout()
     }
 
-    fn run_at(&self, block: BlockId, first: PageIndex) -> Span {
-        known(&self.oracle, block, first, false)
+    fn content(&self, run: PageRun) -> Span {
+        known(&self.oracle, run, false)
     }
+}
 
-    fn repeatable(&self) -> bool {
-        self.repeatable
-    }
-
+impl PageSource for LateSource {
     fn start(&self, sink: Arc<dyn PageSink>) -> Result<Box<dyn Feed>, SourceError> {
         let sent = self.oracle.layout().blocks().iter().map(|block| vec![false; block.pages().to_bytes().get() / 4096]);
         let shared = Arc::new(Shared {
             source: self.clone(),
-            sink,
             state: Mutex::new(State { pending: Vec::new(), sent: sent.collect(), answered: Vec::new() }),
             wake: Condvar::new(),
             stop: AtomicBool::new(false),
-            living: AtomicUsize::new(self.threads),
-            panicked: AtomicBool::new(false),
         });
+        let end = EndGuard::new(sink);
         let threads = (0..self.threads as u64).map(|i| {
-            let shared = Arc::clone(&shared);
-            thread::spawn(move || shared.answer(StdRng::seed_from_u64(shared.source.seed.wrapping_add(i))))
+            let answering = Answering { shared: Arc::clone(&shared), end: end.clone() };
+            let random = StdRng::seed_from_u64(self.seed.wrapping_add(i));
+            thread::spawn(move || answering.answer(random))
         });
         let threads = threads.collect();
         Ok(Box::new(LateFeed { shared, threads }))
     }
 }
 
+/// A [`LateSource`] that sends each page once in its life.
+#[derive(Clone, Debug)]
+pub struct LatePeer(LateSource);
+
+impl OneShot for LatePeer {
+    fn pages(&self) -> Arc<dyn Pages> {
+        Arc::new(self.0.clone())
+    }
+
+    fn start(self: Box<Self>, sink: Arc<dyn PageSink>) -> Result<Box<dyn Feed>, SourceError> {
+        self.0.start(sink)
+    }
+}
+
 #[derive(Debug)]
 struct Shared {
     source: LateSource,
-    sink: Arc<dyn PageSink>,
     state: Mutex<State>,
     wake: Condvar,
     stop: AtomicBool,
-    living: AtomicUsize,
-    panicked: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -117,36 +125,6 @@ struct State {
 }
 
 impl Shared {
-    fn answer(&self, mut random: StdRng) {
-        let _last_words = LastWords(self);
-        while let Some(piece) = self.next(&mut random) {
-            if !self.source.gate.enter_unless(&self.stop) {
-                return;
-            }
-            if self.send(piece, false).is_break() {
-                return;
-            }
-            if self.source.unasked && random.random_range(0..4) == 0 {
-                let all: Vec<_> = self.source.layout().runs().filter(|run| !run.is_empty()).collect();
-                let all = all[random.random_range(0..all.len())];
-                let first = random.random_range(0..all.pages.0);
-                let pages = PageCount(random.random_range(1..=4.min(all.pages.0 - first)));
-                if self.send(PageRun::new(all.block, PageIndex(first), pages), false).is_break() {
-                    return;
-                }
-            }
-            if self.source.repeatable && random.random_range(0..4) == 0 {
-                let twice = {
-                    let state = self.state.lock();
-                    state.answered[random.random_range(0..state.answered.len())]
-                };
-                if self.send(twice, true).is_break() {
-                    return;
-                }
-            }
-        }
-    }
-
     fn stop(&self) {
         {
             let _state = self.state.lock();
@@ -175,14 +153,51 @@ impl Shared {
         state.pending.extend([before, after].into_iter().filter(|run| !run.is_empty()));
         Some(piece)
     }
+}
 
-    fn send(&self, run: PageRun, again: bool) -> Flow {
+/// One thread. The last one to end says how the flow ended; if one panics, all end.
+struct Answering {
+    shared: Arc<Shared>,
+    end: EndGuard,
+}
+
+impl Answering {
+    fn answer(self, mut random: StdRng) {
+        while let Some(piece) = self.shared.next(&mut random) {
+            if !self.shared.source.gate.enter_unless(&self.shared.stop) {
+                return;
+            }
+            if self.send(piece, false).is_break() {
+                return;
+            }
+            if self.shared.source.unasked && random.random_range(0..4) == 0 {
+                let all: Vec<_> = self.shared.source.layout().runs().filter(|run| !run.is_empty()).collect();
+                let all = all[random.random_range(0..all.len())];
+                let first = random.random_range(0..all.pages.0);
+                let pages = PageCount(random.random_range(1..=4.min(all.pages.0 - first)));
+                if self.send(PageRun::new(all.block, PageIndex(first), pages), false).is_break() {
+                    return;
+                }
+            }
+            if self.shared.source.repeatable && random.random_range(0..4) == 0 {
+                let twice = {
+                    let state = self.shared.state.lock();
+                    state.answered[random.random_range(0..state.answered.len())]
+                };
+                if self.send(twice, true).is_break() {
+                    return;
+                }
+            }
+        }
+    }
+
+    fn send(&self, run: PageRun, again: bool) -> ControlFlow<Reply> {
         let mut fresh = Vec::new();
         {
-            let mut state = self.state.lock();
+            let mut state = self.shared.state.lock();
             for page in run.iter() {
                 let sent = &mut state.sent[run.block.0 as usize][page.byte_offset().get() / 4096];
-                if !*sent || self.source.repeatable || again {
+                if !*sent || self.shared.source.repeatable || again {
                     fresh.push(page);
                 }
                 *sent = true;
@@ -192,27 +207,19 @@ impl Shared {
             }
         }
         if fresh.len() as u64 == run.pages.0 {
-            return deliver(&self.source.oracle, &*self.sink, run);
+            return deliver(&self.shared.source.oracle, self.end.sink(), run);
         }
         for page in fresh {
-            deliver(&self.source.oracle, &*self.sink, PageRun::single(run.block, page))?;
+            deliver(&self.shared.source.oracle, self.end.sink(), PageRun::single(run.block, page))?;
         }
         ControlFlow::Continue(())
     }
 }
 
-/// Whatever happens to a thread, the last one says so.
-struct LastWords<'a>(&'a Shared);
-
-impl Drop for LastWords<'_> {
+impl Drop for Answering {
     fn drop(&mut self) {
         if thread::panicking() {
-            self.0.panicked.store(true, Ordering::Release);
-            self.0.stop();
-        }
-        if self.0.living.fetch_sub(1, Ordering::AcqRel) == 1 && self.0.panicked.load(Ordering::Acquire) {
-            let (peer, reason) = ("late source".to_owned(), "its thread panicked".to_owned());
-            self.0.sink.end(End::Broken(SourceError::Peer { peer, reason }));
+            self.shared.stop();
         }
     }
 }
@@ -223,25 +230,33 @@ struct LateFeed {
     threads: Vec<JoinHandle<()>>,
 }
 
-impl Feed for LateFeed {
-    fn request(&self, run: PageRun, _: Urgency) {
-        if !run.is_empty() {
-            self.shared.state.lock().pending.push(run);
-            self.shared.wake.notify_all();
-        }
-    }
-
-    fn alive(&self) -> bool {
-        self.shared.living.load(Ordering::Acquire) > 0
-    }
-}
-
-impl Drop for LateFeed {
-    fn drop(&mut self) {
+impl LateFeed {
+    fn end(&mut self) {
         self.shared.stop();
         for thread in self.threads.drain(..) {
             // A panic has been told to the sink.
             drop(thread.join());
         }
+    }
+}
+
+impl Feed for LateFeed {
+    fn request(&self, run: PageRun, _: Urgency) -> Answer {
+        if !run.is_empty() {
+            self.shared.state.lock().pending.push(run);
+            self.shared.wake.notify_all();
+        }
+        Answer::Later
+    }
+
+    fn finish(mut self: Box<Self>) -> Result<(), SourceError> {
+        self.end();
+        Ok(())
+    }
+}
+
+impl Drop for LateFeed {
+    fn drop(&mut self) {
+        self.end();
     }
 }

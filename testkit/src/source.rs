@@ -3,8 +3,10 @@
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use page_source::{Content, Feed, Flow, PageBytes, PageSink, PageSource, SourceError, Span, Urgency};
-use page_units::{BlockId, Layout, PageCount, PageIndex, PageRun, RamBlock};
+use page_source::{
+    Answer, Content, EndGuard, Feed, PageBytes, PageSink, PageSource, Pages, Reply, SourceError, Span, Urgency,
+};
+use page_units::{Layout, PageRun};
 
 use crate::oracle::Oracle;
 
@@ -36,56 +38,56 @@ impl MemorySource {
     }
 }
 
-impl PageSource for MemorySource {
+impl Pages for MemorySource {
     fn layout(&self) -> &Layout {
         self.oracle.layout()
     }
 
-    fn run_at(&self, block: BlockId, first: PageIndex) -> Span {
-        known(&self.oracle, block, first, self.knows)
+    fn content(&self, run: PageRun) -> Span {
+        known(&self.oracle, run, self.knows)
     }
+}
 
+impl PageSource for MemorySource {
     fn start(&self, sink: Arc<dyn PageSink>) -> Result<Box<dyn Feed>, SourceError> {
-        Ok(Box::new(MemoryFeed { oracle: Arc::clone(&self.oracle), sink }))
+        Ok(Box::new(MemoryFeed { oracle: Arc::clone(&self.oracle), end: EndGuard::new(sink) }))
     }
 }
 
 #[derive(Debug)]
 struct MemoryFeed {
     oracle: Arc<Oracle>,
-    sink: Arc<dyn PageSink>,
+    end: EndGuard,
 }
 
 impl Feed for MemoryFeed {
-    fn request(&self, run: PageRun, _: Urgency) {
-        if deliver(&self.oracle, &*self.sink, run).is_break() {
-            // The sink takes no more, and knows.
-        }
+    fn request(&self, run: PageRun, _: Urgency) -> Answer {
+        // If the sink takes no more, it knows.
+        let _ = deliver(&self.oracle, self.end.sink(), run);
+        Answer::Here
+    }
+
+    fn finish(self: Box<Self>) -> Result<(), SourceError> {
+        Ok(())
     }
 }
 
-/// [`PageSource::run_at`] for the pages of an oracle.
-pub(crate) fn known(oracle: &Oracle, block: BlockId, first: PageIndex, knows: bool) -> Span {
-    let pages = oracle.layout().get(block).map_or(PageCount(0), RamBlock::pages);
-    if first.0 >= pages.0 {
-        return Span { content: Content::Unknown, pages: PageCount(0) };
-    }
-    let rest = PageRun::new(block, first, PageCount(pages.0 - first.0));
-    match oracle.kinds(rest).next() {
-        Some((run, zero)) if knows => {
-            Span { content: if zero { Content::Zero } else { Content::Stored }, pages: run.pages }
-        }
-        _ => Span { content: Content::Unknown, pages: rest.pages },
+/// [`Pages::content`] for the pages of an oracle.
+pub(crate) fn known(oracle: &Oracle, run: PageRun, knows: bool) -> Span {
+    let run = oracle.layout().clip(run);
+    match oracle.kinds(run).next() {
+        Some((run, zero)) if knows => Span::new(if zero { Content::Zero } else { Content::Stored }, run.pages),
+        _ => Span::new(Content::Unknown, run.pages),
     }
 }
 
 /// Gives a run of an oracle's pages to a sink.
-pub(crate) fn deliver(oracle: &Oracle, sink: &dyn PageSink, run: PageRun) -> Flow {
+pub(crate) fn deliver(oracle: &Oracle, sink: &dyn PageSink, run: PageRun) -> ControlFlow<Reply> {
     for (piece, zero) in oracle.kinds(run) {
         if zero {
-            sink.zero(piece)?;
+            sink.zero(piece).branch()?;
         } else {
-            sink.data(piece, PageBytes::from_slice(oracle.run(piece)))?;
+            sink.data(piece, PageBytes::from_slice(oracle.run(piece))).branch()?;
         }
     }
     ControlFlow::Continue(())

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::thread::{Builder as Thread, JoinHandle};
 
-use page_source::{PageSink, PageSource};
+use page_source::{PageSink, Source};
 use page_units::PageCount;
 
 use crate::load::background;
@@ -32,7 +32,7 @@ use crate::{Engine, StartError};
 #[derive(Debug)]
 pub struct Builder {
     regions: Vec<Region>,
-    source: Option<Arc<dyn PageSource>>,
+    source: Option<Source>,
     descriptor: Option<Descriptor>,
     handlers: Handlers,
     background: Background,
@@ -92,8 +92,8 @@ impl Builder {
 
     /// Where the pages come from.
     #[must_use]
-    pub fn source(mut self, source: Arc<dyn PageSource>) -> Builder {
-        self.source = Some(source);
+    pub fn source(mut self, source: impl Into<Source>) -> Builder {
+        self.source = Some(source.into());
         self
     }
 
@@ -212,7 +212,8 @@ impl Builder {
         if self.regions.is_empty() {
             return Err(StartError::Incomplete("an engine needs a region to serve"));
         }
-        region::check(&self.regions, source.layout())?;
+        let (pages, again) = (source.pages(), source.repeatable().cloned());
+        region::check(&self.regions, pages.layout())?;
         if self.descriptor.is_none() {
             region::check_unseen(&self.regions)?;
         }
@@ -223,7 +224,7 @@ impl Builder {
         };
         let staging = Staging::new(self.staging.max(asked_for(&self.background)));
         let staging = staging.map_err(system("memory for huge pages"))?;
-        let (layout, window) = (source.layout(), self.background.window);
+        let (layout, window) = (pages.layout(), self.background.window);
         let memory = Memory::missing(descriptor, self.regions, layout, self.pauses);
         let memory = Arc::new(memory.map_err(system("memory for the page states"))?);
         let waiter = waiter(&memory, &self.handlers)?;
@@ -236,15 +237,14 @@ impl Builder {
         let feed = match source.start(sink) {
             Ok(feed) => feed,
             Err(error) => {
-                give_up(&intake, &*source);
+                give_up(&intake, &*pages);
                 intake.memory.stay_open();
                 return Err(error.into());
             }
         };
         // From here on an engine exists, and its drop does what is right.
         let plan = Plan::new(&self.background);
-        let load = Load { intake: Arc::clone(&intake), source, feed: Arc::from(feed), around: self.around, plan };
-        let load = Arc::new(load);
+        let load = Arc::new(Load::new(Arc::clone(&intake), (pages, again), feed, self.around, plan));
         let mut engine = Engine {
             intake,
             load: Some(Arc::clone(&load)),
@@ -255,7 +255,7 @@ impl Builder {
         match engine.spawn(&load, &self.handlers, &self.background, (self.serving, self.observer)) {
             Ok(()) => Ok(engine),
             Err(error) => {
-                give_up(&engine.intake, &*load.source);
+                give_up(&engine.intake, &*load.pages);
                 Err(error)
             }
         }

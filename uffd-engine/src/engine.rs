@@ -133,9 +133,9 @@ impl Engine {
 
 impl Engine {
     /// As [`Freezer::prepare`], for memory that this engine is still loading. Its own handlers serve the writers then;
-    /// what the engine brings from the freeze point on comes write-protected, and what is missing is taken from its source as
-    /// long as that is [repeatable](page_source::PageSource::repeatable): it is not brought into the memory for it. Pages
-    /// of another source are waited for.
+    /// what the engine brings from the freeze point on comes write-protected, and what is missing is taken from its source
+    /// as long as that may be [asked again](page_source::PageSource): it is not brought into the memory for it. Pages of
+    /// a [one-shot](page_source::OneShot) source are waited for.
     ///
     /// `regions` are those of the engine, in any order, with the pages that `layout` gives them. While memory is frozen
     /// the engine does not become complete. Should it fail or be dropped, the freeze fails. An engine that becomes complete

@@ -26,7 +26,7 @@ mod sys;
 pub use builder::Builder;
 pub use engine::{Completion, Engine};
 pub use error::{DiscardError, EngineError, OpenError, StartError};
-pub use freeze::{FreezeError, FreezeOptions, FreezeStats, Freezer, Frozen, FrozenError, populated};
+pub use freeze::{FreezeError, FreezeHandle, FreezeOptions, FreezeStats, Freezer, Frozen, FrozenError, populated};
 pub use measure::Measured;
 pub use memory::descriptor::Descriptor;
 pub use memory::region::{Backing, Region};

@@ -3,7 +3,9 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use page_source::{Content, Feed, PageBytes, PageSink, PageSource, SourceError, Span, Urgency};
+use page_source::{
+    Answer, Content, EndGuard, Feed, PageBytes, PageSink, PageSource, Pages, SourceError, Span, Urgency,
+};
 use page_units::{BlockId, ByteLen, Layout, PageCount, PageIndex, PageRun, PageSize, RamBlock};
 
 use crate::serve::placement::{affinity, bind, check_cores, set_affinity};
@@ -86,30 +88,38 @@ struct Ones {
 
 #[derive(Debug)]
 struct OnesFeed {
-    sink: Arc<dyn PageSink>,
+    end: EndGuard,
     page: Vec<u8>,
 }
 
-impl PageSource for Ones {
+impl Pages for Ones {
     fn layout(&self) -> &Layout {
         &self.layout
     }
 
-    fn run_at(&self, _: BlockId, first: PageIndex) -> Span {
-        Span { content: Content::Stored, pages: PageCount(FAULTS) - PageCount(first.0.min(FAULTS)) }
+    fn content(&self, run: PageRun) -> Span {
+        Span::new(Content::Stored, self.layout.clip(run).pages)
     }
+}
 
+impl PageSource for Ones {
     fn start(&self, sink: Arc<dyn PageSink>) -> Result<Box<dyn Feed>, SourceError> {
-        Ok(Box::new(OnesFeed { sink, page: vec![1; ByteLen(page_units::PAGE_SIZE).get()] }))
+        let page = vec![1; ByteLen(page_units::PAGE_SIZE).get()];
+        Ok(Box::new(OnesFeed { end: EndGuard::new(sink), page }))
     }
 }
 
 impl Feed for OnesFeed {
-    fn request(&self, run: PageRun, _: Urgency) {
+    fn request(&self, run: PageRun, _: Urgency) -> Answer {
         for one in run.pieces(PageCount(1)) {
-            if self.sink.data(one, PageBytes::from_slice(&self.page)).is_break() {
-                return;
+            if !self.end.sink().data(one, PageBytes::from_slice(&self.page)).is_taken() {
+                break;
             }
         }
+        Answer::Here
+    }
+
+    fn finish(self: Box<Self>) -> Result<(), SourceError> {
+        Ok(())
     }
 }

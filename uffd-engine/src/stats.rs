@@ -215,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn quantiles() {
+    fn quantiles_are_found() {
         let counters = Counters::new();
         for nanos in 1..=100 {
             counters.latency.add(nanos * 1000);

@@ -9,7 +9,7 @@ use common::collector::layout;
 use common::refused::right_or_refused;
 use common::{Kind, Memory, PAGE, counted};
 use page_files::FlatFile;
-use page_source::{Feed, PageSink, PageSource, SourceError, Span, Urgency};
+use page_source::{Answer, Feed, PageSink, PageSource, Pages, SourceError, Span, Urgency};
 use page_units::{BlockId, ByteLen, Layout, PageCount, PageIndex, PageRun};
 use testkit::gate::Gate;
 use testkit::oracle::Oracle;
@@ -35,29 +35,35 @@ impl Held {
     }
 }
 
-impl PageSource for Held {
+impl Pages for Held {
     fn layout(&self) -> &Layout {
         self.inner.layout()
     }
 
-    fn run_at(&self, block: BlockId, first: PageIndex) -> Span {
+    fn content(&self, run: PageRun) -> Span {
         if std::thread::current().name() == Some("uffd-supervisor") {
             self.checked.enter();
         }
-        self.inner.run_at(block, first)
+        self.inner.content(run)
     }
+}
 
+impl PageSource for Held {
     fn start(&self, sink: Arc<dyn PageSink>) -> Result<Box<dyn Feed>, SourceError> {
         Ok(Box::new(HeldFeed(self.inner.start(sink)?, self.gate.clone())))
     }
 }
 
 impl Feed for HeldFeed {
-    fn request(&self, run: PageRun, urgency: Urgency) {
+    fn request(&self, run: PageRun, urgency: Urgency) -> Answer {
         if urgency == Urgency::Background {
             self.1.enter();
         }
-        self.0.request(run, urgency);
+        self.0.request(run, urgency)
+    }
+
+    fn finish(self: Box<Self>) -> Result<(), SourceError> {
+        self.0.finish()
     }
 }
 

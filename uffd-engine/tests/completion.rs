@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use common::{Kind, Memory};
-use page_source::{Feed, PageBytes, PageSink, PageSource, SourceError, Span};
-use page_units::{BlockId, Layout, PageCount, PageIndex, PageRun, PageSize, RamBlock};
+use page_source::{Feed, PageBytes, PageSink, PageSource, Pages, SourceError, Span};
+use page_units::{BlockId, Layout, PageCount, PageRun, PageSize, RamBlock};
 use parking_lot::Mutex;
 use testkit::gate::Gate;
 use testkit::oracle::Oracle;
@@ -23,18 +23,20 @@ struct Pushing {
     sink: Arc<Mutex<Option<Arc<dyn PageSink>>>>,
 }
 
-impl PageSource for Pushing {
+impl Pages for Pushing {
     fn layout(&self) -> &Layout {
         self.inner.layout()
     }
 
-    fn run_at(&self, block: BlockId, first: PageIndex) -> Span {
+    fn content(&self, run: PageRun) -> Span {
         if std::thread::current().name() == Some("uffd-supervisor") {
             self.asked.fetch_add(1, Ordering::Relaxed);
         }
-        self.inner.run_at(block, first)
+        self.inner.content(run)
     }
+}
 
+impl PageSource for Pushing {
     fn start(&self, sink: Arc<dyn PageSink>) -> Result<Box<dyn Feed>, SourceError> {
         *self.sink.lock() = Some(Arc::clone(&sink));
         self.inner.start(sink)
@@ -76,7 +78,7 @@ fn a_page_that_is_being_installed_is_waited_for() {
             gate.wait_for(1);
             engine.resume_background();
             let push = sink.lock().clone().unwrap();
-            assert!(push.data(one, PageBytes::from_slice(oracle.run(one))).is_continue());
+            assert!(push.data(one, PageBytes::from_slice(oracle.run(one))).is_taken());
             // Something that must not happen can only be waited for by the clock; what is right does not depend on it.
             let ended = engine.wait_for(Duration::from_millis(200));
             let asked = asked.load(Ordering::Relaxed);

@@ -297,7 +297,7 @@ fn a_discard_while_the_source_is_being_started() {
     let memory = Memory::new(Kind::Anonymous, oracle.layout());
     let claimed = Gate::closed();
     let at_gate = claimed.clone();
-    let source = Arc::new(Scripted::new(Arc::clone(&oracle)).pushing_at_start());
+    let source = Box::new(Scripted::new(Arc::clone(&oracle)).pushing_at_start());
     std::thread::scope(|scope| {
         let starting = scope.spawn(|| {
             let builder = memory.engine(source).background(Background::off());

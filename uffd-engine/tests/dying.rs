@@ -1,5 +1,5 @@
-//! Threads of an engine that die, and observers that do what they should not: the engine ends all the same, and whoever
-//! waits is answered.
+//! Threads of an engine that die, and observers that do what they should not: the engine ends all the same, and every
+//! waiter is answered.
 
 mod common;
 

@@ -8,12 +8,12 @@ use std::sync::mpsc;
 
 use common::refused::right_or_refused;
 use common::{Kind, Memory};
-use page_source::{Feed, PageSink, PageSource, SourceError, Span};
+use page_source::{PageSource, SourceErrorKind};
 use page_units::{BlockId, Layout, PageCount, PageIndex, PageRun, PageSize, RamBlock};
 use proptest::prelude::*;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
-use testkit::faults::{Fault, FaultySource};
+use testkit::faults::{Altered, Fault, FaultySource};
 use testkit::gate::Gate;
 use testkit::hugepages::Overcommit;
 use testkit::late::LateSource;
@@ -238,34 +238,12 @@ fn nothing_is_left_open() {
     assert!(done.into_inner());
 }
 
-/// A source that can't vouch, at the end, for what it delivered.
-#[derive(Debug)]
-struct Altered(MemorySource);
-
-impl PageSource for Altered {
-    fn layout(&self) -> &Layout {
-        self.0.layout()
-    }
-
-    fn run_at(&self, block: BlockId, first: PageIndex) -> Span {
-        self.0.run_at(block, first)
-    }
-
-    fn verify(&self) -> Result<(), SourceError> {
-        Err(SourceError::Injected("altered".into()))
-    }
-
-    fn start(&self, sink: Arc<dyn PageSink>) -> Result<Box<dyn Feed>, SourceError> {
-        self.0.start(sink)
-    }
-}
-
 #[test]
 fn a_source_that_was_altered_is_never_complete() {
     testkit::require!(Userfaultfd);
     let oracle = oracle(14, 512, 255);
     let memory = Memory::new(Kind::Anonymous, oracle.layout());
-    let engine = memory.engine(Arc::new(Altered(MemorySource::new(Arc::clone(&oracle))))).start().unwrap();
+    let engine = memory.engine(Arc::new(Altered::new(MemorySource::new(Arc::clone(&oracle))))).start().unwrap();
     let error = engine.wait().unwrap_err();
-    assert!(matches!(error, EngineError::Broken(SourceError::Injected(_))), "{error}");
+    assert!(matches!(&error, EngineError::Broken(why) if why.kind() == SourceErrorKind::Changed), "{error}");
 }

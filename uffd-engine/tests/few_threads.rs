@@ -8,7 +8,7 @@ use std::sync::Arc;
 use common::refused::right_or_refused;
 use common::scripted::{Scripted, full};
 use common::{Kind, Memory};
-use page_source::PageSource;
+use page_source::Source;
 use testkit::few_threads;
 use testkit::oracle::Oracle;
 use testkit::source::MemorySource;
@@ -33,9 +33,9 @@ fn enough(threads: u64, answers: bool) -> bool {
 }
 
 /// Sources that answer, and that are broken before there is a thread to see it.
-fn sources(oracle: &Arc<Oracle>) -> [(bool, Arc<dyn PageSource>); 2] {
+fn sources(oracle: &Arc<Oracle>) -> [(bool, Source); 2] {
     let broken = Scripted::new(Arc::clone(oracle)).broken_at_start();
-    [(true, Arc::new(MemorySource::new(Arc::clone(oracle)))), (false, Arc::new(broken))]
+    [(true, Arc::new(MemorySource::new(Arc::clone(oracle))).into()), (false, Box::new(broken).into())]
 }
 
 #[test]
@@ -48,7 +48,7 @@ fn memory_of_our_own_is_let_go() {
             match few_threads(threads, || start(memory.engine(source))) {
                 Err(error) => {
                     assert!(threads < THREADS && no_thread(&error), "{threads}: {error}");
-                    // Nobody serves it, so whoever waited for a fault would wait for ever. What came is right.
+                    // No thread serves it, so a fault would wait for ever. What came is right.
                     for run in memory.layout.runs() {
                         for page in run.iter() {
                             let bytes = memory.load(run.block, page);

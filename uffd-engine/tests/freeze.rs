@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use common::collector::{Collector, layout};
 use common::{Kind, Memory, PAGE};
-use page_source::{PageSink, PageSource};
+use page_source::{OneShot, PageSink};
 use page_units::{BlockId, ByteLen, PageCount, PageIndex, PageRun};
 use testkit::gate::Gate;
 use testkit::hugepages::Overcommit;
@@ -102,12 +102,13 @@ fn what_is_delivered_is_what_was_there_at_the_freeze_point() {
         let before = copy_of(&memory, &stored);
         let pool = if number % 2 == 0 { ByteLen(8 << 20) } else { ByteLen(1) };
         let frozen = freeze(&memory, pool, 1 + usize::try_from(number % 2).unwrap());
+        let handle = frozen.handle();
         let stop = AtomicBool::new(false);
         storm(&memory, &stop, &[seed, seed + (1 << 32)], number % 4 < 2, || {
             let sink = Collector::new(oracle.layout(), None, u64::MAX);
-            let feed = frozen.start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
+            let feed = Box::new(frozen).start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
             assert!(sink.complete());
-            let stats = frozen.wait().unwrap();
+            let stats = handle.wait().unwrap();
             assert_eq!(stats.pages + stats.zero_pages, oracle.layout().total().to_pages().0, "{kind:?} {stats:?}");
             sink.assert_equals(&before);
             drop(feed);
@@ -132,12 +133,13 @@ fn transparent_huge_pages_are_frozen_exactly() {
         let before = copy_of(&memory, &[PageRun::new(BlockId(0), PageIndex(0), PageCount(pages))]);
         let pool = if number % 2 == 0 { ByteLen(32 << 20) } else { ByteLen(64 << 12) };
         let frozen = freeze(&memory, pool, 1 + usize::try_from(number % 2).unwrap());
+        let handle = frozen.handle();
         let stop = AtomicBool::new(false);
         storm(&memory, &stop, &[seed, seed + (1 << 32)], number % 4 < 2, || {
             let sink = Collector::new(oracle.layout(), None, u64::MAX);
-            let feed = frozen.start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
+            let feed = Box::new(frozen).start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
             assert!(sink.complete());
-            frozen.wait().unwrap();
+            handle.wait().unwrap();
             sink.assert_equals(&before);
             drop(feed);
         });
@@ -167,7 +169,7 @@ fn writers_go_on_while_the_sink_stands_still() {
     let frozen = freeze(&memory, ByteLen(4 << 20), 1);
     let gate = Gate::closed();
     let sink = Collector::new(oracle.layout(), Some(gate.clone()), u64::MAX);
-    let feed = frozen.start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
+    let feed = Box::new(frozen).start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
     gate.wait_for(1);
     // The pool holds all of memory: no write waits for the sink.
     for page in 0..512 {
@@ -189,14 +191,15 @@ fn a_hole_that_is_written_is_zero_in_the_snapshot() {
         let stored = [PageRun::single(BlockId(0), PageIndex(7))];
         let before = copy_of(&memory, &stored);
         let frozen = freeze(&memory, ByteLen(1 << 20), 1);
+        let handle = frozen.handle();
         for page in (0..4096).step_by(3) {
             memory.store(BlockId(0), PageIndex(page), &[9; 8]);
         }
         let sink = Collector::new(&memory.layout, None, u64::MAX);
-        let _feed = frozen.start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
+        let _feed = Box::new(frozen).start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
         assert!(sink.complete());
         sink.assert_equals(&before);
-        let stats = frozen.stats();
+        let stats = handle.stats();
         assert!(stats.hole_faults >= 1365 && stats.pages == 1, "{kind:?} {stats:?}");
         assert!(memory.load(BlockId(0), PageIndex(9))[..8] == [9; 8]);
     }
@@ -215,10 +218,11 @@ fn two_freezes_in_a_row_and_one_that_is_given_up() {
             drop(freeze(&memory, ByteLen(1), 1));
             for fail_at in [0, 1, 2] {
                 let frozen = freeze(&memory, ByteLen(1 << 16), 1);
+                let handle = frozen.handle();
                 let sink = Collector::new(oracle.layout(), None, fail_at);
-                let feed = frozen.start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
+                let feed = Box::new(frozen).start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
                 assert!(!sink.complete());
-                assert!(matches!(frozen.wait(), Err(FrozenError::Sink(_))));
+                assert!(matches!(handle.wait(), Err(FrozenError::Sink(_))));
                 drop(feed);
             }
             let frozen = freeze(&memory, ByteLen(1 << 16), 1);
@@ -232,7 +236,7 @@ fn two_freezes_in_a_row_and_one_that_is_given_up() {
             let frozen = freeze(&memory, ByteLen(1 << 20), 1);
             memory.store(BlockId(0), PageIndex(100), &[round; PAGE]);
             let sink = Collector::new(oracle.layout(), None, u64::MAX);
-            let _feed = frozen.start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
+            let _feed = Box::new(frozen).start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
             assert!(sink.complete());
             sink.assert_equals(&before);
         }
@@ -279,13 +283,14 @@ fn a_claim_that_is_given_back_while_the_page_is_gathered() {
             PausePoint::NothingGathered => gates.2.enter(),
             _ => {}
         });
+        let handle = frozen.handle();
         memory.store(BlockId(0), PageIndex(0), &[0xab; PAGE]);
         std::thread::scope(|scope| {
             let writer = scope.spawn(|| memory.store(BlockId(0), PageIndex(5), &[0xcd; PAGE]));
             full.wait_for(1);
             taken.close();
             let sink = Collector::new(&memory.layout, None, u64::MAX);
-            let feed = frozen.start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
+            let feed = Box::new(frozen).start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
             // At page 0, which is saved, and at page 5.
             taken.wait_for(1);
             taken.pass(1);
@@ -303,7 +308,7 @@ fn a_claim_that_is_given_back_while_the_page_is_gathered() {
             drop(feed);
         });
         assert!(memory.load(BlockId(0), PageIndex(5)).iter().all(|&byte| byte == 0xcd));
-        assert_eq!(frozen.stats().waits_for_pool, 1);
+        assert_eq!(handle.stats().waits_for_pool, 1);
     }
 }
 
@@ -319,23 +324,24 @@ fn a_page_whose_copy_is_under_way_is_not_missed() {
             PausePoint::NothingGathered => gates.1.enter(),
             _ => {}
         });
+        let handle = frozen.handle();
         std::thread::scope(|scope| {
             let writer = scope.spawn(|| memory.store(BlockId(0), PageIndex(9), &[0xcd; PAGE]));
             copied.wait_for(1);
             let sink = Collector::new(&memory.layout, None, u64::MAX);
-            let feed = frozen.start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
+            let feed = Box::new(frozen).start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
             taken.wait_for(1);
             taken.open();
             // Everything else comes, and that page is waited for.
-            while frozen.stats().pages + frozen.stats().zero_pages < 63 {
+            while handle.stats().pages + handle.stats().zero_pages < 63 {
                 std::thread::yield_now();
             }
             // What must not happen can only be waited for by the clock; what is right does not depend on it.
             let until = Instant::now() + Duration::from_millis(50);
-            while Instant::now() < until && feed.alive() {
+            while Instant::now() < until && !sink.has_ended() {
                 std::thread::yield_now();
             }
-            let early = !feed.alive();
+            let early = sink.has_ended();
             copied.open();
             writer.join().unwrap();
             assert!(!early, "it ended without a page");
@@ -344,7 +350,7 @@ fn a_page_whose_copy_is_under_way_is_not_missed() {
             drop(feed);
         });
         assert!(memory.load(BlockId(0), PageIndex(9)).iter().all(|&byte| byte == 0xcd));
-        assert_eq!(frozen.stats().write_faults, 1);
+        assert_eq!(handle.stats().write_faults, 1);
     }
 }
 

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use common::behind::{Act, file, happen};
 use common::collector::{Collector, layout};
 use common::{Kind, Memory, PAGE};
-use page_source::{PageSink, PageSource};
+use page_source::{OneShot, PageSink};
 use page_units::{BlockId, ByteLen, PageCount, PageIndex, PageRun};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -71,11 +71,12 @@ fn prepare(memory: &Memory) -> Freezer {
 }
 
 /// Delivers it. What comes if everything comes, or why it does not.
-fn deliver(frozen: &Frozen, memory: &Memory, gate: Option<Gate>) -> (Arc<Collector>, Result<(), FrozenError>) {
+fn deliver(frozen: Frozen, memory: &Memory, gate: Option<Gate>) -> (Arc<Collector>, Result<(), FrozenError>) {
     let sink = Collector::new(&memory.layout, gate, u64::MAX);
-    let feed = frozen.start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
+    let handle = frozen.handle();
+    let feed = Box::new(frozen).start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
     let complete = sink.complete();
-    let end = frozen.wait().map(drop);
+    let end = handle.wait().map(drop);
     assert_eq!(complete, end.is_ok(), "{end:?}");
     drop(feed);
     (sink, end)
@@ -125,7 +126,7 @@ fn one(kind: Kind, oracle: &Oracle, plan: &Plan) -> Result<(), FrozenError> {
     guest(3);
     let gate = Gate::closed();
     let (sink, end) = std::thread::scope(|scope| {
-        let delivery = scope.spawn(|| deliver(&frozen, &memory, Some(gate.clone())));
+        let delivery = scope.spawn(|| deliver(frozen, &memory, Some(gate.clone())));
         // The first page is at the sink, or there is none any more.
         while gate.waiting() == 0 && !delivery.is_finished() {
             std::thread::yield_now();
@@ -138,7 +139,6 @@ fn one(kind: Kind, oracle: &Oracle, plan: &Plan) -> Result<(), FrozenError> {
     if end.is_ok() {
         sink.assert_equals(&expected);
     }
-    drop(frozen);
     end
 }
 
@@ -224,7 +224,7 @@ fn pages_that_are_lost_before_they_are_saved_end_the_snapshot() {
             if touched {
                 memory.store(part.block, part.first, &[1]);
             }
-            let (_, end) = deliver(&frozen, &memory, None);
+            let (_, end) = deliver(frozen, &memory, None);
             let error = end.unwrap_err();
             let named = matches!(error, FrozenError::Discarded { .. } | FrozenError::FileChanged { .. });
             assert!(named, "{kind:?}, touched: {touched}: {error}");
@@ -243,7 +243,7 @@ fn pages_that_somebody_else_makes_before_they_are_looked_up_end_the_snapshot() {
     memory.store(BlockId(0), PageIndex(9), &[1; PAGE]);
     let elsewhere = PageRun::single(BlockId(0), PageIndex(100));
     assert!(happen(&memory, elsewhere, Act::WriteToFile));
-    let (_, end) = deliver(&frozen, &memory, None);
+    let (_, end) = deliver(frozen, &memory, None);
     let error = end.unwrap_err();
     assert!(
         matches!(error, FrozenError::FileChanged { expected, found, .. } if expected == PageCount(2) && found == PageCount(3)),
@@ -251,7 +251,7 @@ fn pages_that_somebody_else_makes_before_they_are_looked_up_end_the_snapshot() {
     );
 }
 
-/// Pages that were allocated before the freeze point, and written to after it: beside others and far from any.
+/// Pages that were allocated before the freeze point, and written to after it: next to others and far from any.
 #[test]
 fn pages_that_were_only_allocated_are_zero_in_the_snapshot() {
     testkit::require!(Userfaultfd);
@@ -265,7 +265,7 @@ fn pages_that_were_only_allocated_are_zero_in_the_snapshot() {
     for page in [8, 600, 1501, 1599] {
         memory.store(BlockId(0), PageIndex(page), &[2; PAGE]);
     }
-    let (sink, end) = deliver(&frozen, &memory, None);
+    let (sink, end) = deliver(frozen, &memory, None);
     end.unwrap();
     sink.assert_equals(&expected);
 }
@@ -281,7 +281,7 @@ fn a_file_that_is_longer_than_the_memory_may_change_elsewhere() {
     let expected = content(&memory);
     let frozen = prepare(&memory).arm().unwrap();
     file.write_all_at(&[1; PAGE], 100 * PAGE as u64).unwrap();
-    let (sink, end) = deliver(&frozen, &memory, None);
+    let (sink, end) = deliver(frozen, &memory, None);
     end.unwrap();
     sink.assert_equals(&expected);
 }
@@ -396,10 +396,9 @@ fn equal_pages_are_not_merged_while_they_are_frozen() {
         }
         drop(merging);
         assert_eq!(frozen.stats().write_faults, pages, "each write is seen");
-        let (sink, end) = deliver(&frozen, &memory, None);
+        let (sink, end) = deliver(frozen, &memory, None);
         end.unwrap();
         sink.assert_equals(&expected);
-        drop(frozen);
         if everything {
             assert!(smaps_flags(&memory).contains(" mg"), "the rule of the process holds again");
             assert!(merge_everything(false));
@@ -432,7 +431,7 @@ fn memory_that_is_cut_off_ends_the_snapshot_and_not_the_process() {
     fill(&memory, &oracle);
     let frozen = prepare(&memory).arm().unwrap();
     assert!(happen(&memory, PageRun::new(BlockId(0), PageIndex(32), PageCount(32)), Act::Cut));
-    let (_, end) = deliver(&frozen, &memory, None);
+    let (_, end) = deliver(frozen, &memory, None);
     let error = end.unwrap_err();
     assert!(matches!(error, FrozenError::Kernel { .. } | FrozenError::FileChanged { .. }), "{error}");
 }

@@ -17,7 +17,9 @@ use uffd_engine::{Background, EngineError};
 const GRANULES: u64 = 6;
 
 /// All huge pages but some, taken until it is dropped.
-struct Hog(Option<vm_memory::MmapRegion>);
+struct Hog {
+    _pages: Option<vm_memory::MmapRegion>,
+}
 
 impl Hog {
     fn leave(pages: u64) -> Hog {
@@ -28,7 +30,7 @@ impl Hog {
         let available = (of("free") + of("nr_overcommit")).saturating_sub(of("surplus") + of("resv"));
         let take = usize::try_from(available.saturating_sub(pages)).unwrap();
         if take == 0 {
-            return Hog(None);
+            return Hog { _pages: None };
         }
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | libc::MAP_NORESERVE;
         let map = vm_memory::mmap::MmapRegionBuilder::new(take * HUGE)
@@ -42,7 +44,7 @@ impl Hog {
             // As many as there are.
             libc::madvise(map.as_ptr().cast(), take * HUGE, libc::MADV_POPULATE_WRITE);
         }
-        Hog(Some(map))
+        Hog { _pages: Some(map) }
     }
 }
 

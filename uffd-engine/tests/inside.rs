@@ -1,5 +1,5 @@
-//! The only handler of an engine that reads events waits inside the gate when nobody else installs. Whoever wants in has
-//! to get in, at every moment.
+//! The only handler of an engine that reads events waits inside the gate when nobody else installs. An installer
+//! gets in at every moment.
 
 mod common;
 
@@ -19,7 +19,7 @@ use uffd_engine::{Background, Engine, EngineError, PausePoint};
 
 /// What never happens is waited for no longer than this.
 const NEVER: Duration = Duration::from_secs(20);
-/// After so many faults in peace a handler goes in.
+/// After how many undisturbed faults a handler parks inside the gate.
 const PEACE: u64 = 8;
 const PAGES: u64 = 256;
 
@@ -73,7 +73,7 @@ impl Served {
     }
 }
 
-/// Nothing wakes the handler but whoever wants in.
+/// Nothing wakes the handler but an installer that wants in.
 #[test]
 fn the_loader_gets_past_a_handler_that_waits_inside() {
     testkit::require!(Userfaultfd);
@@ -85,7 +85,7 @@ fn the_loader_gets_past_a_handler_that_waits_inside() {
     }
 }
 
-/// Somebody knocks before the handler waits, and it hears that when it does; or a fault comes as well, and it hears both.
+/// An interrupt comes before the handler waits, which reads it when it does; or a fault comes as well, and it reads both.
 #[test]
 fn a_knock_before_the_handler_waits() {
     testkit::require!(Userfaultfd);
@@ -111,9 +111,9 @@ fn a_knock_before_the_handler_waits() {
     }
 }
 
-/// Two want in at once: one knock is enough for both.
+/// Two want in at once: one interrupt is enough for both.
 #[test]
-fn two_that_knock_at_once() {
+fn two_interrupts_at_once_let_both_in() {
     testkit::require!(Userfaultfd);
     let inside = Gate::closed();
     let served = serve(Kind::Anonymous, &inside);

@@ -8,7 +8,7 @@ use common::collector::{Collector, layout};
 use common::discards::split_off;
 use common::refused::right_or_refused;
 use common::{Kind, Memory, counted};
-use page_source::{PageSink, PageSource};
+use page_source::{OneShot, PageSink, PageSource};
 use page_units::{BlockId, ByteLen, PageCount, PageIndex, PageRun};
 use testkit::faults::{Fault, FaultySource};
 use testkit::hugepages::Overcommit;
@@ -150,9 +150,10 @@ fn memory_of_many_mappings_is_frozen_on_every_kernel() {
             memory.store(BlockId(0), PageIndex(page), &[0x77; 8]);
         }
         let sink = Collector::new(oracle.layout(), None, u64::MAX);
-        let feed = frozen.start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
+        let handle = frozen.handle();
+        let feed = Box::new(frozen).start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
         assert!(sink.complete());
-        frozen.wait().unwrap();
+        handle.wait().unwrap();
         sink.assert_equals(&[oracle.block(BlockId(0)).to_vec()]);
         drop(feed);
     }

@@ -18,7 +18,7 @@ const PAGES: u64 = 64;
 
 /// The pages with which its handlers are woken are not there either.
 #[test]
-fn an_engine_ends_there_too() {
+fn an_engine_in_a_process_that_locks_its_memory_ends() {
     testkit::require!(Root, Userfaultfd);
     let oracle = full(PAGES);
     for discards in [Discards::Announced, Discards::Events] {

@@ -1,4 +1,4 @@
-//! A source that panics when an engine's thread asks it something: the engine fails closed, and whoever waits is answered.
+//! A source that panics when an engine's thread asks it something: the engine fails closed, and every waiter is answered.
 
 mod common;
 
@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use common::refused::right_or_refused_or_zero;
 use common::{Kind, Memory, PAGE};
-use page_source::{Feed, PageSink, PageSource, SourceError, Span, Urgency};
+use page_source::{Answer, Feed, PageSink, PageSource, Pages, SourceError, Span, Urgency};
 use page_units::{BlockId, Layout, PageIndex, PageRun};
 use testkit::oracle::Oracle;
 use testkit::source::MemorySource;
@@ -18,13 +18,12 @@ use uffd_engine::{Background, Engine, EngineError};
 /// What a source is asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Question {
-    RunAt,
-    Verify,
-    Alive,
+    Content,
+    Finish,
     Start,
 }
 
-/// Panics whenever a thread of that name asks that, after it has asked so often.
+/// Panics whenever a thread of that name asks that, after it has asked a number of times.
 #[derive(Clone, Debug)]
 struct Panicking {
     inner: MemorySource,
@@ -42,21 +41,18 @@ impl Panicking {
     }
 }
 
-impl PageSource for Panicking {
+impl Pages for Panicking {
     fn layout(&self) -> &Layout {
         self.inner.layout()
     }
 
-    fn run_at(&self, block: BlockId, first: PageIndex) -> Span {
-        self.hear(Question::RunAt);
-        self.inner.run_at(block, first)
+    fn content(&self, run: PageRun) -> Span {
+        self.hear(Question::Content);
+        self.inner.content(run)
     }
+}
 
-    fn verify(&self) -> Result<(), SourceError> {
-        self.hear(Question::Verify);
-        Ok(())
-    }
-
+impl PageSource for Panicking {
     fn start(&self, sink: Arc<dyn PageSink>) -> Result<Box<dyn Feed>, SourceError> {
         self.hear(Question::Start);
         Ok(Box::new(PanickingFeed(self.inner.start(sink)?, self.clone())))
@@ -67,16 +63,13 @@ impl PageSource for Panicking {
 struct PanickingFeed(Box<dyn Feed>, Panicking);
 
 impl Feed for PanickingFeed {
-    fn request(&self, run: PageRun, urgency: Urgency) {
-        // One that is asked whether it lives has not answered.
-        if self.1.question != Question::Alive {
-            self.0.request(run, urgency);
-        }
+    fn request(&self, run: PageRun, urgency: Urgency) -> Answer {
+        self.0.request(run, urgency)
     }
 
-    fn alive(&self) -> bool {
-        self.1.hear(Question::Alive);
-        true
+    fn finish(self: Box<Self>) -> Result<(), SourceError> {
+        self.1.hear(Question::Finish);
+        self.0.finish()
     }
 }
 
@@ -90,7 +83,7 @@ fn oracle() -> Arc<Oracle> {
     Arc::new(Oracle::new([("ram", (0..PAGES).flat_map(page).collect())]).unwrap())
 }
 
-/// Lets the source panic, sees what comes of it, and answers how many pages can't be had.
+/// Lets the source panic, sees what comes of it, and answers how many pages are unavailable.
 fn refused(
     question: Question,
     thread: &'static str,
@@ -111,28 +104,30 @@ fn refused(
         panic!("{question:?} on {thread}: it goes on");
     };
     let cancelled = matches!(error, EngineError::Cancelled);
-    assert!(cancelled || matches!(error, EngineError::ThreadDied(_)), "{question:?} on {thread}: {error}");
+    // What is lost with the feed says so itself.
+    let died = matches!(error, EngineError::ThreadDied(_))
+        || question == Question::Finish && matches!(error, EngineError::Broken(_));
+    assert!(cancelled || died, "{question:?} on {thread}: {error}");
     drop(engine);
     right_or_refused_or_zero(&memory, &oracle, given_back)
 }
 
 #[test]
-fn the_supervisor_asks() {
+fn a_source_that_panics_when_the_supervisor_asks_fails_the_engine() {
     testkit::require!(Userfaultfd);
     let (all, none) = (Background::default, Background::off);
     const ME: &str = "uffd-supervisor";
     // Everything is there when it asks. Who can't say what is zero is not believed that anything is.
-    assert_eq!(refused(Question::RunAt, ME, 0, all(), |_, _| ()), PAGES / 2);
-    assert_eq!(refused(Question::Verify, ME, 0, all(), |_, _| ()), 0);
-    assert_eq!(refused(Question::Alive, ME, 0, all(), |_, _| ()), PAGES / 2);
+    assert_eq!(refused(Question::Content, ME, 0, all(), |_, _| ()), PAGES / 2);
+    assert_eq!(refused(Question::Finish, ME, 0, all(), |_, _| ()), 0);
     // As it poisons what is missing.
     for after in [0, 1] {
-        assert_eq!(refused(Question::RunAt, ME, after, none(), |_, engine| engine.cancel()), PAGES);
+        assert_eq!(refused(Question::Content, ME, after, none(), |_, engine| engine.cancel()), PAGES);
     }
 }
 
 #[test]
-fn a_handler_asks() {
+fn a_source_that_panics_when_a_handler_asks_fails_the_engine() {
     testkit::require!(Userfaultfd);
     // It asks for the page itself, and then for those around it; of one that was given back for the others alone.
     for (page, after) in [(ZERO, 0), (ZERO, 1), (ZERO, 3), (GIVEN_BACK, 0), (GIVEN_BACK, 1)] {
@@ -142,25 +137,25 @@ fn a_handler_asks() {
                 assert!(bytes.iter().all(|&byte| byte == 0));
             }
         };
-        let lost = refused(Question::RunAt, "uffd-fault-0", after, Background::off(), touch);
+        let lost = refused(Question::Content, "uffd-fault-0", after, Background::off(), touch);
         assert!((PAGES / 2 - 1..=PAGES).contains(&lost), "{lost}");
     }
 }
 
 #[test]
-fn a_loader_asks() {
+fn a_source_that_panics_when_a_loader_asks_fails_the_engine() {
     testkit::require!(Userfaultfd);
-    assert_eq!(refused(Question::RunAt, "uffd-load-0", 0, Background::default(), |_, _| ()), PAGES / 2);
+    assert_eq!(refused(Question::Content, "uffd-load-0", 0, Background::default(), |_, _| ()), PAGES / 2);
 }
 
 /// There is no engine then, and the owner of the memory goes on.
 #[test]
-fn who_starts_the_engine_asks() {
+fn a_source_that_panics_when_it_is_started_leaves_no_engine() {
     testkit::require!(Userfaultfd);
     let oracle = oracle();
     let memory = Memory::new(Kind::Anonymous, oracle.layout());
     let inner = MemorySource::new(Arc::clone(&oracle));
-    let thread = "who_starts_the_engine_asks";
+    let thread = "a_source_that_panics_when_it_is_started_leaves_no_engine";
     let source = Panicking { inner, question: Question::Start, thread, after: 0, asked: Arc::default() };
     let builder = memory.engine(Arc::new(source)).descriptor(memory.handed_over());
     assert!(catch_unwind(AssertUnwindSafe(|| builder.start())).is_err());

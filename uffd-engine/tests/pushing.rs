@@ -27,7 +27,7 @@ fn a_source_that_delivers_everything_while_it_is_started() {
             let oracle = full(2 * HUGE);
             let memory = Memory::new(kind, oracle.layout());
             let source = Scripted::new(Arc::clone(&oracle)).pushing_at_start();
-            let engine = memory.engine(Arc::new(source)).discards(discards).start().unwrap();
+            let engine = memory.engine(Box::new(source)).discards(discards).start().unwrap();
             let stats = engine.wait().unwrap().stats;
             assert_eq!((stats.background_pages, stats.demand_faults), (2 * HUGE, 0), "{kind:?} {stats:?}");
             memory.assert_equals(&oracle);
@@ -43,7 +43,7 @@ fn a_source_that_can_not_be_started_leaves_ordinary_memory() {
     let source = Arc::new(Scripted::new(Arc::clone(&oracle)).failing_at_start());
     let before = common::fd_count();
     for _ in 0..200 {
-        let started = memory.engine(Arc::<Scripted>::clone(&source)).start();
+        let started = memory.engine(source.peer()).start();
         assert!(matches!(started, Err(StartError::Source(_))), "{started:?}");
     }
     assert!(common::fd_count() < before + 150, "descriptors stay open");
@@ -63,7 +63,7 @@ fn a_piece_that_comes_too_late_changes_nothing() {
         let gate = Gate::closed();
         let at_gate = gate.clone();
         let engine = memory
-            .engine(Arc::<Scripted>::clone(&source))
+            .engine(source.peer())
             .background(Background::default().paused())
             .pauses(move |point| {
                 if point == PausePoint::Piece && std::thread::current().name() == Some("late") {
@@ -76,22 +76,21 @@ fn a_piece_that_comes_too_late_changes_nothing() {
         std::thread::scope(|scope| {
             let late = Thread::new().name("late".into()).spawn_scoped(scope, || source.push(run(0, 256)));
             gate.wait_for(1);
-            assert!(source.push(run(0, 256)).is_continue());
-            assert!(source.push(run(256, 256)).is_continue());
+            assert!(source.push(run(0, 256)).is_taken());
+            assert!(source.push(run(256, 256)).is_taken());
             memory.store(BlockId(0), PageIndex(3), &written);
             gate.open();
-            assert!(late.unwrap().join().unwrap().is_continue());
+            assert!(late.unwrap().join().unwrap().is_taken());
         });
         assert!(memory.load(BlockId(0), PageIndex(3)) == written, "{kind:?}: the guest's own bytes are overwritten");
         let stats = engine.stats();
         assert_eq!((stats.background_pages, stats.duplicates), (HUGE, HUGE), "{kind:?} {stats:?}");
         // It left nothing behind that would count as an incomplete page.
         for _ in 0..100 {
-            assert!(source.push(run(0, 100)).is_continue());
+            assert!(source.push(run(0, 100)).is_taken());
         }
         engine.resume_background();
         engine.wait().unwrap();
-        source.forget_sink();
     }
 }
 
@@ -105,7 +104,7 @@ fn pieces_of_one_page_from_many_threads() {
             let oracle = full(2 * HUGE);
             let memory = Memory::new(kind, oracle.layout());
             let source = Arc::new(Scripted::new(Arc::clone(&oracle)));
-            let engine = memory.engine(Arc::<Scripted>::clone(&source)).start().unwrap();
+            let engine = memory.engine(source.peer()).start().unwrap();
             std::thread::scope(|scope| {
                 for thread in 0..4u64 {
                     let (source, engine) = (&source, &engine);
@@ -113,7 +112,7 @@ fn pieces_of_one_page_from_many_threads() {
                         for at in 0..64 {
                             let piece = (at * 5 + thread / 2) % 64 * 16;
                             // Nothing more is taken when the others have brought everything.
-                            assert!(source.push(run(piece, 16)).is_continue() || engine.wait().is_ok());
+                            assert!(source.push(run(piece, 16)).is_taken() || engine.wait().is_ok());
                         }
                     });
                 }
@@ -121,7 +120,6 @@ fn pieces_of_one_page_from_many_threads() {
             });
             engine.wait().unwrap();
             memory.assert_equals(&oracle);
-            source.forget_sink();
         }
     }
 }
@@ -135,13 +133,13 @@ fn the_end_makes_zero_of_what_never_came_and_of_nothing_else() {
         let oracle = full(3 * HUGE);
         let memory = Memory::new(kind, oracle.layout());
         let source = Arc::new(Scripted::new(Arc::clone(&oracle)));
-        let engine = memory.engine(Arc::<Scripted>::clone(&source)).start().unwrap();
+        let engine = memory.engine(source.peer()).start().unwrap();
         let came = [run(0, HUGE), run(HUGE + 7, 100), run(HUGE + 300, 1)];
         std::thread::scope(|scope| {
             // Somebody waits for a page that came, of a huge page that is not whole.
             let waiting = scope.spawn(|| memory.load(BlockId(0), PageIndex(HUGE + 8)));
             for piece in came {
-                assert!(source.push(piece).is_continue());
+                assert!(source.push(piece).is_taken());
             }
             source.end();
             assert!(waiting.join().unwrap() == oracle.run(run(HUGE + 8, 1)), "{kind:?}");
@@ -152,7 +150,6 @@ fn the_end_makes_zero_of_what_never_came_and_of_nothing_else() {
             let right = if came { oracle.run(run(page, 1)).to_vec() } else { vec![0; PAGE] };
             assert!(memory.load(BlockId(0), PageIndex(page)) == right, "{kind:?} page {page}");
         }
-        source.forget_sink();
     }
 }
 
@@ -165,7 +162,7 @@ fn all_that_was_asked_for_may_be_incomplete_at_a_time() {
     let oracle = full(PAGES * HUGE);
     let memory = Memory::new(Kind::HugetlbPrivate, oracle.layout());
     let source = Arc::new(Scripted::new(Arc::clone(&oracle)));
-    let engine = memory.engine(Arc::<Scripted>::clone(&source)).start().unwrap();
+    let engine = memory.engine(source.peer()).start().unwrap();
     let wait_for = |count: usize| {
         while source.asked().len() < count {
             assert!(engine.outcome().is_none(), "{:?}", engine.outcome());
@@ -188,13 +185,12 @@ fn all_that_was_asked_for_may_be_incomplete_at_a_time() {
         for half in [0, 256] {
             for asked in source.asked() {
                 assert_eq!(asked.pages, PageCount(HUGE));
-                assert!(source.push(run(asked.first.0 + half, 256)).is_continue(), "{:?}", engine.outcome());
+                assert!(source.push(run(asked.first.0 + half, 256)).is_taken(), "{:?}", engine.outcome());
             }
         }
     });
     engine.wait().unwrap();
     memory.assert_equals(&oracle);
-    source.forget_sink();
 }
 
 /// The limit is kept whatever a source does, and the error says what was too much.
@@ -207,13 +203,13 @@ fn more_incomplete_huge_pages_than_were_allowed_fail() {
         let memory = Memory::new(Kind::HugetlbPrivate, oracle.layout());
         let source = Arc::new(Scripted::new(Arc::clone(&oracle)));
         let background = Background::off().with_window(PageCount(1));
-        let builder = memory.engine(Arc::<Scripted>::clone(&source)).background(background);
+        let builder = memory.engine(source.peer()).background(background);
         let engine = builder.incomplete_huge_pages(asked).start().unwrap();
         for huge in 0..limit {
-            assert!(source.push(run(huge * HUGE + huge, 1)).is_continue(), "{huge}: {:?}", engine.outcome());
+            assert!(source.push(run(huge * HUGE + huge, 1)).is_taken(), "{huge}: {:?}", engine.outcome());
         }
         assert!(engine.outcome().is_none());
-        assert!(source.push(run(limit * HUGE + 5, 1)).is_break());
+        assert!(!source.push(run(limit * HUGE + 5, 1)).is_taken());
         let error = engine.wait().unwrap_err();
         assert!(matches!(&error, EngineError::Staging { block, .. } if &**block == "ram"), "{error}");
         let page = limit * HUGE + 5;
@@ -224,7 +220,6 @@ fn more_incomplete_huge_pages_than_were_allowed_fail() {
         for page in [0, HUGE + 1, page] {
             assert!(memory.read(BlockId(0), PageIndex(page)).is_err(), "page {page}");
         }
-        source.forget_sink();
     }
 }
 
@@ -235,12 +230,11 @@ fn an_install_that_the_kernel_refuses_names_the_block() {
     let oracle = full(8);
     let memory = Memory::new(Kind::Anonymous, oracle.layout());
     let source = Arc::new(Scripted::new(Arc::clone(&oracle)));
-    let builder = memory.engine(Arc::<Scripted>::clone(&source)).background(Background::off());
+    let builder = memory.engine(source.peer()).background(Background::off());
     let engine = builder.discards(Discards::Announced).start().unwrap();
     drop(memory);
-    assert!(source.push(run(3, 2)).is_break());
+    assert!(!source.push(run(3, 2)).is_taken());
     let error = engine.wait().unwrap_err();
     assert!(matches!(&error, EngineError::Install { block, .. } if &**block == "ram"), "{error}");
     assert!(error.to_string().contains("pages 3..5 of RAM block \"ram\" at 0x"), "{error}");
-    source.forget_sink();
 }

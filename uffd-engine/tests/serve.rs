@@ -5,7 +5,7 @@ mod common;
 use std::sync::Arc;
 
 use common::{HUGE_KINDS, Kind, Memory, SMALL_KINDS, counted};
-use page_source::{Feed, PageSink, PageSource, SourceError, Span, Urgency};
+use page_source::{Answer, Feed, PageSink, PageSource, Pages, SourceError, Span, Urgency};
 use page_units::{BlockId, ByteLen, Layout, PageCount, PageIndex, PageRun, PageSize, RamBlock};
 use parking_lot::Mutex;
 use proptest::prelude::*;
@@ -253,24 +253,30 @@ struct Recording {
 #[derive(Debug)]
 struct RecordingFeed(Box<dyn Feed>, Arc<Mutex<Vec<(PageIndex, Urgency)>>>);
 
-impl PageSource for Recording {
+impl Pages for Recording {
     fn layout(&self) -> &Layout {
         self.inner.layout()
     }
 
-    fn run_at(&self, block: page_units::BlockId, first: PageIndex) -> Span {
-        self.inner.run_at(block, first)
+    fn content(&self, run: PageRun) -> Span {
+        self.inner.content(run)
     }
+}
 
+impl PageSource for Recording {
     fn start(&self, sink: Arc<dyn PageSink>) -> Result<Box<dyn Feed>, SourceError> {
         Ok(Box::new(RecordingFeed(self.inner.start(sink)?, Arc::clone(&self.order))))
     }
 }
 
 impl Feed for RecordingFeed {
-    fn request(&self, run: PageRun, urgency: Urgency) {
+    fn request(&self, run: PageRun, urgency: Urgency) -> Answer {
         self.1.lock().push((run.first, urgency));
-        self.0.request(run, urgency);
+        self.0.request(run, urgency)
+    }
+
+    fn finish(self: Box<Self>) -> Result<(), SourceError> {
+        self.0.finish()
     }
 }
 

@@ -147,6 +147,13 @@ impl Layout {
         self.iter().map(|(id, block)| PageRun::new(id, PageIndex(0), block.pages()))
     }
 
+    /// The part of `run`, from its first page on, that lies in the layout. Empty if its first page does not.
+    #[must_use]
+    pub fn clip(&self, run: PageRun) -> PageRun {
+        let whole = self.run_of(run.block).unwrap_or(PageRun::new(run.block, PageIndex(0), PageCount(0)));
+        run.intersect(whole)
+    }
+
     /// Length of all blocks together.
     #[must_use]
     pub fn total(&self) -> ByteLen {

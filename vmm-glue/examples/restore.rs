@@ -69,7 +69,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         println!("  {step:?}: {took:?}");
     }
 
-    // A guest that can't go on (a page that can't be had, a crash) is an error here, with the address if it is known.
+    // A guest that can't go on (an unavailable page, a crash) is an error here, with the address if it is known.
     vm.wait_stopped(Duration::from_secs(60))?;
     while !vm.wait_complete(Duration::from_secs(60))? {}
     if let Some(engine) = vm.engine() {

@@ -10,7 +10,7 @@
 //! - [`snapshot_live`]: into a snapshot file while the guest runs; it stands still only for its device state and for
 //!   the write-protection of its memory.
 //!
-//! A page whose content can't be had is never zero and never MMIO: the guest stops with a [`VmError`] that names the
+//! A page whose content is unavailable is never zero and never MMIO: the guest stops with a [`VmError`] that names the
 //! guest-physical address where it is known.
 //!
 //! The parts can be used one by one; `examples/restore.rs` shows them together.

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mapped_ram::Writer;
-use page_source::{PageSink, PageSource};
+use page_source::{OneShot, PageSink};
 use page_units::{ByteLen, PageCount};
 use uffd_engine::{Engine, Freezer, Frozen};
 use vmstate::{Configuration, DeviceWriter, Section};
@@ -107,20 +107,19 @@ pub(crate) fn take(
     if options.check_space {
         check::space(ram, &writer, engine.map_or(PageCount(0), Engine::missing))?;
     }
-    let sink = Arc::new(LiveSink::new(writer, claim));
 
     let Taken { sections, frozen, blackout } = freeze(machine, host, freezer, options)?;
     options.tell(&LiveEvent::FreezePoint { blackout: blackout.total });
 
-    let frozen = Arc::new(frozen);
     for section in sections {
         devices.push(section);
     }
     let state = devices.finish(&options.machine)?;
     let length = ByteLen::of(state.len());
-    sink.set_device_state(state);
-    let feed = frozen.start(Arc::clone(&sink) as Arc<dyn PageSink>).map_err(LiveError::Begin)?;
-    Ok(LiveSnapshot::new(feed, frozen, sink, Arc::clone(ram), handle::Begun { begun, blackout, state: length }))
+    let sink = Arc::new(LiveSink::new(writer, claim, state));
+    let handle = frozen.handle();
+    let feed = Box::new(frozen).start(Arc::clone(&sink) as Arc<dyn PageSink>).map_err(LiveError::Begin)?;
+    Ok(LiveSnapshot::new(feed, handle, sink, Arc::clone(ram), handle::Begun { begun, blackout, state: length }))
 }
 
 /// Everything a freeze needs: with the engine, as long as that is loading.

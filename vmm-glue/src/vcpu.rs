@@ -3,7 +3,7 @@
 //! No signal handler is installed anywhere. In a vCPU's thread the kick signal and `SIGBUS` are blocked; only while
 //! the thread is in `KVM_RUN` does `KVM_SET_SIGNAL_MASK` let them in, where they make the call return `EINTR` and stay
 //! pending. The thread then takes them with `sigtimedwait`: a kick says that somebody wants the vCPU to stop, a
-//! `SIGBUS` carries the address of a page whose content could not be had.
+//! `SIGBUS` carries the address of a page whose content is unavailable.
 
 mod bus;
 mod exit;

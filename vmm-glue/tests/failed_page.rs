@@ -1,17 +1,17 @@
-//! A page that can't be had ends the guest with a clean error, in whatever way KVM shows it; it never becomes MMIO, and
+//! An unavailable page ends the guest with a clean error, in whatever way KVM shows it; it never becomes MMIO, and
 //! never zeros.
 
 mod common;
 
-use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use common::{PATIENCE, Rig, Signals};
 use kvm_ioctls::Kvm;
-use page_source::{End, Feed, Flow, PageBytes, PageSink, PageSource, SourceError, Span};
+use page_source::{End, Feed, PageBytes, PageSink, PageSource, Pages, Reply, SourceError, Span};
 use page_units::{BlockId, GuestAddr, Layout, PageCount, PageIndex, PageRun};
 use parking_lot::Mutex;
+use testkit::faults::injected;
 use testkit::guest::Privilege;
 use testkit::require;
 use uffd_engine::{Background, Event, FailurePolicy};
@@ -35,42 +35,48 @@ struct Gap {
     page: (BlockId, PageIndex),
 }
 
-impl PageSource for Without {
+impl Pages for Without {
     fn layout(&self) -> &Layout {
         self.inner.layout()
     }
-    fn run_at(&self, block: BlockId, first: PageIndex) -> Span {
-        self.inner.run_at(block, first)
+    fn content(&self, run: PageRun) -> Span {
+        self.inner.content(run)
     }
+}
+
+impl PageSource for Without {
     fn start(&self, sink: Arc<dyn PageSink>) -> Result<Box<dyn Feed>, SourceError> {
         self.inner.start(Arc::new(Gap { sink, page: self.page }))
     }
 }
 
 impl PageSink for Gap {
-    fn data(&self, run: PageRun, bytes: PageBytes<'_>) -> Flow {
+    fn data(&self, run: PageRun, bytes: PageBytes<'_>) -> Reply {
         let bad = PageRun::single(self.page.0, self.page.1).intersect(run);
         if bad.is_empty() {
             return self.sink.data(run, bytes);
         }
         let (before, rest) = run.split_at(bad.first - run.first);
         let (bad, after) = rest.split_at(PageCount(1));
-        let mut flow = ControlFlow::Continue(());
+        let mut reply = Reply::Taken;
         if !before.is_empty() {
-            flow = self.sink.data(before, bytes.slice(page_units::ByteLen(0), before.len()));
+            reply = self.sink.data(before, bytes.slice(page_units::ByteLen(0), before.len()));
         }
-        if flow.is_continue() {
-            flow = self.sink.failed(bad, SourceError::Injected("the page is gone".into()));
+        if reply.is_taken() {
+            reply = self.sink.failed(bad, injected("the page is gone"));
         }
-        if flow.is_continue() && !after.is_empty() {
-            flow = self.sink.data(after, bytes.slice(before.len() + bad.len(), after.len()));
+        if reply.is_taken() && !after.is_empty() {
+            reply = self.sink.data(after, bytes.slice(before.len() + bad.len(), after.len()));
         }
-        flow
+        reply
     }
-    fn zero(&self, run: PageRun) -> Flow {
+    fn zero(&self, run: PageRun) -> Reply {
         self.sink.zero(run)
     }
-    fn failed(&self, run: PageRun, error: SourceError) -> Flow {
+    fn absent(&self, run: PageRun) -> Reply {
+        self.sink.absent(run)
+    }
+    fn failed(&self, run: PageRun, error: SourceError) -> Reply {
         self.sink.failed(run, error)
     }
     fn end(&self, end: End) {
@@ -78,7 +84,7 @@ impl PageSink for Gap {
     }
 }
 
-/// A guest in the middle of its work, of which the page at `guest` can't be had any more.
+/// A guest in the middle of its work, of which the page at `guest` is no longer available.
 fn restored_without(
     privilege: Privilege,
     backing: Backing,

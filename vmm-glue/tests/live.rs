@@ -58,7 +58,7 @@ fn a_hundred_snapshots_under_load_are_their_freeze_points_exactly() {
 }
 
 #[test]
-fn huge_pages_too() {
+fn a_guest_in_huge_pages_is_saved_while_it_runs() {
     require!(Kvm, Userfaultfd, Hugepages);
     let _room = testkit::hugepages::Overcommit::reserve(64).unwrap();
     let dir = directory();
@@ -99,7 +99,7 @@ fn a_tiny_pool_and_several_handlers_lose_nothing() {
 }
 
 #[test]
-fn five_generations() {
+fn snapshots_of_snapshots_are_exact_for_five_generations() {
     require!(Kvm, Userfaultfd);
     let dir = directory();
     for (privilege, vcpus, machine) in

@@ -71,7 +71,7 @@ impl Disk {
         self.changed.notify_all();
     }
 
-    /// Waits until so many requests were done since now.
+    /// Waits until a number of further requests are done.
     fn progress(&self, requests: u64) {
         let mut queue = self.queue.lock();
         let goal = queue.done + requests;

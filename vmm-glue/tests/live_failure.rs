@@ -87,8 +87,8 @@ fn whatever_fails_leaves_the_guest_and_the_last_file_alone() {
     live::finish(&vcpus, &image, &bus, &Kind::SMALL);
 }
 
-/// Whoever restores a guest from a file and saves it under the same name again: replacing the file would take away what
-/// is still missing.
+/// A guest that is restored from a file is saved under the same name again: replacing the file would take away what is
+/// still missing.
 #[test]
 fn the_file_that_memory_is_loaded_from_is_not_replaced_before_that_is_complete() {
     require!(Kvm, Userfaultfd);
@@ -244,7 +244,7 @@ impl Drop for SmallDisk {
 }
 
 #[test]
-fn a_full_disk() {
+fn a_full_disk_leaves_the_guest_running_and_no_file() {
     require!(Kvm, Userfaultfd, Root);
     let (vcpus, image, bus) = live::running(&Kind::SMALL);
     for kib in [64, 1024, 8000] {
@@ -261,7 +261,7 @@ fn a_full_disk() {
         assert!(offset.0 > 0 && error.to_string().contains(&offset.to_string()), "{error}");
         assert_eq!(live::names(disk.0.path()), [""; 0]);
         live::progress(&vcpus, &image, 10);
-        // A symlink from a disk with room to this one, and the other way round.
+        // A symlink from a disk with space to this one, and the other way round.
         let roomy = tempfile::tempdir().unwrap();
         let [here, there] = [roomy.path().join("to-small"), disk.0.path().join("to-roomy")];
         std::os::unix::fs::symlink(&path, &here).unwrap();

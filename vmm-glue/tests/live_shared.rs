@@ -37,7 +37,7 @@ fn write<B: Bitmap>(memory: &GuestMemoryMmap<B>, page: u64, byte: u8) {
 
 const HUGE: u64 = 2 << 20;
 
-/// A mapping of its own of so many huge pages of a file.
+/// A mapping of its own of a few huge pages of a file.
 fn map(file: &File, first: u64, pages: u64) -> GuestRegionMmap {
     map_with(file, first, pages, libc::PROT_READ | libc::PROT_WRITE).unwrap()
 }

@@ -81,7 +81,7 @@ fn regions_of_a_vmm_are_adopted() {
     assert!((1..=HUGE).contains(&source.populated().0), "{:?}", source.populated());
 }
 
-/// Whoever mapped the memory may have told `vm-memory` nothing about huge pages.
+/// The owner of the memory may have told `vm-memory` nothing about huge pages.
 #[test]
 fn huge_pages_are_recognised() {
     const LEN: usize = 4 << 20;
@@ -150,7 +150,7 @@ fn store_elsewhere(at: HostAddr, byte: u8) {
 /// Of a private mapping of a file, what nobody has touched is what the file holds; of shared memory without a file, what
 /// another process has written.
 #[test]
-fn what_was_never_touched_here_is_saved_too() {
+fn what_was_never_touched_here_is_saved() {
     const LEN: usize = 1 << 20;
     let dir = tempfile::tempdir().unwrap();
     let content: Vec<u8> = (0..LEN).map(|at| u8::try_from(at / 4096 % 251).unwrap() + 1).collect();
@@ -178,8 +178,8 @@ fn what_was_never_touched_here_is_saved_too() {
         let block = RamBlock::new("ram", ByteLen(LEN as u64), PageSize::SMALL).unwrap();
         let blocks = FlatBlock::concatenated(vec![block]).unwrap();
         let sink = Arc::new(FlatSink::create(&path, &blocks).unwrap());
-        pump(&source, sink.clone(), &PumpOptions::default()).unwrap();
-        sink.outcome().unwrap();
+        pump(Arc::new(source), sink.clone(), &PumpOptions::default()).unwrap();
+        sink.publish().unwrap();
         assert!(std::fs::read(&path).unwrap() == expected, "{flags:#x}");
     }
 }

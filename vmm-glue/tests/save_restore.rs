@@ -160,12 +160,12 @@ fn a_resume_that_fails_leaves_nothing_behind() {
     assert!(matches!(cut, Err(RestoreError::Open(_))), "{cut:?}");
     save(&rig, &path);
     resume(&path, &options).unwrap();
-    // Whoever still held the devices would be a thread that is left.
+    // An owner of the devices that is left would be a thread that is left.
     assert_eq!(Arc::strong_count(&bus), 1);
 }
 
 #[test]
-fn huge_pages_too() {
+fn a_guest_in_huge_pages_is_restored() {
     require!(Kvm, Userfaultfd, Hugepages);
     let _room = testkit::hugepages::Overcommit::reserve(32).unwrap();
     let dir = tempfile::tempdir().unwrap();

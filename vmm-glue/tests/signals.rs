@@ -63,7 +63,7 @@ fn victim() {
     }
 }
 
-/// What of signals a thread has: blocked and pending.
+/// The signals of a thread: blocked and pending.
 fn signals() -> Vec<String> {
     let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
     let lines = status.lines().filter(|line| ["SigPnd", "ShdPnd", "SigBlk"].iter().any(|name| line.starts_with(name)));

@@ -26,10 +26,10 @@ const MOST_EVENTS: usize = 4096;
 /// The first command of all.
 const NEGOTIATION: &str = "qmp_capabilities";
 
-/// How often it is looked whether there is room in the queue of the socket, which nothing tells.
+/// How often a full queue of the socket is tried again: nothing tells when a place in it is free.
 const AGAIN: Duration = Duration::from_millis(10);
 
-/// Connects; `None` if there was no room in time: QEMU takes one client, and lets one wait.
+/// Connects; `None` if no place was free in time: QEMU takes one client, and lets one wait.
 fn connect_until(address: &QmpAddress, until: Instant) -> io::Result<Option<UnixStream>> {
     match address {
         QmpAddress::Unix(path) => connect_unix(path, until),
@@ -38,7 +38,7 @@ fn connect_until(address: &QmpAddress, until: Instant) -> io::Result<Option<Unix
 }
 
 fn connect_unix(path: &Path, until: Instant) -> io::Result<Option<UnixStream>> {
-    // A name that is longer than an address has room for is reached through its directory.
+    // A name that is too long for an address is reached through its directory.
     let mut near = None;
     let address = match (UnixAddr::new(path), path.parent(), path.file_name()) {
         (Err(Errno::ENAMETOOLONG), Some(directory), Some(name)) => {
@@ -188,8 +188,8 @@ impl Qmp {
         self.socket.as_fd().try_clone_to_owned()
     }
 
-    /// Lets go of the connection without closing it, for whoever [shares](Qmp::share) it. What belongs to it here is
-    /// freed when the process ends.
+    /// Lets go of the connection without closing it, for the process that [shares](Qmp::share) it. What belongs to it here
+    /// is freed when the process ends.
     pub fn leave_open(self) {
         std::mem::forget(self);
     }

@@ -203,7 +203,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_table_of_a_real_qemu() {
+    fn the_table_of_a_real_qemu_is_parsed() {
         let table = "              Block Name    PSize              Offset               Used              Total                HVA  RO\n\
                      \x20                 pc.ram    2 MiB  0x0000000000000000 0x0000000002000000 0x0000000002000000 0x00007f6f9be00000  rw\n\
                      \x20   /rom@etc/acpi/tables    4 KiB  0x0000000002080000 0x0000000000020000 0x0000000000200000 0x00007f6f9ba00000  ro\n";

@@ -16,8 +16,8 @@ const LONGEST: usize = 1 << 20;
 /// How long to wait before the command is repeated that QEMU has refused.
 const AGAIN: Duration = Duration::from_millis(20);
 
-/// Tells a QEMU to listen at `uri` for whoever brings a guest the rest of its memory, over a connection on which another
-/// process, which is gone, had enabled out-of-band execution ([`Qmp::is_out_of_band`](crate::Qmp::is_out_of_band)).
+/// Tells a QEMU to listen at `uri` for the process that brings a guest the rest of its memory, over a connection on which
+/// another process, which is gone, had enabled out-of-band execution ([`Qmp::is_out_of_band`](crate::Qmp::is_out_of_band)).
 ///
 /// A guest that misses pages may hold QEMU's main thread up: a processor that takes an interrupt, or a device that reads
 /// its ring, waits for its page while it holds the lock that the main thread wants. QEMU then takes no command but this,

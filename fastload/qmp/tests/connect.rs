@@ -32,7 +32,7 @@ fn a_socket_that_another_program_holds_is_given_up_in_time() {
     let listener = UnixListener::bind(&path).unwrap();
     listen(&listener, Backlog::new(0).unwrap()).unwrap();
     let limit = Duration::from_millis(300);
-    // This one waits in the queue, and the next one for room in it.
+    // This one waits in the queue, and the next one for a place in it.
     let waiting = UnixStream::connect(&path).unwrap();
     for _ in 0..2 {
         let begun = Instant::now();

@@ -7,7 +7,6 @@ mod output;
 mod promise;
 mod run_state;
 mod session;
-mod sink;
 mod take;
 
 use std::ffi::OsString;
@@ -48,10 +47,9 @@ If it is killed (SIGKILL) the guest goes on as well, but QEMU's capability backg
 stays on until the next capture of it through the same QMP socket; the capability events, which
 does no harm, stays on.
 
-With --json there are two lines: {\"event\": \"frozen\", ...} right after the freeze point, with the
-blackout in microseconds (not if the guest was paused), and {\"event\": \"captured\", ...} when the
-file is there. With --exec-frozen the first comes before the command is run, and after it
-{\"event\": \"resumed\", ...} with the blackout.")]
+With --json there is an event `frozen` right after the freeze point (not if the guest was paused), and one \
+`complete` when the file is there. With --exec-frozen the first comes before the command is run, and after it \
+`resumed` with the blackout.")]
 pub(crate) struct Capture {
     /// QEMU's QMP socket: a path, or unix:PATH. No other program may hold it meanwhile.
     #[arg(long, value_name = "ADDRESS", value_parser = parse::qmp())]
@@ -59,7 +57,7 @@ pub(crate) struct Capture {
     /// The file to write.
     #[arg(value_name = "OUT")]
     output: PathBuf,
-    /// Begin even if the disk has no room for all of RAM: zero pages take none. A disk that is full fails the capture.
+    /// Begin even if the disk has no space for all of RAM: zero pages take none. A disk that is full fails the capture.
     #[arg(long)]
     any_space: bool,
     /// Run a command at the freeze point, while the guest stands still: to copy its disk images, for example.
@@ -73,7 +71,7 @@ pub(crate) struct Capture {
     allow: Vec<Allow>,
     /// Print JSON, and no progress bar.
     #[arg(long)]
-    json: bool,
+    pub(crate) json: bool,
 }
 
 impl Capture {
@@ -133,7 +131,7 @@ impl Capture {
     }
 }
 
-/// Something that people want to know, beside the result.
+/// Says something that people want to know in addition to the result.
 fn note(text: &str) {
     serving::note(text);
 }

@@ -44,9 +44,9 @@ pub(crate) struct Convert {
     holes_are_zero: bool,
     #[command(flatten)]
     offset: Offset,
-    /// Print JSON, and no progress bar.
+    /// Print JSON, one event per line.
     #[arg(long)]
-    json: bool,
+    pub(crate) json: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -68,15 +68,15 @@ impl Convert {
                 rewrite::refuse_same(template, &self.output)?;
                 let template = Offset::default().open(template)?;
                 let source = self.flat(&template)?;
-                rewrite::to_mapped_ram(&source, &template, &self.output, self.json)?
+                rewrite::to_mapped_ram(Arc::new(source), &template, &self.output, self.json)?
             }
             None => {
                 let snapshot = Arc::new(self.offset.open(&self.input)?);
                 refuse_left_out(&snapshot)?;
                 let source = MappedRam::new(Arc::clone(&snapshot))?;
                 match self.to {
-                    Format::MappedRam => rewrite::to_mapped_ram(&source, &snapshot, &self.output, self.json)?,
-                    Format::Flat => rewrite::to_flat(&source, &self.output, self.json)?,
+                    Format::MappedRam => rewrite::to_mapped_ram(Arc::new(source), &snapshot, &self.output, self.json)?,
+                    Format::Flat => rewrite::to_flat(Arc::new(source), &self.output, self.json)?,
                 }
             }
         };

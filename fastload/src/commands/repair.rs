@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use mapped_ram::{Snapshot, Warning};
 use page_files::{FlatBlock, FlatFile};
@@ -29,9 +30,9 @@ pub(crate) struct Repair {
     output: PathBuf,
     #[command(flatten)]
     offset: Offset,
-    /// Print JSON, and no progress bar.
+    /// Print JSON, one event per line.
     #[arg(long)]
-    json: bool,
+    pub(crate) json: bool,
 }
 
 impl Repair {
@@ -56,7 +57,7 @@ impl Repair {
             Some(FlatBlock { block: block.clone(), offset })
         });
         let source = FlatFile::open(&self.input, blocks.collect())?;
-        let written = rewrite::to_mapped_ram(&source, &snapshot, &self.output, self.json)?;
+        let written = rewrite::to_mapped_ram(Arc::new(source), &snapshot, &self.output, self.json)?;
         written.print(self.json)
     }
 }

@@ -131,11 +131,11 @@ impl Entry {
             Help::Foreign(who) => format!("{what}: only {who} can load it"),
             Help::Firecracker => format!(
                 "{what}: only Firecracker can load it (PUT /snapshot/load), and it has no memory in it; the memory \
-                 file beside it is flat: fastload convert MEMORY OUT --template SNAPSHOT"
+                 file next to it is flat: fastload convert MEMORY OUT --template SNAPSHOT"
             ),
             Help::CloudHypervisor => format!(
                 "{what}: only Cloud Hypervisor can load it (--restore), and it has no memory in it; memory-ranges \
-                 beside it is flat: fastload convert memory-ranges OUT --template SNAPSHOT"
+                 next to it is flat: fastload convert memory-ranges OUT --template SNAPSHOT"
             ),
             Help::Nothing => format!("{what}, and no snapshot; {CAPTURE}"),
         }

@@ -8,14 +8,15 @@
 #![expect(clippy::print_stdout, reason = "an example shows what it does")]
 
 use std::error::Error;
-use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use mapped_ram::Writer;
 use page_files::{FlatBlock, FlatFile, FlatSink, MappedRam, MappedRamSink};
-use page_source::{End, Flow, PageBytes, PageSink, PageSource, PumpOptions, SourceError, Urgency, pump};
+use page_source::{
+    End, PageBytes, PageSink, PageSource, Pages, PumpOptions, Reply, SinkError, SourceError, Urgency, pump,
+};
 use page_units::{BlockId, ByteLen, Layout, PageCount, PageIndex, PageRun, PageSize, RamBlock};
 use vmstate::{Configuration, DeviceWriter};
 
@@ -39,8 +40,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         for run in source.layout().runs() {
             feed.request(run, Urgency::Background);
         }
-        drop(feed);
-        source.verify()?;
+        feed.finish()?;
     }
     let [one, other] = sums.map(|sum| sum.0.load(Ordering::Relaxed));
     println!("checksums: {one:016x} and {other:016x}");
@@ -52,8 +52,8 @@ fn to_flat(from: &Path, to: &Path) -> Result<Vec<FlatBlock>, Box<dyn Error>> {
     let source = MappedRam::open(from)?;
     let blocks = FlatBlock::concatenated(source.layout().blocks().to_vec())?;
     let sink = Arc::new(FlatSink::create(to, &blocks)?);
-    let pumped = pump(&source, Arc::clone(&sink) as Arc<dyn PageSink>, &PumpOptions::default())?;
-    sink.outcome()?;
+    let pumped = pump(Arc::new(source), Arc::clone(&sink) as Arc<dyn PageSink>, &PumpOptions::default())?;
+    sink.publish()?;
     println!("{}: {} pages stored, {} zero", to.display(), pumped.stored, pumped.zero);
     Ok(blocks)
 }
@@ -63,16 +63,15 @@ fn make_snapshot(path: &Path) -> Result<(), Box<dyn Error>> {
     let ram = RamBlock::new("pc.ram", ByteLen(64 << 20), PageSize::SMALL)?;
     let writer = Writer::create(path, &Configuration::new("example"), Layout::new(vec![ram])?)?;
     let sink = MappedRamSink::new(writer);
-    sink.set_device_state(DeviceWriter::new(2).finish("example")?);
     for page in (0..PageCount(16384).0).step_by(5) {
         let content = [page.to_le_bytes(); 512].concat();
         let run = PageRun::single(BlockId(0), PageIndex(page));
-        if let ControlFlow::Break(error) = sink.data(run, PageBytes::from_slice(&content)) {
+        if let Reply::Stop(error) = sink.data(run, PageBytes::from_slice(&content)) {
             return Err(error.into());
         }
     }
     sink.end(End::Complete);
-    Ok(sink.outcome()?)
+    Ok(sink.publish(&DeviceWriter::new(2).finish("example")?)?)
 }
 
 /// A sink that is neither memory nor a file: it adds up what it gets.
@@ -80,26 +79,30 @@ fn make_snapshot(path: &Path) -> Result<(), Box<dyn Error>> {
 struct Sum(AtomicU64);
 
 impl PageSink for Sum {
-    fn data(&self, run: PageRun, bytes: PageBytes<'_>) -> Flow {
+    fn data(&self, run: PageRun, bytes: PageBytes<'_>) -> Reply {
         // Bytes of a mapped file are never read directly: the file could be truncated just now.
         let mut content = vec![0; bytes.len().get()];
         if bytes.copy_to(&mut content).is_err() {
-            return ControlFlow::Break(page_source::SinkError::Unreadable(run));
+            return Reply::Unreadable(run);
         }
         for (page, content) in run.iter().zip(content.chunks(4096)) {
             // A zero page adds nothing, whether it comes as data or as zero.
             let sum = content.iter().fold(0_u64, |sum, byte| sum.wrapping_mul(31).wrapping_add((*byte).into()));
             self.0.fetch_add(sum.wrapping_mul(page.0 + 1), Ordering::Relaxed);
         }
-        ControlFlow::Continue(())
+        Reply::Taken
     }
 
-    fn zero(&self, _: PageRun) -> Flow {
-        ControlFlow::Continue(())
+    fn zero(&self, _: PageRun) -> Reply {
+        Reply::Taken
     }
 
-    fn failed(&self, _: PageRun, error: SourceError) -> Flow {
-        ControlFlow::Break(page_source::SinkError::Source { error })
+    fn absent(&self, run: PageRun) -> Reply {
+        SinkError::Absent(run).into()
+    }
+
+    fn failed(&self, _: PageRun, error: SourceError) -> Reply {
+        SinkError::Source { error }.into()
     }
 
     fn end(&self, _: End) {}

@@ -5,12 +5,13 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use page_units::{BlockId, ByteLen, FileOffset, Layout, LayoutError, PAGE_SIZE, PageCount, PageIndex, RamBlock};
+use page_source::{Content, Feed, PageSink, PageSource, Pages, SourceError, SourceErrorKind, Span, Subject, Urgency};
+use page_units::{ByteLen, FileOffset, Layout, LayoutError, PAGE_SIZE, PageCount, PageRun, RamBlock};
 
 use crate::extents::{Extents, seek};
-use crate::feed::{FileFeed, Places};
+use crate::feed::FileFeed;
 use crate::mapped_file::MappedFile;
-use page_source::{Content, Feed, PageSink, PageSource, SourceError, Span, Urgency};
+use crate::places::{Extent, Places};
 
 /// A RAM block and where it lies in a flat file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,10 +48,10 @@ impl FlatBlock {
 ///
 /// Where the file ends in the middle of the last page of a block, the rest of that page is zero. While pages are
 /// loaded the file must not be touched: inode, size, number of links, mtime and ctime are watched, and a change fails
-/// what is delivered from then on, and [`verify`](PageSource::verify).
+/// what is delivered from then on, and [`finish`](Feed::finish).
 ///
-/// It never calls [`PageSink::end`]: what is delivered is what was asked for.
-#[derive(Debug)]
+/// A flow from it ends as [`End::Stopped`](page_source::End::Stopped): what was delivered is what was asked for.
+#[derive(Clone, Debug)]
 pub struct FlatFile {
     inner: Arc<Inner>,
     scan_for_zeros: bool,
@@ -73,9 +74,8 @@ impl FlatFile {
         let path = path.as_ref();
         // Without O_NONBLOCK, opening a pipe would wait for somebody to write into it.
         let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path);
-        let file = file.map_err(|error| SourceError::Open {
-            path: path.to_owned(),
-            reason: format!("can't be opened: {error}"),
+        let file = file.map_err(|error| {
+            SourceError::new(SourceErrorKind::Unreadable, Subject::file(path), "can't be opened").with_cause(error)
         })?;
         FlatFile::from_file(file, path, blocks)
     }
@@ -92,16 +92,11 @@ impl FlatFile {
             end = end.max(base.checked_add(block.length()).ok_or(LayoutError::TooLarge)?);
         }
         let mapped = MappedFile::new(file, path.into(), end)?;
-        for (block, base) in layout.blocks().iter().zip(&bases) {
+        for ((block, whole), base) in layout.blocks().iter().zip(layout.runs()).zip(&bases) {
             let needed = *base + block.length();
             let last_page = needed.0 - PAGE_SIZE.min(block.length().0);
             if block.length() > ByteLen(0) && mapped.size() <= last_page {
-                return Err(SourceError::Truncated {
-                    path: mapped.path().to_owned(),
-                    block: block.name().to_owned(),
-                    needed,
-                    actual: FileOffset(mapped.size()),
-                });
+                return Err(mapped.truncated(block.name(), whole, needed));
             }
         }
         let extents = layout.blocks().iter().map(|_| Extents::default()).collect();
@@ -117,27 +112,24 @@ impl FlatFile {
     }
 }
 
-impl PageSource for FlatFile {
+impl Pages for FlatFile {
     fn layout(&self) -> &Layout {
         &self.inner.layout
     }
 
-    fn run_at(&self, block: BlockId, first: PageIndex) -> Span {
-        let pages = self.inner.layout.get(block).map_or(PageCount(0), RamBlock::pages);
-        if first.0 >= pages.0 {
-            return Span { content: Content::Unknown, pages: PageCount(0) };
+    fn content(&self, run: PageRun) -> Span {
+        let run = self.inner.layout.clip(run);
+        if run.is_empty() {
+            return Span::OUTSIDE;
         }
-        let left = PageCount(pages.0 - first.0);
-        let span = self.inner.extents[block.0 as usize].known_or_unknown(first);
-        Span { pages: span.pages.min(left), ..span }
+        let span = self.inner.extents[run.block.0 as usize].known_or_unknown(run.first);
+        Span { pages: span.pages.min(run.pages), ..span }
     }
+}
 
+impl PageSource for FlatFile {
     fn start(&self, sink: Arc<dyn PageSink>) -> Result<Box<dyn Feed>, SourceError> {
         FileFeed::start(Arc::clone(&self.inner), sink, self.scan_for_zeros)
-    }
-
-    fn verify(&self) -> Result<(), SourceError> {
-        self.inner.mapped.verify()
     }
 }
 
@@ -146,37 +138,39 @@ impl Places for Inner {
         &self.layout
     }
 
-    fn mapped(&self) -> &MappedFile {
-        &self.mapped
+    fn files(&self) -> impl Iterator<Item = &MappedFile> {
+        std::iter::once(&self.mapped)
     }
 
-    fn base(&self, block: BlockId) -> FileOffset {
-        self.bases[block.0 as usize]
-    }
-
-    fn find(&self, block: BlockId, first: PageIndex, _: PageCount, urgency: Urgency) -> Result<Span, SourceError> {
-        let extents = &self.extents[block.0 as usize];
-        if urgency == Urgency::Demand {
+    fn find(&self, run: PageRun, urgency: Urgency) -> Result<Extent<'_>, SourceError> {
+        let extents = &self.extents[run.block.0 as usize];
+        let offset = self.bases[run.block.0 as usize] + run.first.byte_offset();
+        let at = Some((&self.mapped, offset));
+        let span = if urgency == Urgency::Demand {
             // Looking for the end of a hole may take long; the page itself is at hand.
-            let one = Span { content: Content::Unknown, pages: PageCount(1) };
-            return Ok(extents.at_without_waiting(first).unwrap_or(one));
-        }
-        if let Some(span) = extents.at(first) {
-            return Ok(span);
-        }
-        let base = self.base(block);
-        let (content, end) = seek(self.mapped.file(), base, first, self.mapped.size()).map_err(|error| {
-            let name = self.layout.get(block).map_or("?", RamBlock::name);
-            self.mapped.read_error(name, base + first.byte_offset(), ByteLen(PAGE_SIZE), error)
-        })?;
+            let one = Span::new(Content::Unknown, PageCount(1));
+            extents.at_without_waiting(run.first).unwrap_or(one)
+        } else {
+            extents.at(run.first).map_or_else(|| self.look(run, offset), Ok)?
+        };
+        Ok(Extent { content: span.content, pages: span.pages, at })
+    }
+}
+
+impl Inner {
+    /// Asks the file system whether the pages at `offset` are a hole.
+    fn look(&self, run: PageRun, offset: FileOffset) -> Result<Span, SourceError> {
+        let name = || self.layout.get(run.block).map_or("?", RamBlock::name);
+        let base = self.bases[run.block.0 as usize];
+        let (content, end) = seek(self.mapped.file(), base, run.first, self.mapped.size())
+            .map_err(|error| self.mapped.read_error(name(), run, offset, ByteLen(PAGE_SIZE), error))?;
         // A hole may be one because the file was cut off since the last look: that must not pass for zeros.
         if content == Content::Zero
             && let Err(what) = self.mapped.check()
         {
-            let name = self.layout.get(block).map_or("?", RamBlock::name);
-            return Err(self.mapped.change_error(what, name, base + first.byte_offset()));
+            return Err(self.mapped.change_error(what, name(), run, offset));
         }
-        extents.learn(first, end, content);
-        Ok(Span { content, pages: end - first })
+        self.extents[run.block.0 as usize].learn(run.first, end, content);
+        Ok(Span { content, pages: end - run.first })
     }
 }

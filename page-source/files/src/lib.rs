@@ -21,8 +21,8 @@
 //!
 //! let source = FlatFile::open(&from, blocks.clone())?;
 //! let sink = Arc::new(FlatSink::create(&to, &blocks)?);
-//! let pumped = pump(&source, Arc::clone(&sink) as Arc<dyn PageSink>, &PumpOptions::default())?;
-//! sink.outcome()?;
+//! let pumped = pump(Arc::new(source), Arc::clone(&sink) as Arc<dyn PageSink>, &PumpOptions::default())?;
+//! sink.publish()?;
 //! assert_eq!(pumped.stored.0, 2048);
 //! assert_eq!(std::fs::read(&from)?, std::fs::read(&to)?);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
@@ -34,6 +34,7 @@ mod flat;
 mod identity;
 mod mapped_file;
 mod mapped_ram;
+mod places;
 mod readahead;
 mod sink;
 mod sys;

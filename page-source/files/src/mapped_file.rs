@@ -3,14 +3,20 @@
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
-use page_units::{ByteLen, FileOffset};
+use page_source::{PageBytes, SourceError, SourceErrorKind, Subject, Urgency};
+use page_units::{ByteLen, FileOffset, PageRun};
 
 use crate::identity::Identity;
 use crate::sys::Mapping;
-use page_source::{PageBytes, SourceError};
+
+/// How old the latest check for changes may be when a page is served on demand: asking costs a good part of what serving
+/// the page costs.
+const CHECK_EVERY: Duration = Duration::from_micros(100);
 
 /// A read-only mapping of a file, and what the file looked like when it was made.
 #[derive(Debug)]
@@ -21,21 +27,21 @@ pub(crate) struct MappedFile {
     opened: Identity,
     /// Set once, when a change was seen: from then on nothing of the file is trusted.
     changed: OnceLock<&'static str>,
+    mapped: Instant,
+    /// When it was checked last, by any of the flows from it: nanoseconds after it was mapped.
+    checked: AtomicU64,
 }
 
 impl MappedFile {
     /// Maps the first `length` bytes of `file`, or all if it is shorter. `path` is for messages.
     pub(crate) fn new(file: File, path: PathBuf, length: FileOffset) -> Result<MappedFile, SourceError> {
-        let refuse = |reason: String| SourceError::Open { path: path.clone(), reason };
-        let opened = Identity::of(&file).map_err(|error| refuse(error.to_string()))?;
-        let length = usize::try_from(length.0.min(opened.size())).map_err(|error| refuse(error.to_string()))?;
-        let map = Mapping::of_file(&file, length).map_err(|error| refuse(format!("mapping it failed: {error}")))?;
-        Ok(MappedFile { file, path, map, opened, changed: OnceLock::new() })
-    }
-
-    /// For messages.
-    pub(crate) fn path(&self) -> &Path {
-        &self.path
+        let refuse = |what: &str| SourceError::new(SourceErrorKind::Unreadable, Subject::file(&path), what);
+        let opened = Identity::of(&file).map_err(|error| refuse("it can't be used").with_cause(error))?;
+        let length = usize::try_from(length.0.min(opened.size()))
+            .map_err(|error| refuse("it can't be mapped").with_cause(error))?;
+        let map = Mapping::of_file(&file, length).map_err(|error| refuse("mapping it failed").with_cause(error))?;
+        let (changed, checked) = (OnceLock::new(), AtomicU64::new(0));
+        Ok(MappedFile { file, path, map, opened, changed, mapped: Instant::now(), checked })
     }
 
     pub(crate) fn file(&self) -> &File {
@@ -65,14 +71,27 @@ impl MappedFile {
         what.map_or(Ok(()), |what| Err(*self.changed.get_or_init(|| what)))
     }
 
-    /// What an earlier [`check`](MappedFile::check) has found.
-    pub(crate) fn known_change(&self) -> Option<&'static str> {
-        self.changed.get().copied()
+    /// The same before something is delivered: always in the background, on demand only if nobody has looked lately.
+    pub(crate) fn check_for(&self, urgency: Urgency) -> Result<(), &'static str> {
+        if urgency == Urgency::Demand {
+            let now = u64::try_from(self.mapped.elapsed().as_nanos()).unwrap_or(u64::MAX);
+            let age = now.saturating_sub(self.checked.load(Ordering::Relaxed));
+            if u128::from(age) < CHECK_EVERY.as_nanos() {
+                return self.changed.get().map_or(Ok(()), |what| Err(what));
+            }
+            self.checked.store(now, Ordering::Relaxed);
+        }
+        self.check()
     }
 
-    /// [`check`](MappedFile::check), as the answer to [`PageSource::verify`](page_source::PageSource::verify).
+    /// Whether it is still what it was when it was opened.
     pub(crate) fn verify(&self) -> Result<(), SourceError> {
-        self.check().map_err(|what| SourceError::Altered { path: self.path.clone(), what })
+        self.check().map_err(|what| changed(&self.path, what))
+    }
+
+    /// What an earlier [`check`](MappedFile::check) has found.
+    pub(crate) fn known_error(&self) -> Option<SourceError> {
+        self.changed.get().map(|what| changed(&self.path, what))
     }
 
     /// Lets the kernel begin to read so much into its page cache, and does not wait for it.
@@ -92,13 +111,48 @@ impl MappedFile {
         }
     }
 
-    /// That the content of the block named so, at `offset`, could not be read.
-    pub(crate) fn read_error(&self, block: &str, offset: FileOffset, length: ByteLen, error: io::Error) -> SourceError {
-        SourceError::Read { path: self.path.clone(), block: block.to_owned(), offset, length, error: Arc::new(error) }
+    /// That pages of the block named so, at `offset`, could not be read.
+    pub(crate) fn read_error(
+        &self,
+        block: &str,
+        run: PageRun,
+        offset: FileOffset,
+        length: ByteLen,
+        error: io::Error,
+    ) -> SourceError {
+        let what = format!("reading {length} bytes of RAM block \"{block}\" at file offset {offset} failed");
+        SourceError::new(SourceErrorKind::Unreadable, self.subject(block, run).at(offset), what).with_cause(error)
     }
 
-    /// That the file is no longer what it was, seen while reading the block named so at `offset`.
-    pub(crate) fn change_error(&self, what: &'static str, block: &str, offset: FileOffset) -> SourceError {
-        SourceError::Changed { path: self.path.clone(), what, block: block.to_owned(), offset }
+    /// That the file is no longer what it was, seen while reading pages of the block named so at `offset`.
+    pub(crate) fn change_error(&self, what: &str, block: &str, run: PageRun, offset: FileOffset) -> SourceError {
+        let what = format!(
+            "{what} changed while pages were being loaded from it (RAM block \"{block}\", file offset {offset}): keep a \
+             snapshot file unchanged while a guest runs from it"
+        );
+        SourceError::new(SourceErrorKind::Changed, self.subject(block, run).at(offset), what)
     }
+
+    /// That the file ends before the content of these pages, which needs bytes up to `needed`.
+    pub(crate) fn truncated(&self, block: &str, run: PageRun, needed: FileOffset) -> SourceError {
+        let actual = FileOffset(self.size());
+        let what = format!(
+            "RAM block \"{block}\" needs bytes up to file offset {needed}, but the file ends at {actual}: it was \
+             truncated or is still being written"
+        );
+        SourceError::new(SourceErrorKind::Truncated, self.subject(block, run).at(actual), what)
+    }
+
+    fn subject(&self, block: &str, run: PageRun) -> Subject {
+        Subject::file(&self.path).block(block).run(run)
+    }
+}
+
+/// That a file is not what it was when it was opened.
+pub(crate) fn changed(path: &Path, what: &str) -> SourceError {
+    let what = format!(
+        "{what} changed since it was opened, so what was loaded from it can't be trusted: keep a snapshot file unchanged \
+         while a guest runs from it"
+    );
+    SourceError::new(SourceErrorKind::Changed, Subject::file(path), what)
 }

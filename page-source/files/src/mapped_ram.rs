@@ -4,11 +4,12 @@ use std::path::Path;
 use std::sync::Arc;
 
 use mapped_ram::{FileRun, Options, PageError, Snapshot};
-use page_units::{BlockId, ByteLen, FileOffset, Layout, PageCount, PageIndex, RamBlock};
+use page_source::{Content, Feed, PageSink, PageSource, Pages, SourceError, SourceErrorKind, Span, Subject, Urgency};
+use page_units::{BlockId, FileOffset, Layout, PageCount, PageIndex, PageRun};
 
-use crate::feed::{FileFeed, Places};
-use crate::mapped_file::MappedFile;
-use page_source::{Content, Feed, PageSink, PageSource, SourceError, Span, Urgency};
+use crate::feed::FileFeed;
+use crate::mapped_file::{MappedFile, changed};
+use crate::places::{Extent, Places};
 
 /// A source that is a mapped-ram snapshot file.
 ///
@@ -47,7 +48,7 @@ impl MappedRam {
     pub fn open_with(path: impl AsRef<Path>, options: &Options) -> Result<MappedRam, SourceError> {
         let path = path.as_ref();
         let snapshot = Snapshot::open_with(path, options)
-            .map_err(|error| SourceError::Open { path: path.to_owned(), reason: error.kind.to_string() })?;
+            .map_err(|error| SourceError::new(SourceErrorKind::Corrupt, Subject::file(path), error.kind.to_string()))?;
         MappedRam::new(Arc::new(snapshot))
     }
 
@@ -57,11 +58,14 @@ impl MappedRam {
     /// If its bitmaps were never written, it has changed since it was opened, or it can't be mapped.
     pub fn new(snapshot: Arc<Snapshot>) -> Result<MappedRam, SourceError> {
         let path = snapshot.path().to_owned();
-        let refuse = |reason: String| SourceError::Open { path: path.clone(), reason };
+        let refuse = |error| {
+            SourceError::new(SourceErrorKind::Unreadable, Subject::file(&path), "it can't be used").with_cause(error)
+        };
         if snapshot.lacks_bitmaps() {
-            return Err(from_page_error(&snapshot, PageError::NoBitmaps { path }));
+            let nothing = PageRun::new(BlockId(0), PageIndex(0), PageCount(0));
+            return Err(from_page_error(&snapshot, nothing, PageError::NoBitmaps { path }));
         }
-        let file = snapshot.file().try_clone().map_err(|error| refuse(error.to_string()))?;
+        let file = snapshot.file().try_clone().map_err(refuse)?;
         let ends = snapshot.layout().iter().filter_map(|(id, ram)| {
             let block = snapshot.block(id).filter(|block| block.in_file)?;
             block.pages_offset.checked_add(ram.length())
@@ -70,8 +74,8 @@ impl MappedRam {
         // After the mapping has noted what the file looks like: from then on, it watches.
         match snapshot.changed() {
             Ok(None) => Ok(MappedRam { inner: Arc::new(Inner { mapped, snapshot }) }),
-            Ok(Some(what)) => Err(SourceError::Altered { path, what }),
-            Err(error) => Err(refuse(error.to_string())),
+            Ok(Some(what)) => Err(changed(&path, what)),
+            Err(error) => Err(refuse(error)),
         }
     }
 
@@ -82,33 +86,27 @@ impl MappedRam {
     }
 }
 
-impl PageSource for MappedRam {
+impl Pages for MappedRam {
     fn layout(&self) -> &Layout {
         self.inner.snapshot.layout()
     }
 
-    fn run_at(&self, block: BlockId, first: PageIndex) -> Span {
-        self.run_within(block, first, PageCount(u64::MAX))
-    }
-
-    fn run_within(&self, block: BlockId, first: PageIndex, most: PageCount) -> Span {
-        let pages = self.layout().get(block).map_or(PageCount(0), RamBlock::pages);
-        if first.0 >= pages.0 {
-            return Span { content: Content::Unknown, pages: PageCount(0) };
+    fn content(&self, run: PageRun) -> Span {
+        let run = self.layout().clip(run);
+        if run.is_empty() {
+            return Span::OUTSIDE;
         }
-        match self.inner.snapshot.known_run(block, first, most) {
-            Some(run) => span(run),
+        match self.inner.snapshot.known_run(run.block, run.first, run.pages) {
+            Some(known) => span(known, run),
             // How much is unknown is not known either.
-            None => Span { content: Content::Unknown, pages: PageCount(1).min(most) },
+            None => Span::new(Content::Unknown, PageCount(1)),
         }
     }
+}
 
+impl PageSource for MappedRam {
     fn start(&self, sink: Arc<dyn PageSink>) -> Result<Box<dyn Feed>, SourceError> {
         FileFeed::start(Arc::clone(&self.inner), sink, false)
-    }
-
-    fn verify(&self) -> Result<(), SourceError> {
-        self.inner.mapped.verify()
     }
 }
 
@@ -117,39 +115,56 @@ impl Places for Inner {
         self.snapshot.layout()
     }
 
-    fn mapped(&self) -> &MappedFile {
-        &self.mapped
+    fn files(&self) -> impl Iterator<Item = &MappedFile> {
+        std::iter::once(&self.mapped)
     }
 
-    fn base(&self, block: BlockId) -> FileOffset {
-        // A block that is not in the file has no page that could be found.
-        self.snapshot.block(block).map_or(FileOffset(u64::MAX), |block| block.pages_offset)
-    }
-
-    fn find(&self, block: BlockId, first: PageIndex, most: PageCount, _: Urgency) -> Result<Span, SourceError> {
-        match self.snapshot.load_run(block, first, most) {
-            Ok(run) => Ok(span(run)),
-            Err(error) => Err(from_page_error(&self.snapshot, error)),
+    fn find(&self, run: PageRun, _: Urgency) -> Result<Extent<'_>, SourceError> {
+        match self.snapshot.load_run(run.block, run.first, run.pages) {
+            Ok(found) => {
+                let Span { content, pages } = span(found, run);
+                Ok(Extent { content, pages, at: Some((&self.mapped, self.offset(run))) })
+            }
+            Err(error) => Err(from_page_error(&self.snapshot, run, error)),
         }
     }
 }
 
-fn span(run: FileRun) -> Span {
-    Span { content: if run.is_stored() { Content::Stored } else { Content::Zero }, pages: run.pages() }
+impl Inner {
+    /// Where the first page of `run` is. A block that is not in the file has no page that could be found: saturates there,
+    /// which no file has.
+    fn offset(&self, run: PageRun) -> FileOffset {
+        let base = self.snapshot.block(run.block).map_or(u64::MAX, |block| block.pages_offset.0);
+        FileOffset(base.saturating_add(run.first.byte_offset().0))
+    }
 }
 
-fn from_page_error(snapshot: &Snapshot, error: PageError) -> SourceError {
+/// What was found of `run`.
+fn span(found: FileRun, run: PageRun) -> Span {
+    let content = if found.is_stored() { Content::Stored } else { Content::Zero };
+    Span::new(content, found.pages().min(run.pages))
+}
+
+fn from_page_error(snapshot: &Snapshot, run: PageRun, error: PageError) -> SourceError {
+    let subject = Subject::file(snapshot.path()).run(run);
     match error {
-        PageError::Io { path, block, at, error } => {
-            SourceError::Read { path, block, offset: at, length: ByteLen(1), error: Arc::new(error) }
+        PageError::Io { block, at, error, .. } => {
+            let what = format!("reading the bitmap of RAM block \"{block}\" at file offset {at} failed");
+            SourceError::new(SourceErrorKind::Unreadable, subject.block(block).at(at), what).with_cause(error)
         }
-        PageError::Changed { path, what, .. } => SourceError::Altered { path, what },
-        PageError::BeyondFile { path, block, needed, actual } => SourceError::Truncated { path, block, needed, actual },
+        PageError::BeyondFile { block, needed, actual, .. } => {
+            let what = format!(
+                "RAM block \"{block}\" needs bytes up to file offset {needed}, but the file ends at {actual}: it was \
+                 truncated or is still being written"
+            );
+            SourceError::new(SourceErrorKind::Truncated, subject.block(block).at(actual), what)
+        }
+        PageError::Changed { what, .. } => changed(snapshot.path(), what),
         error => {
             // It names the file itself; so does ours.
-            let (path, said) = (snapshot.path().to_owned(), error.to_string());
-            let reason = said.strip_prefix(&format!("{}: ", path.display())).unwrap_or(&said).to_owned();
-            SourceError::Open { path, reason }
+            let said = error.to_string();
+            let what = said.strip_prefix(&format!("{}: ", snapshot.path().display())).unwrap_or(&said);
+            SourceError::new(SourceErrorKind::Corrupt, subject, what)
         }
     }
 }

@@ -2,12 +2,11 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::ops::ControlFlow;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use page_files::{FlatBlock, FlatFile};
-use page_source::{Content, PageSource, SourceError, Urgency};
+use page_source::{Content, End, PageSource, Pages, Reply, SinkError, SourceError, SourceErrorKind, Urgency};
 use page_units::{BlockId, FileOffset, PageCount, PageIndex, PageRun, PageSize, RamBlock};
 use testkit::collector::{Collector, Got};
 
@@ -55,11 +54,10 @@ fn all_pages_arrive_once_and_byte_exact() {
                 feed.request(piece, urgency);
             }
         }
-        drop(feed);
+        feed.finish().unwrap();
         let content = [0, 1].map(|block| sink.content(source.layout(), BlockId(block))).concat();
         assert!(content == ram, "{urgency:?}");
-        source.verify().unwrap();
-        assert!(sink.state.lock().ends.is_empty());
+        assert!(matches!(sink.state.lock().ends[..], [End::Stopped]));
         if scan {
             assert_eq!((sink.once(0, 20), sink.once(0, 8), sink.once(1, 31)), (Got::Zero, Got::Zero, Got::Zero));
         }
@@ -71,7 +69,7 @@ fn holes_are_known_once_they_were_asked_for() {
     let dir = tempfile::tempdir().unwrap();
     let (path, _) = sample(dir.path());
     let source = open(&path);
-    let at = |block, page| source.run_at(BlockId(block), PageIndex(page));
+    let at = |block, page| source.content(run(block, page, 64));
     assert_eq!((at(0, 0).content, at(0, 0).pages), (Content::Unknown, PageCount(64)));
     assert_eq!((at(0, 64).pages, at(9, 0).pages), (PageCount(0), PageCount(0)));
     let sink = Collector::new();
@@ -97,15 +95,18 @@ fn mapped_bytes_reach_the_kernel_but_not_user_code() {
     #[derive(Debug)]
     struct Writes(File);
     impl page_source::PageSink for Writes {
-        fn data(&self, run: PageRun, bytes: page_source::PageBytes<'_>) -> page_source::Flow {
+        fn data(&self, run: PageRun, bytes: page_source::PageBytes<'_>) -> Reply {
             assert!(bytes.as_slice().is_none(), "a mapped file is not memory of ours");
             bytes.write_to(&self.0, FileOffset(run.first.byte_offset().0)).unwrap();
-            ControlFlow::Continue(())
+            Reply::Taken
         }
-        fn zero(&self, _: PageRun) -> page_source::Flow {
-            ControlFlow::Continue(())
+        fn zero(&self, _: PageRun) -> Reply {
+            Reply::Taken
         }
-        fn failed(&self, run: PageRun, error: SourceError) -> page_source::Flow {
+        fn absent(&self, run: PageRun) -> Reply {
+            panic!("{run} is absent")
+        }
+        fn failed(&self, run: PageRun, error: SourceError) -> Reply {
             panic!("{run}: {error}")
         }
         fn end(&self, _: page_source::End) {}
@@ -138,7 +139,7 @@ fn the_last_page_may_be_partial_and_no_more_than_that() {
         assert!(sink.content(source.layout(), BlockId(0)) == expected, "{urgency:?}");
     }
     let error = FlatFile::open(&path, blocks(4)).unwrap_err();
-    assert!(matches!(&error, SourceError::Truncated { block, .. } if block == "ram"), "{error}");
+    assert!(error.kind() == SourceErrorKind::Truncated && error.subject().block.as_deref() == Some("ram"), "{error}");
     assert!(error.to_string().contains("memory"), "{error}");
     // Exactly at the end of the page before: nothing of the last page is there.
     std::fs::write(&path, &bytes[..2 * PAGE]).unwrap();
@@ -164,11 +165,12 @@ fn hostile_layouts_and_files_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let far = vec![FlatBlock { block: block("ram", 1), offset: FileOffset(u64::MAX - 100) }];
     let (path, _) = sample(dir.path());
-    assert!(matches!(FlatFile::open(&path, far), Err(SourceError::Layout(_))));
+    let kind = |path: &Path, blocks| FlatFile::open(path, blocks).unwrap_err().kind();
+    assert_eq!(kind(&path, far), SourceErrorKind::Corrupt);
     let blocks = FlatBlock::concatenated(vec![block("ram", 1)]).unwrap();
-    assert!(matches!(FlatFile::open(dir.path(), blocks.clone()), Err(SourceError::Open { .. })));
-    assert!(matches!(FlatFile::open("/dev/zero", blocks.clone()), Err(SourceError::Open { .. })));
-    assert!(matches!(FlatFile::open(dir.path().join("none"), blocks), Err(SourceError::Open { .. })));
+    assert_eq!(kind(dir.path(), blocks.clone()), SourceErrorKind::Unreadable);
+    assert_eq!(kind(Path::new("/dev/zero"), blocks.clone()), SourceErrorKind::Unreadable);
+    assert_eq!(kind(&dir.path().join("none"), blocks), SourceErrorKind::Unreadable);
 }
 
 #[test]
@@ -195,7 +197,7 @@ fn changed_during_the_load(change: impl Fn(&Path) + Send + Sync + 'static) -> (V
         if run.contains(PageIndex(24)) && run.block == BlockId(0) {
             change(&changed);
         }
-        ControlFlow::Continue(())
+        Reply::Taken
     });
     let feed = source.start(sink.clone()).unwrap();
     for first in (0..64).step_by(4) {
@@ -209,6 +211,7 @@ fn changed_during_the_load(change: impl Fn(&Path) + Send + Sync + 'static) -> (V
         match sink.once(0, page) {
             Got::Data(bytes) => assert!(page < 28 && bytes == ram[usize::try_from(page).unwrap() * PAGE..][..PAGE]),
             Got::Zero => assert!((8..16).contains(&page)),
+            Got::Absent => panic!("page {page} is absent"),
             Got::Failed(why) => {
                 assert!(page >= 28, "{why}");
                 let offset = format!("{:#x}", page / 4 * 4 * 4096);
@@ -217,9 +220,10 @@ fn changed_during_the_load(change: impl Fn(&Path) + Send + Sync + 'static) -> (V
         }
     }
     assert_eq!(sink.failures().len(), 36 + 32);
-    drop(feed);
+    let error = feed.finish().unwrap_err();
+    assert!(matches!(sink.state.lock().ends[..], [End::Broken(_)]));
     assert!(source.start(Collector::new()).is_err(), "a changed file is not loaded from again");
-    (sink.failures(), source.verify().unwrap_err())
+    (sink.failures(), error)
 }
 
 #[test]
@@ -256,6 +260,7 @@ fn truncated_and_written_again_in_place_is_seen_at_the_end() {
     let source = open(&path);
     let sink = Collector::new();
     let feed = source.start(sink.clone()).unwrap();
+    let other = source.start(Collector::new()).unwrap();
     // Demand only: nobody may have looked by the way.
     feed.request(run(0, 0, 1), Urgency::Demand);
     let mut same = File::options().write(true).truncate(true).open(&path).unwrap();
@@ -263,9 +268,11 @@ fn truncated_and_written_again_in_place_is_seen_at_the_end() {
     feed.request(run(0, 1, 1), Urgency::Demand);
     // Nothing tells the reader of the map, but for the clock that says when to look.
     assert!(matches!(sink.once(0, 1), Got::Failed(_)) || sink.once(0, 1) == Got::Data(vec![0; PAGE]));
-    assert!(source.verify().is_err());
+    // Another flow is finished, and finds it; this one knows then.
+    assert!(other.finish().is_err());
     feed.request(run(0, 3, 1), Urgency::Demand);
     assert!(matches!(sink.once(0, 3), Got::Failed(_)));
+    assert!(feed.finish().is_err());
 }
 
 #[test]
@@ -305,9 +312,8 @@ fn a_sink_that_breaks_gets_nothing_more() {
     let dir = tempfile::tempdir().unwrap();
     let (path, _) = sample(dir.path());
     let source = open(&path);
-    let stop = || ControlFlow::Break(page_source::SinkError::Stopped { reason: "enough".into() });
-    let sink =
-        Collector::with_hook(move |run| if run.contains(PageIndex(8)) { stop() } else { ControlFlow::Continue(()) });
+    let stop = || SinkError::stopped("enough").into();
+    let sink = Collector::with_hook(move |run| if run.contains(PageIndex(8)) { stop() } else { Reply::Taken });
     let feed = source.start(sink.clone()).unwrap();
     feed.request(run(0, 0, 64), Urgency::Background);
     feed.request(run(0, 0, 1), Urgency::Demand);

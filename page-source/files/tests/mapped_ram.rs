@@ -1,14 +1,13 @@
 //! mapped-ram files, written and read: against the oracle, and against what QEMU wrote.
 
 use std::fs::File;
-use std::ops::ControlFlow;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
 use mapped_ram::{Snapshot, Writer};
 use page_files::{MappedRam, MappedRamSink};
-use page_source::{Content, PageSink, PageSource, PumpOptions, SourceError, Threaded, Urgency, pump};
+use page_source::{Content, PageSink, PageSource, Pages, PumpOptions, Reply, SourceErrorKind, Threaded, Urgency, pump};
 use page_units::{BlockId, PageCount, PageIndex, PageRun};
 use proptest::prelude::*;
 use sha2::{Digest, Sha256};
@@ -26,9 +25,7 @@ fn devices() -> Vec<u8> {
 
 fn sink(path: &Path, oracle: &Oracle) -> Arc<MappedRamSink> {
     let writer = Writer::create(path, &Configuration::new("testkit"), oracle.layout().clone()).unwrap();
-    let sink = Arc::new(MappedRamSink::new(writer));
-    sink.set_device_state(devices());
-    sink
+    Arc::new(MappedRamSink::new(writer))
 }
 
 fn written(dir: &Path, oracle: &Oracle) -> std::path::PathBuf {
@@ -44,7 +41,7 @@ fn assert_equal(source: &dyn PageSource, oracle: &Oracle) {
     for run in source.layout().runs() {
         feed.request(run, Urgency::Background);
     }
-    drop(feed);
+    feed.finish().unwrap();
     assert_eq!(source.layout(), oracle.layout());
     for (id, block) in oracle.layout().iter() {
         assert!(sink.content(source.layout(), id) == oracle.block(id), "block {}", block.name());
@@ -53,7 +50,6 @@ fn assert_equal(source: &dyn PageSource, oracle: &Oracle) {
         let zero = *kind == "zero";
         assert!(run.iter().all(|page| oracle.zero_at(run.block, page) == zero), "{run} is not all {kind}");
     }
-    source.verify().unwrap();
 }
 
 proptest! {
@@ -66,14 +62,14 @@ proptest! {
         let dir = tempfile::tempdir().unwrap();
         let oracle = Arc::new(Oracle::random(seed, Oracle::random_layout(seed, 2000), stored));
         let path = dir.path().join("snapshot");
-        let source: Box<dyn PageSource> = match late {
-            true => Box::new(LateSource::new(Arc::clone(&oracle), seed).with_threads(threads)),
-            false => Box::new(MemorySource::new(Arc::clone(&oracle)).knowing_nothing()),
+        let source: Arc<dyn PageSource> = match late {
+            true => Arc::new(LateSource::new(Arc::clone(&oracle), seed).with_threads(threads)),
+            false => Arc::new(MemorySource::new(Arc::clone(&oracle)).knowing_nothing()),
         };
         let sink = sink(&path, &oracle);
         let options = PumpOptions { threads, piece: PageCount(piece), find_zeros: true, ..PumpOptions::default() };
-        let pumped = pump(&*source, Arc::clone(&sink) as Arc<dyn PageSink>, &options).unwrap();
-        sink.outcome().unwrap();
+        let pumped = pump(source, Arc::clone(&sink) as Arc<dyn PageSink>, &options).unwrap();
+        sink.publish(&devices()).unwrap();
         prop_assert_eq!(pumped.stored, oracle.stored_pages());
         assert_equal(&MappedRam::open(&path).unwrap(), &oracle);
     }
@@ -138,16 +134,17 @@ fn what_is_zero_is_known_after_the_first_look() {
     let dir = tempfile::tempdir().unwrap();
     let oracle = Oracle::random(3, Oracle::random_layout(3, 2000), 100);
     let source = MappedRam::open(written(dir.path(), &oracle)).unwrap();
-    assert_eq!(source.run_at(BlockId(0), PageIndex(0)).content, Content::Unknown);
+    assert_eq!(source.content(PageRun::single(BlockId(0), PageIndex(0))).content, Content::Unknown);
     let sink = Collector::new();
     source.start(sink).unwrap().request(PageRun::single(BlockId(0), PageIndex(0)), Urgency::Demand);
     let mut at = PageIndex(0);
     for (run, zero) in oracle.kinds(oracle.layout().run_of(BlockId(0)).unwrap()) {
-        let span = source.run_at(BlockId(0), at);
+        let rest = PageRun::new(BlockId(0), at, PageCount(u64::MAX - at.0));
+        let span = source.content(rest);
         assert_eq!((span.content == Content::Zero, span.pages), (zero, run.pages));
         at = run.end();
     }
-    assert_eq!(source.run_at(BlockId(0), at).pages, PageCount(0));
+    assert_eq!(source.content(PageRun::single(BlockId(0), at)).pages, PageCount(0));
 }
 
 #[test]
@@ -167,7 +164,7 @@ fn what_qemu_wrote_is_read_exactly() {
         };
         let sink = Collector::new();
         let feed = source.start(sink.clone()).unwrap();
-        source.layout().runs().for_each(|run| feed.request(run, Urgency::Background));
+        source.layout().runs().for_each(|run| _ = feed.request(run, Urgency::Background));
         for ((id, block), golden) in source.layout().iter().zip(sample.golden["blocks"].as_array().unwrap()) {
             let what = format!("{}: {}", sample.name, block.name());
             if !source.snapshot().block(id).unwrap().in_file {
@@ -182,7 +179,7 @@ fn what_qemu_wrote_is_read_exactly() {
 }
 
 #[test]
-fn a_fault_or_missing_device_state_leaves_no_file() {
+fn a_fault_leaves_no_file_and_neither_does_a_flow_that_is_not_published() {
     let dir = tempfile::tempdir().unwrap();
     let oracle = Arc::new(Oracle::random(5, Oracle::random_layout(5, 2000), 200));
     let path = dir.path().join("snapshot");
@@ -190,14 +187,17 @@ fn a_fault_or_missing_device_state_leaves_no_file() {
     for fault in [Fault::Error, Fault::Short, Fault::Panic, Fault::Silence, Fault::Broken] {
         let source = FaultySource::new(Arc::new(late.clone()), 9, fault);
         let sink = sink(&path, &oracle);
-        assert!(pump(&source, Arc::clone(&sink) as Arc<dyn PageSink>, &PumpOptions::default()).is_err());
-        assert!(sink.outcome().is_err());
+        assert!(sink.publish(&devices()).unwrap_err().to_string().contains("not ended yet"));
+        assert!(pump(Arc::new(source), Arc::clone(&sink) as Arc<dyn PageSink>, &PumpOptions::default()).is_err());
+        assert!(sink.publish(&devices()).is_err());
     }
-    let writer = Writer::create(&path, &Configuration::new("testkit"), oracle.layout().clone()).unwrap();
-    let sink = Arc::new(MappedRamSink::new(writer));
-    pump(&late, Arc::clone(&sink) as Arc<dyn PageSink>, &PumpOptions::default()).unwrap();
-    assert!(sink.outcome().unwrap_err().to_string().contains("device state"));
-    drop(sink);
+    let stopped = sink(&path, &oracle);
+    let feed = late.start(Arc::clone(&stopped) as Arc<dyn PageSink>).unwrap();
+    feed.finish().unwrap();
+    assert!(stopped.publish(&devices()).unwrap_err().to_string().contains("not all pages"));
+    let complete = sink(&path, &oracle);
+    pump(Arc::new(late), Arc::clone(&complete) as Arc<dyn PageSink>, &PumpOptions::default()).unwrap();
+    drop((complete, stopped));
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
 }
 
@@ -213,7 +213,7 @@ fn a_file_truncated_at_an_exact_page_fails_from_there() {
         if run.contains(PageIndex(90)) {
             File::options().write(true).open(&path).unwrap().set_len(cut.0).unwrap();
         }
-        ControlFlow::Continue(())
+        Reply::Taken
     });
     let feed = source.start(sink.clone()).unwrap();
     for page in 0..256 {
@@ -231,7 +231,7 @@ fn a_file_truncated_at_an_exact_page_fails_from_there() {
             got => panic!("page {page}, which is gone: {got:?}"),
         }
     }
-    assert!(matches!(source.verify(), Err(SourceError::Altered { .. })));
+    assert_eq!(feed.finish().unwrap_err().kind(), SourceErrorKind::Changed);
 }
 
 fn page_range(page: u64) -> std::ops::Range<usize> {
@@ -249,5 +249,5 @@ fn a_snapshot_at_an_offset_is_opened_where_it_is_said_to_be() {
     let (told, found) = (at(0x1234).unwrap(), MappedRam::open(&path).unwrap());
     assert_eq!(told.snapshot().base().0, 0x1234);
     assert_eq!(told.layout(), found.layout());
-    assert!(matches!(at(0), Err(SourceError::Open { .. })));
+    assert_eq!(at(0).unwrap_err().kind(), SourceErrorKind::Corrupt);
 }

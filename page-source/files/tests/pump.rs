@@ -1,20 +1,20 @@
 //! Any source into any sink: everything arrives, or the sink is told that it did not.
 
-use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use page_files::{FlatBlock, FlatFile, FlatSink};
 use page_source::{
-    Content, End, PageSink, PageSource, Progress, PumpError, PumpOptions, SinkError, Span, Threaded, pump,
+    Answer, Content, End, Feed, OneShot, PageSink, PageSource, Pages, Progress, PumpError, PumpOptions, Reply,
+    SinkError, Source, SourceError, Threaded, Urgency, pump,
 };
-use page_units::{BlockId, PageCount, PageIndex};
+use page_units::{BlockId, PageCount, PageRun};
 use parking_lot::Mutex;
 use testkit::collector::Collector;
 use testkit::faults::{Fault, FaultySource};
 use testkit::gate::Gate;
-use testkit::late::LateSource;
+use testkit::late::{LatePeer, LateSource};
 use testkit::oracle::Oracle;
 use testkit::seed::seeds;
 use testkit::source::MemorySource;
@@ -47,15 +47,16 @@ fn every_source_fills_a_flat_file_exactly() {
         let blocks = oracle.write_flat(&original).unwrap();
         let memory = MemorySource::new(Arc::clone(&oracle));
         let late = LateSource::new(Arc::clone(&oracle), seed);
-        let sources: Vec<Box<dyn PageSource>> = vec![
-            Box::new(memory.clone()),
-            Box::new(memory.clone().knowing_nothing()),
-            Box::new(late.clone()),
-            Box::new(late.clone().with_threads(3).sending_each_page_once()),
-            Box::new(FlatFile::open(&original, blocks.clone()).unwrap()),
-            Box::new(FlatFile::open(&original, blocks.clone()).unwrap().with_zero_scan(true)),
-            Box::new(Threaded::new(FlatFile::open(&original, blocks).unwrap(), 2)),
-            Box::new(Threaded::new(late, 1)),
+        let flat = FlatFile::open(&original, blocks).unwrap();
+        let sources: [&dyn Fn() -> Source; 8] = [
+            &|| Arc::new(memory.clone()).into(),
+            &|| Arc::new(memory.clone().knowing_nothing()).into(),
+            &|| Arc::new(late.clone()).into(),
+            &|| Box::new(late.clone().with_threads(3).sending_each_page_once()).into(),
+            &|| Arc::new(flat.clone()).into(),
+            &|| Arc::new(flat.clone().with_zero_scan(true)).into(),
+            &|| Arc::new(Threaded::new(flat.clone(), 2)).into(),
+            &|| Arc::new(Threaded::new(late.clone(), 1)).into(),
         ];
         for (i, source) in sources.iter().enumerate() {
             for (threads, find_zeros, piece) in [(1, false, 256), (3, true, 7)] {
@@ -63,9 +64,9 @@ fn every_source_fills_a_flat_file_exactly() {
                 let sink = flat_sink(&oracle, &copy);
                 let piece = PageCount(piece);
                 let options = PumpOptions { threads, find_zeros, piece, ..PumpOptions::default() };
-                let pumped = pump(&**source, Arc::clone(&sink) as Arc<dyn PageSink>, &options)
+                let pumped = pump(source(), Arc::clone(&sink) as Arc<dyn PageSink>, &options)
                     .unwrap_or_else(|error| panic!("source {i}, seed {seed}: {error}"));
-                sink.outcome().unwrap();
+                sink.publish().unwrap();
                 assert_flat(&copy, &oracle);
                 assert_eq!(pumped.stored + pumped.zero, oracle.layout().total().to_pages());
                 if find_zeros || i == 0 {
@@ -88,7 +89,9 @@ fn holes_stay_holes() {
     let copy = dir.path().join("copy");
     let sink = flat_sink(&oracle, &copy);
     let source = MemorySource::new(Arc::clone(&oracle));
-    pump(&source, sink, &PumpOptions::default()).unwrap();
+    pump(Arc::new(source), Arc::clone(&sink) as Arc<dyn PageSink>, &PumpOptions::default()).unwrap();
+    assert!(!copy.exists(), "complete, and not published yet");
+    sink.publish().unwrap();
     assert_flat(&copy, &oracle);
     let meta = std::fs::metadata(&copy).unwrap();
     assert!(meta.blocks() * 512 < 1 << 20, "{} bytes on the disk", meta.blocks() * 512);
@@ -110,7 +113,7 @@ fn every_fault_breaks_the_file_and_never_hangs() {
                 let path = dir.path().join("copy");
                 let sink = flat_sink(&oracle, &path);
                 let options = PumpOptions { threads: 2, piece: PageCount(16), ..PumpOptions::default() };
-                let error = pump(&source, Arc::clone(&sink) as Arc<dyn PageSink>, &options).unwrap_err();
+                let error = pump(Arc::new(source), Arc::clone(&sink) as Arc<dyn PageSink>, &options).unwrap_err();
                 let said = error.to_string();
                 match fault {
                     Fault::Error | Fault::Short => {
@@ -120,7 +123,7 @@ fn every_fault_breaks_the_file_and_never_hangs() {
                     Fault::Silence => assert!(said.contains("died"), "{said}"),
                     _ => assert!(said.contains("broken at run"), "{said}"),
                 }
-                assert!(sink.outcome().is_err());
+                assert!(sink.publish().is_err());
                 drop(sink);
                 assert_eq!(entries(dir.path()), 0, "nothing is published, nothing stays");
             }
@@ -131,32 +134,34 @@ fn every_fault_breaks_the_file_and_never_hangs() {
 /// Sees every request of a pump.
 #[derive(Debug)]
 struct Watched {
-    inner: LateSource,
+    inner: LatePeer,
     asked: Arc<AtomicU64>,
     asks: Arc<Mutex<Vec<PageCount>>>,
 }
 
 #[derive(Debug)]
-struct WatchedFeed(Box<dyn page_source::Feed>, Arc<AtomicU64>, Arc<Mutex<Vec<PageCount>>>);
+struct WatchedFeed(Box<dyn Feed>, Arc<AtomicU64>, Arc<Mutex<Vec<PageCount>>>);
 
-impl page_source::Feed for WatchedFeed {
-    fn request(&self, run: page_units::PageRun, urgency: page_source::Urgency) {
+impl Feed for WatchedFeed {
+    fn request(&self, run: PageRun, urgency: Urgency) -> Answer {
         self.1.fetch_add(run.pages.0, Ordering::AcqRel);
         self.2.lock().push(run.pages);
-        self.0.request(run, urgency);
+        self.0.request(run, urgency)
+    }
+
+    fn finish(self: Box<Self>) -> Result<(), SourceError> {
+        self.0.finish()
     }
 }
 
-impl PageSource for Watched {
-    fn layout(&self) -> &page_units::Layout {
-        self.inner.layout()
+impl OneShot for Watched {
+    fn pages(&self) -> Arc<dyn Pages> {
+        self.inner.pages()
     }
-    fn run_at(&self, block: BlockId, first: PageIndex) -> Span {
-        self.inner.run_at(block, first)
-    }
-    fn start(&self, sink: Arc<dyn PageSink>) -> Result<Box<dyn page_source::Feed>, page_source::SourceError> {
-        let inner = self.inner.start(sink)?;
-        Ok(Box::new(WatchedFeed(inner, Arc::clone(&self.asked), Arc::clone(&self.asks))))
+
+    fn start(self: Box<Self>, sink: Arc<dyn PageSink>) -> Result<Box<dyn Feed>, SourceError> {
+        let inner = Box::new(self.inner).start(sink)?;
+        Ok(Box::new(WatchedFeed(inner, self.asked, self.asks)))
     }
 }
 
@@ -165,19 +170,18 @@ fn a_late_source_is_asked_for_no_more_than_the_window() {
     let oracle = Arc::new(Oracle::random(3, Oracle::random_layout(3, 3000), 200));
     let gate = Gate::closed();
     let inner = LateSource::new(Arc::clone(&oracle), 3).with_unasked(false).with_gate(gate.clone());
-    let source = Watched { inner, asked: Arc::default(), asks: Arc::default() };
-    let asked = Arc::clone(&source.asked);
+    // Each page once: what comes twice would be counted as arrived twice here.
+    let source = Watched { inner: inner.sending_each_page_once(), asked: Arc::default(), asks: Arc::default() };
+    let (asked, asks) = (Arc::clone(&source.asked), Arc::clone(&source.asks));
     let arrived = Arc::new(AtomicU64::new(0));
     let sink = {
         let (asked, arrived) = (Arc::clone(&asked), Arc::clone(&arrived));
         Collector::with_hook(move |run| {
             let before = arrived.fetch_add(run.pages.0, Ordering::AcqRel);
             assert!(asked.load(Ordering::Acquire) <= before + 64, "more than the window is under way");
-            ControlFlow::Continue(())
+            Reply::Taken
         })
     };
-    // Each page once: what comes twice would be counted as arrived twice here.
-    let source = Watched { inner: source.inner.clone().sending_each_page_once(), ..source };
     let told = Mutex::new(Vec::new());
     let progress = |progress: Progress| told.lock().push(progress);
     std::thread::scope(|scope| {
@@ -195,12 +199,12 @@ fn a_late_source_is_asked_for_no_more_than_the_window() {
             progress: Some(&progress),
             ..PumpOptions::default()
         };
-        pump(&source, Arc::clone(&sink) as Arc<dyn PageSink>, &options).unwrap();
+        pump(Box::new(source), Arc::clone(&sink) as Arc<dyn PageSink>, &options).unwrap();
     });
     for (id, _) in oracle.layout().iter() {
         assert!(sink.content(oracle.layout(), id) == oracle.block(id));
     }
-    assert!(source.asks.lock().iter().all(|pages| pages.0 <= 10));
+    assert!(asks.lock().iter().all(|pages| pages.0 <= 10));
     let told = told.into_inner();
     let total = oracle.layout().total().to_pages();
     assert_eq!(told.last(), Some(&Progress { done: total, total }));
@@ -211,18 +215,18 @@ fn a_late_source_is_asked_for_no_more_than_the_window() {
 #[test]
 fn a_sink_that_breaks_ends_the_pump_with_its_error() {
     let oracle = oracle(4);
-    let sources: [Box<dyn PageSource>; 2] =
-        [Box::new(MemorySource::new(Arc::clone(&oracle))), Box::new(LateSource::new(Arc::clone(&oracle), 4))];
+    let sources: [Arc<dyn PageSource>; 2] =
+        [Arc::new(MemorySource::new(Arc::clone(&oracle))), Arc::new(LateSource::new(Arc::clone(&oracle), 4))];
     for source in sources {
         let left = AtomicU64::new(5);
         let sink = Collector::with_hook(move |_| {
             if left.fetch_sub(1, Ordering::AcqRel) == 1 {
-                return ControlFlow::Break(SinkError::Stopped { reason: "the disk is full".into() });
+                return SinkError::stopped("the disk is full").into();
             }
-            ControlFlow::Continue(())
+            Reply::Taken
         });
         let options = PumpOptions { piece: PageCount(5), threads: 2, ..PumpOptions::default() };
-        let error = pump(&*source, Arc::clone(&sink) as Arc<dyn PageSink>, &options).unwrap_err();
+        let error = pump(source, Arc::clone(&sink) as Arc<dyn PageSink>, &options).unwrap_err();
         assert!(matches!(&error, PumpError::Sink(SinkError::Stopped { reason }) if reason == "the disk is full"));
         let state = sink.state.lock();
         assert!(matches!(&state.ends[..], [End::Broken(error)] if error.to_string().contains("the disk is full")));
@@ -241,13 +245,14 @@ fn a_file_that_changes_during_the_last_page_is_not_complete() {
         if run.block == last.block && run.end() == last.end() {
             std::fs::remove_file(&touched).unwrap();
         }
-        ControlFlow::Continue(())
+        Reply::Taken
     });
-    let error = pump(&source, Arc::clone(&sink) as Arc<dyn PageSink>, &PumpOptions::default()).unwrap_err();
+    let error =
+        pump(Arc::new(source.clone()), Arc::clone(&sink) as Arc<dyn PageSink>, &PumpOptions::default()).unwrap_err();
     assert!(error.to_string().contains("original: its name (it was deleted or replaced) changed"), "{error}");
     assert!(matches!(sink.state.lock().ends[..], [End::Broken(_)]));
-    assert_eq!(source.run_at(last.block, last.end()).pages, PageCount(0));
-    assert_ne!(source.run_at(last.block, PageIndex(0)).content, Content::Unknown);
+    assert_eq!(source.content(PageRun::single(last.block, last.end())).pages, PageCount(0));
+    assert_ne!(source.content(last).content, Content::Unknown);
 }
 
 #[test]
@@ -267,9 +272,9 @@ fn a_file_truncated_under_the_writer_names_the_original() {
             gate.open();
         });
         let options = PumpOptions { piece: PageCount(16), ..PumpOptions::default() };
-        let error = pump(&source, Arc::clone(&sink) as Arc<dyn PageSink>, &options).unwrap_err();
+        let error = pump(Arc::new(source), Arc::clone(&sink) as Arc<dyn PageSink>, &options).unwrap_err();
         assert!(error.to_string().contains("original: its size changed"), "{error}");
         assert!(error.to_string().contains("RAM block \""), "{error}");
     });
-    assert!(sink.outcome().is_err() && !copy.exists());
+    assert!(sink.publish().is_err() && !copy.exists());
 }

@@ -2,16 +2,15 @@
 
 use std::io::Write;
 use std::net::Shutdown;
-use std::ops::ControlFlow;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread;
 
 use page_files::MappedRamSink;
-use page_source::{End, PageSink, PageSource, SinkError, Urgency};
-use page_units::{BlockId, ByteLen, PageCount, PageIndex, PageRun};
+use page_source::{End, OneShot, PageSink, SinkError, Urgency};
+use page_units::{BlockId, ByteLen, Layout, PageCount, PageIndex, PageRun};
 use proptest::prelude::*;
-use qemu_pages::receive::{QemuStream, ReadError};
+use qemu_pages::receive::{DeviceState, QemuStream, ReadError};
 use testkit::collector::{Collector, Got};
 use vmstate::ram::RecordWriter;
 use vmstate::{
@@ -114,18 +113,29 @@ fn send(bytes: Vec<u8>) -> UnixStream {
 }
 
 /// What a stream gives, to its end.
-fn read(bytes: Vec<u8>) -> Result<(QemuStream, Arc<Collector>), ReadError> {
+fn read(bytes: Vec<u8>) -> Result<(Known, Arc<Collector>), ReadError> {
     let source = QemuStream::open(send(bytes), "the peer", LIMIT)?;
     let sink = Collector::new();
-    run(&source, Arc::clone(&sink) as Arc<dyn PageSink>);
-    Ok((source, sink))
+    let known = run(source, Arc::clone(&sink) as Arc<dyn PageSink>, || !sink.state.lock().ends.is_empty());
+    Ok((known, sink))
 }
 
-fn run(source: &QemuStream, sink: Arc<dyn PageSink>) {
-    let feed = source.start(sink).unwrap();
-    while feed.alive() {
+/// What is known of a stream that was read.
+struct Known {
+    layout: Layout,
+    machine: String,
+    device_state: DeviceState,
+}
+
+fn run(source: QemuStream, sink: Arc<dyn PageSink>, ended: impl Fn() -> bool) -> Known {
+    let (layout, machine) = (source.layout().clone(), source.configuration().machine.clone());
+    let device_state = source.device_state();
+    let feed = Box::new(source).start(sink).unwrap();
+    while !ended() {
         thread::yield_now();
     }
+    feed.finish().unwrap();
+    Known { layout, machine, device_state }
 }
 
 /// How it ended: every stream does, exactly once.
@@ -135,6 +145,7 @@ fn end(sink: &Collector) -> Result<(), String> {
     match &state.ends[0] {
         End::Complete => Ok(()),
         End::Broken(error) => Err(error.to_string()),
+        End::Stopped => Err("stopped".to_owned()),
     }
 }
 
@@ -143,7 +154,7 @@ fn refused(stream: Vec<u8>, words: &[&str]) {
     let error = match read(stream) {
         Err(error) => error.to_string(),
         Ok((source, sink)) => {
-            assert_eq!(source.device_state(), None);
+            assert_eq!(source.device_state.get(), None);
             end(&sink).unwrap_err()
         }
     };
@@ -159,9 +170,9 @@ fn pages_in_any_order_then_devices_byte_for_byte() {
     let stream = stream.part(&[("pc.ram", 599, 7), ("pc.bios", 1, 8)]).part(&many).part(&[]).zeros(&[("pc.bios", 0)]);
     let (source, sink) = read(stream.finish()).unwrap();
     end(&sink).unwrap();
-    assert_eq!(source.device_state(), Some(devices().as_slice()));
-    assert_eq!(source.configuration().machine, "pc-i440fx-10.0");
-    let ram = sink.content(source.layout(), BlockId(0));
+    assert_eq!(source.device_state.get(), Some(devices().as_slice()));
+    assert_eq!(source.machine, "pc-i440fx-10.0");
+    let ram = sink.content(&source.layout, BlockId(0));
     for (page, content) in ram.chunks(4096).enumerate() {
         let fill = if page == 599 { 7 } else { 1 + u8::try_from(page % 250).unwrap() };
         assert_eq!(content, [fill; 4096], "{page}");
@@ -170,8 +181,6 @@ fn pages_in_any_order_then_devices_byte_for_byte() {
     assert_eq!(sink.once(1, 1), Got::Data(vec![8; 4096]));
     // Neighbours were told together.
     assert!(sink.state.lock().runs.len() < 10);
-    // It comes only once.
-    assert!(!source.repeatable() && source.start(sink).is_err());
 }
 
 #[test]
@@ -206,7 +215,7 @@ fn damage_is_an_error_or_content_and_never_a_panic() {
             let mut damaged = stream.clone();
             damaged[at] ^= bit;
             if let Ok((source, sink)) = read(damaged) {
-                assert_eq!(end(&sink).is_ok(), source.device_state().is_some());
+                assert_eq!(end(&sink).is_ok(), source.device_state.get().is_some());
             }
         }
     }
@@ -271,8 +280,8 @@ fn hostile_lists_of_blocks_are_refused() {
 fn a_sink_that_takes_no_more_ends_it() {
     let stream = Stream::new(&[("a", 4)]).part(&[("a", 0, 1), ("a", 2, 1), ("a", 3, 1)]);
     let source = QemuStream::open(send(stream.finish()), "the peer", LIMIT).unwrap();
-    let sink = Collector::with_hook(|_| ControlFlow::Break(SinkError::Stopped { reason: "enough".into() }));
-    run(&source, Arc::clone(&sink) as Arc<dyn PageSink>);
+    let sink = Collector::with_hook(|_| SinkError::stopped("enough").into());
+    run(source, Arc::clone(&sink) as Arc<dyn PageSink>, || !sink.state.lock().ends.is_empty());
     assert!(end(&sink).unwrap_err().contains("enough"));
     assert!(sink.state.lock().runs.is_empty());
 }
@@ -283,10 +292,10 @@ fn dropping_the_feed_hangs_up_on_a_peer_that_says_nothing() {
     theirs.write_all(&Stream::new(&[("a", 4)]).out.into_inner()).unwrap();
     let source = QemuStream::open(ours, "the peer", LIMIT).unwrap();
     let sink = Collector::new();
-    let feed = source.start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
+    let feed = Box::new(source).start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
     feed.request(PageRun::new(BlockId(0), PageIndex(0), PageCount(4)), Urgency::Demand);
     drop(feed);
-    assert!(end(&sink).unwrap_err().contains("the peer"));
+    assert_eq!(end(&sink).unwrap_err(), "stopped");
     assert!(theirs.write_all(&[0; 4096]).is_err());
     // And one that says nothing at all.
     let (ours, theirs) = UnixStream::pair().unwrap();
@@ -325,9 +334,8 @@ proptest! {
         let path = dir.path().join("file");
         let writer = mapped_ram::Writer::create(&path, source.configuration(), source.layout().clone()).unwrap();
         let sink = Arc::new(MappedRamSink::new(writer));
-        sink.set_device_state(devices());
-        run(&source, Arc::clone(&sink) as Arc<dyn PageSink>);
-        sink.outcome().unwrap();
+        let known = run(source, Arc::clone(&sink) as Arc<dyn PageSink>, || sink.ended().is_some());
+        sink.publish(known.device_state.get().unwrap()).unwrap();
         let file = mapped_ram::Snapshot::open(&path).unwrap();
         for page in 0..300u64 {
             let (block, at) = place(page);
@@ -401,13 +409,13 @@ fn a_real_background_snapshot() {
         let pages = plainly(&bytes);
         let (source, sink) = read(bytes.clone()).unwrap();
         end(&sink).unwrap();
-        assert_eq!(pages.len() as u64 * 4096, source.layout().total().0);
+        assert_eq!(pages.len() as u64 * 4096, source.layout.total().0);
         for (block, page, content) in pages {
-            let (id, _) = source.layout().find(&block).unwrap();
+            let (id, _) = source.layout.find(&block).unwrap();
             let expected = content.filter(|bytes| bytes.iter().any(|byte| *byte != 0)).map_or(Got::Zero, Got::Data);
             assert_eq!(sink.once(id.0, page), expected, "{block} {page}");
         }
-        let state = source.device_state().unwrap();
+        let state = source.device_state.get().unwrap();
         assert!(state.len() > 50_000 && bytes.ends_with(state));
     }
 }

@@ -9,9 +9,13 @@ use page_units::{BlockId, Layout, PageCount, PageIndex, PageRun};
 use parking_lot::{Condvar, Mutex};
 
 use super::{Progress, PumpOptions, Pumped};
-use crate::pages::PageSet;
-use crate::zeros::deliver_without_zeros;
-use crate::{Content, End, Flow, PageBytes, PageSink, PageSource, SinkError, SourceError};
+use crate::{
+    Content, End, PageBytes, PageSet, PageSink, Pages, Reply, SinkError, SourceError, SourceErrorKind, Subject,
+    deliver_without_zeros,
+};
+
+/// How far it is asked at a time what the source knows: 1 GiB.
+const LOOK_AHEAD: PageCount = PageCount(1 << 18);
 
 /// Why it ended early.
 #[derive(Clone, Debug)]
@@ -43,8 +47,8 @@ struct State {
     working: usize,
     /// The source has said that what has not arrived is zero.
     complete: bool,
-    /// The source can't answer any more.
-    dead: bool,
+    /// The source answers no more.
+    ended_early: bool,
     stop: Option<Stop>,
 }
 
@@ -57,7 +61,7 @@ impl Relay {
             pumped: Pumped::default(),
             working: options.threads.max(1),
             complete: false,
-            dead: false,
+            ended_early: false,
             stop: None,
         };
         Relay {
@@ -72,10 +76,10 @@ impl Relay {
     }
 
     /// The next run to be asked for, once there is room in the window for it. `None` at the end.
-    pub(super) fn next(&self, source: &dyn PageSource) -> Option<PageRun> {
+    pub(super) fn next(&self, source: &dyn Pages) -> Option<PageRun> {
         let mut state = self.state.lock();
         loop {
-            if state.stop.is_some() || state.complete || state.dead {
+            if state.stop.is_some() || state.complete || state.ended_early {
                 return None;
             }
             let (block, first) = state.cursor;
@@ -85,12 +89,13 @@ impl Relay {
                 continue;
             }
             let rest = PageRun::new(block, first, PageCount(pages.0 - first.0));
-            let span = source.run_at(block, first);
-            if span.content == Content::Zero && span.pages > PageCount(0) {
-                let (zero, _) = rest.split_at(span.pages);
-                state.advance(zero);
+            let span = source.content(rest.split_at(LOOK_AHEAD).0);
+            if matches!(span.content, Content::Zero | Content::Absent) && span.pages > PageCount(0) {
+                let (told, _) = rest.split_at(span.pages);
+                state.advance(told);
                 drop(state);
-                if self.zero(zero).is_break() {
+                let reply = if span.content == Content::Zero { self.zero(told) } else { self.absent(told) };
+                if !reply.is_taken() {
                     return None;
                 }
                 state = self.state.lock();
@@ -113,8 +118,16 @@ impl Relay {
         }
     }
 
+    /// Waits for the end.
+    pub(super) fn wait(&self) {
+        let mut state = self.state.lock();
+        while !state.over() {
+            self.changed.wait(&mut state);
+        }
+    }
+
     /// Waits a while for the end. Whether it has come.
-    pub(super) fn wait(&self, at_most: Duration) -> bool {
+    pub(super) fn wait_for(&self, at_most: Duration) -> bool {
         let mut state = self.state.lock();
         if !state.over() {
             self.changed.wait_for(&mut state, at_most);
@@ -124,13 +137,7 @@ impl Relay {
 
     pub(super) fn progress(&self) -> Progress {
         let pumped = self.state.lock().pumped;
-        Progress { done: pumped.stored + pumped.zero, total: self.layout.total().to_pages() }
-    }
-
-    /// The source admits that it can't answer any more. It may still say why.
-    pub(super) fn source_died(&self) {
-        self.state.lock().dead = true;
-        self.changed.notify_all();
+        Progress { done: pumped.stored + pumped.zero + pumped.absent, total: self.layout.total().to_pages() }
     }
 
     /// What came of it, when the feed is gone.
@@ -145,11 +152,14 @@ impl Relay {
                 return Ok(state.pumped);
             };
             if !state.complete {
-                let reason = format!("it died before {gap} had come");
-                return Err(Stop::Source(SourceError::Peer { peer: "the source".to_owned(), reason }));
+                return Err(Stop::Source(source_error(
+                    SourceErrorKind::PeerGone,
+                    gap,
+                    "it ended before they had come",
+                )));
             }
             drop(state);
-            if let ControlFlow::Break(error) = self.zero(gap) {
+            if let Reply::Stop(error) = self.zero(gap) {
                 return Err(Stop::Sink(error));
             }
         }
@@ -165,43 +175,56 @@ impl Relay {
         self.changed.notify_all();
     }
 
-    /// `run` was given to the sink, which said `flow`.
-    fn given(&self, run: PageRun, zero: bool, flow: Flow) -> Flow {
+    /// `run` was given to the sink, which said `reply`.
+    fn given(&self, run: PageRun, kind: Kind, reply: Reply) -> Reply {
         let mut state = self.state.lock();
-        match &flow {
-            ControlFlow::Continue(()) => {
+        match &reply {
+            Reply::Taken => {
                 let asked = state.asked_of(run);
                 let waited_for = state.ended.lacking(asked);
                 let fresh = state.ended.insert(run);
                 state.outstanding = PageCount(state.outstanding.0 - waited_for.0);
                 let pumped = &mut state.pumped;
-                if zero {
-                    pumped.zero += fresh
-                } else {
-                    pumped.stored += fresh
+                match kind {
+                    Kind::Data => pumped.stored += fresh,
+                    Kind::Zero => pumped.zero += fresh,
+                    Kind::Absent => pumped.absent += fresh,
                 }
                 pumped.again += run.pages - fresh;
                 self.changed.notify_all();
             }
             // The source says what is wrong, in `failed`.
-            ControlFlow::Break(SinkError::Unreadable(_)) => {}
-            ControlFlow::Break(error) => self.stop(&mut state, Stop::Sink(error.clone())),
+            Reply::Unreadable(_) => {}
+            Reply::Stop(error) => self.stop(&mut state, Stop::Sink(error.clone())),
         }
-        flow
+        reply
     }
 
     /// Whether the sink may have `run`.
-    fn admit(&self, run: PageRun) -> Flow {
+    fn admit(&self, run: PageRun) -> ControlFlow<Reply> {
         let mut state = self.state.lock();
         if !self.layout.contains(run) {
-            let reason = format!("it sent {run}, which is outside its own layout");
-            self.stop(&mut state, Stop::Source(SourceError::Peer { peer: "the source".to_owned(), reason }));
+            let error =
+                source_error(SourceErrorKind::Protocol, run, "it sent these pages, which are outside its layout");
+            self.stop(&mut state, Stop::Source(error));
         }
         match state.stop {
-            Some(_) => ControlFlow::Break(SinkError::Stopped { reason: "the pump has stopped".to_owned() }),
+            Some(_) => ControlFlow::Break(SinkError::stopped("the pump has stopped").into()),
             None => ControlFlow::Continue(()),
         }
     }
+}
+
+/// What came.
+#[derive(Clone, Copy)]
+enum Kind {
+    Data,
+    Zero,
+    Absent,
+}
+
+fn source_error(kind: SourceErrorKind, run: PageRun, what: &str) -> SourceError {
+    SourceError::new(kind, Subject::peer("the source").run(run), format!("{run}: {what}"))
 }
 
 impl State {
@@ -223,27 +246,42 @@ impl State {
     }
 
     fn over(&self) -> bool {
-        self.stop.is_some() || self.complete || self.dead || (self.working == 0 && self.outstanding == PageCount(0))
+        self.stop.is_some()
+            || self.complete
+            || self.ended_early
+            || (self.working == 0 && self.outstanding == PageCount(0))
     }
 }
 
 impl PageSink for Relay {
-    fn data(&self, run: PageRun, bytes: PageBytes<'_>) -> Flow {
-        self.admit(run)?;
+    fn data(&self, run: PageRun, bytes: PageBytes<'_>) -> Reply {
+        if let ControlFlow::Break(reply) = self.admit(run) {
+            return reply;
+        }
         if self.find_zeros {
-            let gone = |run, _| ControlFlow::Break(SinkError::Unreadable(run));
-            return deliver_without_zeros(&Counting(self), run, bytes, gone);
+            return deliver_without_zeros(&Counting(self), run, bytes, |run, _| Reply::Unreadable(run));
         }
         Counting(self).data(run, bytes)
     }
 
-    fn zero(&self, run: PageRun) -> Flow {
-        self.admit(run)?;
-        Counting(self).zero(run)
+    fn zero(&self, run: PageRun) -> Reply {
+        match self.admit(run) {
+            ControlFlow::Continue(()) => Counting(self).zero(run),
+            ControlFlow::Break(reply) => reply,
+        }
     }
 
-    fn failed(&self, run: PageRun, error: SourceError) -> Flow {
-        self.admit(run)?;
+    fn absent(&self, run: PageRun) -> Reply {
+        match self.admit(run) {
+            ControlFlow::Continue(()) => Counting(self).absent(run),
+            ControlFlow::Break(reply) => reply,
+        }
+    }
+
+    fn failed(&self, run: PageRun, error: SourceError) -> Reply {
+        if let ControlFlow::Break(reply) = self.admit(run) {
+            return reply;
+        }
         self.stop(&mut self.state.lock(), Stop::Source(error.clone()));
         self.sink.failed(run, error)
     }
@@ -251,12 +289,12 @@ impl PageSink for Relay {
     fn end(&self, end: End) {
         let mut state = self.state.lock();
         match end {
-            End::Complete => {
-                state.complete = true;
-                self.changed.notify_all();
-            }
+            End::Complete => state.complete = true,
+            // No news after everything has come.
+            End::Stopped => state.ended_early = true,
             End::Broken(error) => self.stop(&mut state, Stop::Source(error)),
         }
+        self.changed.notify_all();
     }
 }
 
@@ -265,15 +303,19 @@ impl PageSink for Relay {
 struct Counting<'a>(&'a Relay);
 
 impl PageSink for Counting<'_> {
-    fn data(&self, run: PageRun, bytes: PageBytes<'_>) -> Flow {
-        self.0.given(run, false, self.0.sink.data(run, bytes))
+    fn data(&self, run: PageRun, bytes: PageBytes<'_>) -> Reply {
+        self.0.given(run, Kind::Data, self.0.sink.data(run, bytes))
     }
 
-    fn zero(&self, run: PageRun) -> Flow {
-        self.0.given(run, true, self.0.sink.zero(run))
+    fn zero(&self, run: PageRun) -> Reply {
+        self.0.given(run, Kind::Zero, self.0.sink.zero(run))
     }
 
-    fn failed(&self, run: PageRun, error: SourceError) -> Flow {
+    fn absent(&self, run: PageRun) -> Reply {
+        self.0.given(run, Kind::Absent, self.0.sink.absent(run))
+    }
+
+    fn failed(&self, run: PageRun, error: SourceError) -> Reply {
         self.0.sink.failed(run, error)
     }
 
@@ -289,8 +331,7 @@ impl Drop for Working<'_> {
         let mut state = self.0.state.lock();
         state.working -= 1;
         if thread::panicking() {
-            let reason = "a thread panicked".to_owned();
-            self.0.stop(&mut state, Stop::Source(SourceError::Stopped { reason }));
+            self.0.stop(&mut state, Stop::Source(SourceError::stopped("a thread panicked")));
         }
         self.0.changed.notify_all();
     }

@@ -121,6 +121,9 @@ pub enum FrozenError {
     /// The content of pages could not be loaded: they are poisoned.
     #[error("{0} could not be loaded, and has no content")]
     Poisoned(PageRun),
+    /// The thread that saves has died. This is a defect.
+    #[error("the thread that saves frozen memory has died")]
+    Died,
     /// It was cancelled.
     #[error("the snapshot was cancelled")]
     Cancelled,

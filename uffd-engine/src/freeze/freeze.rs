@@ -45,7 +45,6 @@ pub(crate) struct Freeze {
     pub(crate) from_source: AtomicU64,
     outcome: Mutex<Option<Result<(), FrozenError>>>,
     ended: Condvar,
-    pub(super) started: AtomicBool,
     /// Something may have changed for the thread that saves.
     work: Mutex<bool>,
     work_arrived: Condvar,
@@ -81,7 +80,6 @@ impl Freeze {
             from_source: zero(),
             outcome: Mutex::default(),
             ended: Condvar::new(),
-            started: AtomicBool::new(false),
             work: Mutex::default(),
             work_arrived: Condvar::new(),
             #[cfg(feature = "pause-points")]

@@ -10,7 +10,7 @@ use page_units::{ByteLen, Layout};
 use super::arm;
 use super::error::{FreezeError, FrozenError};
 use super::freeze::Freeze;
-use super::frozen::Frozen;
+use super::frozen::{FreezeHandle, Frozen};
 use super::known::Known;
 use super::owner::{Own, Owner};
 use super::pool::Pool;
@@ -136,7 +136,7 @@ impl Freezer {
     /// If the kernel refuses, or the engine that loads the memory has failed. The memory is as it was then.
     pub fn arm(mut self) -> Result<Frozen, FreezeError> {
         let threads = std::mem::take(&mut self.threads);
-        let mut frozen = Frozen { freeze: Arc::clone(&self.freeze), threads };
+        let mut frozen = Frozen { handle: FreezeHandle(Arc::clone(&self.freeze)), threads };
         match arm::arm(&self.freeze) {
             Ok(()) => Ok(frozen),
             Err(error) => {

@@ -1,11 +1,12 @@
 //! Frozen memory, as a source that pushes each page once.
 
+use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{Builder as Thread, JoinHandle};
 
-use page_source::{Content, End, Feed, PageSink, PageSource, SourceError, Span, Urgency};
-use page_units::{BlockId, Layout, PageCount, PageIndex, PageRun};
+use page_source::{Answer, Content, End, EndGuard, Feed, OneShot, PageSink, Pages, SourceError, Span, Urgency};
+use page_units::{Layout, PageRun};
 
 use super::error::FrozenError;
 use super::freeze::Freeze;
@@ -29,30 +30,37 @@ pub struct FreezeStats {
     pub pages_from_source: u64,
 }
 
-/// Memory as it was at the freeze point. Delivers each page once: start it once.
+/// Memory as it was at the freeze point: a source that is started once and delivers each page once.
+///
+/// It can also do what its [handle](Frozen::handle) can, as long as it is not started.
 ///
 /// # Dropping
-/// Dropping it takes the protection off; the guest goes on. What was not delivered by then never will be.
+/// Dropping it, or the feed of what was started, takes the protection off; the guest goes on. What was not delivered by
+/// then never will be.
 #[derive(Debug)]
 pub struct Frozen {
-    pub(crate) freeze: Arc<Freeze>,
+    pub(crate) handle: FreezeHandle,
     pub(crate) threads: Vec<JoinHandle<()>>,
 }
 
-impl Frozen {
+/// Looks after frozen memory, also after it was started.
+#[derive(Clone, Debug)]
+pub struct FreezeHandle(pub(crate) Arc<Freeze>);
+
+impl FreezeHandle {
     /// Waits until everything is delivered, or can't be.
     ///
     /// # Errors
     /// If something went wrong; the guest goes on all the same.
     pub fn wait(&self) -> Result<FreezeStats, FrozenError> {
-        self.freeze.wait().map(|()| self.stats())
+        self.0.wait().map(|()| self.stats())
     }
 
     /// Takes the protection off and ends the delivery.
     pub fn cancel(&self) {
-        self.freeze.end(Err(FrozenError::Cancelled));
+        self.0.end(Err(FrozenError::Cancelled));
         // Somebody else may be at it.
-        let _ = self.freeze.wait();
+        let _ = self.0.wait();
     }
 
     /// What was done so far.
@@ -60,13 +68,21 @@ impl Frozen {
     pub fn stats(&self) -> FreezeStats {
         let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         FreezeStats {
-            write_faults: of(&self.freeze.write_faults),
-            hole_faults: of(&self.freeze.hole_faults),
-            waits_for_pool: of(&self.freeze.waits),
-            pages: of(&self.freeze.pages),
-            zero_pages: of(&self.freeze.zero_pages),
-            pages_from_source: of(&self.freeze.from_source),
+            write_faults: of(&self.0.write_faults),
+            hole_faults: of(&self.0.hole_faults),
+            waits_for_pool: of(&self.0.waits),
+            pages: of(&self.0.pages),
+            zero_pages: of(&self.0.zero_pages),
+            pages_from_source: of(&self.0.from_source),
         }
+    }
+}
+
+impl Frozen {
+    /// A handle that looks after it, also after it was started.
+    #[must_use]
+    pub fn handle(&self) -> FreezeHandle {
+        self.handle.clone()
     }
 
     pub(crate) fn release(&mut self) {
@@ -76,8 +92,17 @@ impl Frozen {
                 log::error!("a write-fault handler had panicked");
             }
         }
-        self.freeze.owner.forget(&self.freeze);
-        self.freeze.merge_again();
+        let freeze = &self.handle.0;
+        freeze.owner.forget(freeze);
+        freeze.merge_again();
+    }
+}
+
+impl Deref for Frozen {
+    type Target = FreezeHandle;
+
+    fn deref(&self) -> &FreezeHandle {
+        &self.handle
     }
 }
 
@@ -87,61 +112,85 @@ impl Drop for Frozen {
     }
 }
 
-impl PageSource for Frozen {
+/// The layout of frozen memory, of whose pages nothing is known before they come.
+#[derive(Debug)]
+struct FrozenPages(Layout);
+
+impl Pages for FrozenPages {
     fn layout(&self) -> &Layout {
-        &self.freeze.layout
+        &self.0
     }
 
-    fn run_at(&self, block: BlockId, first: PageIndex) -> Span {
-        let pages = self.freeze.layout.get(block).map_or(0, |block| block.pages().0);
-        Span { content: Content::Unknown, pages: PageCount(pages.saturating_sub(first.0)) }
+    fn content(&self, run: PageRun) -> Span {
+        Span::new(Content::Unknown, self.0.clip(run).pages)
+    }
+}
+
+impl OneShot for Frozen {
+    fn pages(&self) -> Arc<dyn Pages> {
+        Arc::new(FrozenPages(self.handle.0.layout.clone()))
     }
 
-    fn repeatable(&self) -> bool {
-        false
-    }
-
-    fn start(&self, sink: Arc<dyn PageSink>) -> Result<Box<dyn Feed>, SourceError> {
-        let stopped = |reason: String| SourceError::Stopped { reason };
-        if self.freeze.started.swap(true, Ordering::AcqRel) {
-            return Err(stopped("frozen memory is delivered once".into()));
-        }
-        let freeze = Arc::clone(&self.freeze);
+    fn start(self: Box<Self>, sink: Arc<dyn PageSink>) -> Result<Box<dyn Feed>, SourceError> {
+        let freeze = Arc::clone(&self.handle.0);
         let thread = Thread::new().name("uffd-save".into()).spawn(move || {
-            freeze.end(saver::run(&freeze, &*sink));
+            let guard = EndGuard::new(sink);
+            let _on_exit = OnExit(&freeze);
+            freeze.end(saver::run(&freeze, guard.sink()));
             // The end that counts, which need not be that one: nothing is published that was cancelled.
-            let reason = match freeze.wait() {
-                Ok(()) => return sink.end(End::Complete),
-                Err(error) => error.to_string(),
-            };
-            sink.end(End::Broken(SourceError::Stopped { reason }));
+            guard.end(match freeze.wait() {
+                Ok(()) => End::Complete,
+                Err(FrozenError::Cancelled) => End::Stopped,
+                Err(error) => End::Broken(SourceError::stopped(error)),
+            });
         });
-        let thread = thread.map_err(|error| stopped(format!("no thread: {error}")))?;
-        Ok(Box::new(FrozenFeed { freeze: Arc::clone(&self.freeze), thread: Some(thread) }))
+        let thread = thread.map_err(|error| SourceError::stopped("no thread can be started").with_cause(error))?;
+        Ok(Box::new(FrozenFeed { frozen: *self, thread: Some(thread) }))
+    }
+}
+
+/// Ends the freeze if the thread dies that saves: writers wait for it.
+struct OnExit<'a>(&'a Freeze);
+
+impl Drop for OnExit<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.end(Err(FrozenError::Died));
+        }
     }
 }
 
 /// The flow of frozen pages.
 #[derive(Debug)]
 struct FrozenFeed {
-    freeze: Arc<Freeze>,
+    frozen: Frozen,
     thread: Option<JoinHandle<()>>,
+}
+
+impl FrozenFeed {
+    fn stop(&mut self) {
+        self.frozen.handle.0.end(Err(FrozenError::Cancelled));
+        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
+            log::error!("the thread that saves frozen memory had panicked");
+        }
+    }
 }
 
 impl Feed for FrozenFeed {
     /// Every page comes without being asked for, those that are written first.
-    fn request(&self, _: PageRun, _: Urgency) {}
+    fn request(&self, _: PageRun, _: Urgency) -> Answer {
+        Answer::Later
+    }
 
-    fn alive(&self) -> bool {
-        self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
+    /// What was delivered is what memory was at the freeze point; what it was loaded from was asked before the end.
+    fn finish(mut self: Box<Self>) -> Result<(), SourceError> {
+        self.stop();
+        Ok(())
     }
 }
 
 impl Drop for FrozenFeed {
     fn drop(&mut self) {
-        self.freeze.end(Err(FrozenError::Cancelled));
-        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
-            log::error!("the thread that saves frozen memory had panicked");
-        }
+        self.stop();
     }
 }

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use std::vec::IntoIter;
 
 use nix::errno::Errno;
-use page_source::{Flow, PageBytes, PageSink, is_zero};
+use page_source::{PageBytes, PageSink, Reply, SourceError, SourceErrorKind, Subject, is_zero};
 use page_units::{ByteLen, HostAddr, PAGE_SIZE, PageCount, PageRun};
 
 use super::error::FrozenError;
@@ -89,9 +89,9 @@ impl Saver<'_> {
         let freeze = self.freeze;
         for Copied { area, granule, buffer } in copies {
             let run = freeze.zones[area].pages(granule, 1);
-            let flow = deliver(freeze, self.sink, run, buffer.bytes());
+            let reply = deliver(freeze, self.sink, run, buffer.bytes());
             freeze.pool.give_back(buffer);
-            taken(flow)?;
+            taken(self.sink, reply)?;
         }
         Ok(())
     }
@@ -198,7 +198,7 @@ impl Saver<'_> {
             // What came from the pool is released already, which does no harm.
             release(freeze, zone, first, end - first)?;
             let run = zone.pages(first, end - first);
-            taken(deliver(freeze, self.sink, run, &self.buffer.bytes()[..run.len().get()]))?;
+            taken(self.sink, deliver(freeze, self.sink, run, &self.buffer.bytes()[..run.len().get()]))?;
         }
         Ok(end)
     }
@@ -218,7 +218,7 @@ impl Saver<'_> {
             return zeros(freeze, self.sink, run);
         }
         release(freeze, zone, first, granules)?;
-        taken(deliver(freeze, self.sink, run, &self.buffer.bytes()[..run.len().get()]))
+        taken(self.sink, deliver(freeze, self.sink, run, &self.buffer.bytes()[..run.len().get()]))
     }
 
     /// From the source of the engine that loads the memory.
@@ -240,7 +240,7 @@ fn zeros(freeze: &Freeze, sink: &dyn PageSink, run: PageRun) -> Outcome {
         return Ok(());
     }
     freeze.zero_pages.fetch_add(run.pages.0, Ordering::Relaxed);
-    taken(sink.zero(run))
+    taken(sink, sink.zero(run))
 }
 
 fn release(freeze: &Freeze, zone: &Zone, first: usize, granules: usize) -> Outcome {
@@ -255,7 +255,7 @@ fn release(freeze: &Freeze, zone: &Zone, first: usize, granules: usize) -> Outco
 }
 
 /// Delivers pages, the zero ones among them as such.
-fn deliver(freeze: &Freeze, sink: &dyn PageSink, run: PageRun, bytes: &[u8]) -> Flow {
+fn deliver(freeze: &Freeze, sink: &dyn PageSink, run: PageRun, bytes: &[u8]) -> Reply {
     let page = ByteLen(PAGE_SIZE).get();
     let mut rest = run;
     let mut bytes = bytes;
@@ -266,19 +266,32 @@ fn deliver(freeze: &Freeze, sink: &dyn PageSink, run: PageRun, bytes: &[u8]) -> 
         let (content, after) = bytes.split_at(now.len().get());
         if zero {
             freeze.zero_pages.fetch_add(now.pages.0, Ordering::Relaxed);
-            sink.zero(now)?;
+            match sink.zero(now) {
+                Reply::Taken => {}
+                reply => return reply,
+            }
         } else {
             freeze.pages.fetch_add(now.pages.0, Ordering::Relaxed);
-            sink.data(now, PageBytes::from_slice(content))?;
+            match sink.data(now, PageBytes::from_slice(content)) {
+                Reply::Taken => {}
+                reply => return reply,
+            }
         }
         (rest, bytes) = (later, after);
     }
-    Flow::Continue(())
+    Reply::Taken
 }
 
-fn taken(flow: Flow) -> Outcome {
-    match flow {
-        Flow::Continue(()) => Ok(()),
-        Flow::Break(error) => Err(error.into()),
+fn taken(sink: &dyn PageSink, reply: Reply) -> Outcome {
+    match reply {
+        Reply::Taken => Ok(()),
+        Reply::Stop(error) => Err(error.into()),
+        // Memory of our own: no sink has a reason to say so.
+        Reply::Unreadable(run) => {
+            let what = format!("{run}: the sink could not read the pages");
+            let error = SourceError::new(SourceErrorKind::Unreadable, Subject::none().run(run), what);
+            let _ = sink.failed(run, error.clone());
+            Err(FrozenError::Source { run, error })
+        }
     }
 }

@@ -7,6 +7,7 @@ use parking_lot::MutexGuard;
 use super::intake::Intake;
 use super::load::Load;
 use super::plan::Cursor;
+use super::spans::LOOK_AHEAD;
 use super::status::Task;
 use crate::EngineError;
 use crate::memory::Place;
@@ -43,7 +44,8 @@ impl Load {
                 continue;
             }
             let page = area.page(cursor.granule);
-            let span = self.source.run_at(area.block(), page);
+            let ahead = area.pages(cursor.granule, area.granules - cursor.granule).split_at(LOOK_AHEAD).0;
+            let span = self.pages.content(ahead);
             let granules = ByteLen(span.pages.0 / area.granule.0).get().min(area.granules - cursor.granule);
             match span.content {
                 Content::Zero if granules > 0 => {
@@ -59,7 +61,7 @@ impl Load {
                     let ask = || self.unknown_stays_unknown(number, one);
                     asked = Some(MutexGuard::unlocked(&mut cursor, ask));
                 }
-                Content::Zero | Content::Stored | Content::Unknown => {
+                Content::Zero | Content::Stored | Content::Absent | Content::Unknown => {
                     // With the page that was asked for before, one turn: also where that has told of no other page.
                     let most = match (asked, span.content) {
                         (Some(false), Content::Unknown) => 1,
@@ -77,7 +79,7 @@ impl Load {
     /// Asks for one page; `true` if the source does not know more after that than before.
     fn unknown_stays_unknown(&self, area: usize, one: PageRun) -> bool {
         self.request_counted(area, one);
-        self.source.run_at(one.block, one.first).content == Content::Unknown
+        self.pages.content(one).content == Content::Unknown
     }
 
     /// Requests what of a run is Missing, and counts it against the rate.
@@ -102,7 +104,7 @@ impl Load {
             }
             let pages = area.pages(at, count);
             self.intake.window.requested(pages.pages.0);
-            self.feed.request(pages, Urgency::Background);
+            self.ask(pages, Urgency::Background);
             asked += pages.len();
             at += count;
         }

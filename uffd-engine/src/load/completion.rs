@@ -3,7 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
-use page_source::{PageSource, SourceError};
+use page_source::{Pages, SourceError};
 use page_units::{PageCount, PageRun};
 
 use super::intake::Intake;
@@ -55,13 +55,13 @@ impl Load {
     /// Lets the memory go: everything is there. `None` if that is not to be believed, or not now.
     pub(super) fn complete(&self) -> Option<Duration> {
         let Intake { memory, status, window, .. } = &*self.intake;
-        if let Err(error) = self.source.verify() {
+        if let Err(error) = self.finish()? {
             status.fail(EngineError::Broken(error));
             return None;
         }
         if memory.cannot_poison() {
-            let reason = "this kernel can't poison the pages that could not be had".into();
-            status.fail(EngineError::Broken(SourceError::Stopped { reason }));
+            let reason = "this kernel can't poison the pages that could not be loaded";
+            status.fail(EngineError::Broken(SourceError::stopped(reason)));
             return None;
         }
         if !self.begin_completion() {
@@ -88,7 +88,7 @@ impl Load {
         let granules = |(number, area): (usize, &Area)| {
             let states = memory.states(number);
             let missing = |granule: &usize| matches!(states.get(*granule).state, State::Missing | State::InFlight);
-            let spans = stored(area, &*self.source);
+            let spans = stored(area, &*self.pages);
             let count: usize = spans.map(|(first, granules)| (first..first + granules).filter(missing).count()).sum();
             count as u64 * area.granule.0
         };
@@ -100,7 +100,7 @@ impl Load {
     fn lack(&self, number: usize) -> Lack {
         let (area, states) = (self.intake.memory.area(number), self.intake.memory.states(number));
         let mut lack = Lack::Nothing;
-        for granule in stored(area, &*self.source).flat_map(|(first, granules)| first..first + granules) {
+        for granule in stored(area, &*self.pages).flat_map(|(first, granules)| first..first + granules) {
             loop {
                 match states.get(granule).state {
                     State::Missing => return Lack::Content,
@@ -122,7 +122,7 @@ impl Load {
 
 /// Ends what could not start whole, and has no supervisor. Memory of this process is let go as it is, since its owner is
 /// told at once; for that of another process, which would go on with zeros, what is missing is poisoned.
-pub(crate) fn give_up(intake: &Intake, source: &dyn PageSource) {
+pub(crate) fn give_up(intake: &Intake, source: &dyn Pages) {
     // Nothing is installed from here on. If it has failed before, that is so already.
     intake.status.begin_completion();
     if intake.memory.view.descriptor.foreign() {
@@ -134,7 +134,7 @@ pub(crate) fn give_up(intake: &Intake, source: &dyn PageSource) {
 }
 
 /// Poisons what is missing of the source's content, and then lets the memory go.
-pub(crate) fn fail_closed(intake: &Intake, source: &dyn PageSource) {
+pub(crate) fn fail_closed(intake: &Intake, source: &dyn Pages) {
     let memory = &intake.memory;
     let blocked = || intake.blocked();
     for (number, area) in memory.view.areas.iter().enumerate() {

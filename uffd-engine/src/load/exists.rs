@@ -8,7 +8,7 @@
 use std::sync::Arc;
 
 use nix::errno::Errno;
-use page_source::SinkError;
+use page_source::Reply;
 
 use super::install::Step;
 use super::intake::{Intake, stopped};
@@ -55,14 +55,14 @@ impl Intake {
     }
 
     /// The kernel has no huge page left: fails the engine.
-    pub(super) fn no_huge_page(&self, area: &Area, at: Place) -> SinkError {
+    pub(super) fn no_huge_page(&self, area: &Area, at: Place) -> Reply {
         let (block, run) = (Arc::clone(&area.name), area.pages(at.granule, 1));
         self.status.fail(EngineError::NoHugePage { block, run, at: area.addr(at.granule) });
         stopped()
     }
 
     /// The file behind shared memory holds a page that nobody here has put there: fails the engine.
-    fn filled_elsewhere(&self, area: &Area, at: Place) -> SinkError {
+    fn filled_elsewhere(&self, area: &Area, at: Place) -> Reply {
         if area.region.backing == Backing::Hugetlb && !held_by_file(area, at).unwrap_or(false) {
             return self.no_huge_page(area, at);
         }

@@ -111,7 +111,7 @@ impl Load {
                         self.intake.window.requested(area.granule.0);
                     }
                     self.intake.recent_faults.push(place);
-                    self.feed.request(self.around(place), Urgency::Demand);
+                    self.ask(self.around(place), Urgency::Demand);
                     states.get(place.granule).state == State::Present
                 }
             };
@@ -130,7 +130,7 @@ impl Load {
 
     fn is_zero(&self, place: Place) -> bool {
         let area = self.area(place);
-        let span = self.source.run_within(area.block(), area.page(place.granule), area.granule);
+        let span = self.pages.content(area.pages(place.granule, 1));
         span.content == page_source::Content::Zero && span.pages >= area.granule
     }
 
@@ -205,7 +205,7 @@ impl Load {
                 if area.region.backing == Backing::Hugetlb
                     && self.intake.memory.view.is_mapped(area, place.granule) == Some(false) =>
             {
-                self.intake.no_huge_page(area, place);
+                let _ = self.intake.no_huge_page(area, place);
             }
             // It is there, or the region is being unregistered: nobody has to wait.
             Done::Failed(_) => self.intake.memory.wake(place, 1),

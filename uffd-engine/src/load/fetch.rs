@@ -3,7 +3,10 @@
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use page_source::{Content, End, Feed, Flow, PageBytes, PageSink, PageSource, SinkError, SourceError, Urgency};
+use page_source::{
+    Content, End, Feed, PageBytes, PageSink, PageSource, Pages, Reply, SinkError, SourceError, SourceErrorKind,
+    Subject, Urgency,
+};
 use page_units::{BlockId, ByteLen, PageCount, PageIndex, PageRun};
 use parking_lot::{Condvar, Mutex};
 
@@ -23,7 +26,9 @@ const MOST: ByteLen = ByteLen(2 << 20);
 #[derive(Debug)]
 pub(crate) struct Source {
     intake: Arc<Intake>,
-    source: Arc<dyn PageSource>,
+    pages: Arc<dyn Pages>,
+    /// The source, if it may be started again.
+    again: Option<Arc<dyn PageSource>>,
     /// The engine's own flow: it ends with the engine.
     load: Weak<Load>,
     flow: Mutex<Option<Refetch>>,
@@ -33,7 +38,8 @@ impl Source {
     pub(crate) fn of(load: &Arc<Load>) -> Source {
         Source {
             intake: Arc::clone(&load.intake),
-            source: Arc::clone(&load.source),
+            pages: Arc::clone(&load.pages),
+            again: load.again.clone(),
             load: Arc::downgrade(load),
             flow: Mutex::default(),
         }
@@ -69,7 +75,7 @@ impl Fetch for Source {
     fn missing(&self, at: Place, in_file: bool) -> MissingContent {
         let area = self.intake.memory.area(at.area);
         let missing = self.intake.memory.states(at.area).get(at.granule).state == State::Missing;
-        let span = self.source.run_within(area.block(), area.page(at.granule), area.granule);
+        let span = self.pages.content(area.pages(at.granule, 1));
         let zero = span.content == Content::Zero && span.pages >= area.granule;
         if in_file && !self.intake.staging.gathering(at) {
             // What the file holds of a page that the source has content for is content only if it was put there on purpose.
@@ -83,7 +89,7 @@ impl Fetch for Source {
         if zero {
             return MissingContent::Zero;
         }
-        if self.source.repeatable() {
+        if self.again.is_some() {
             return MissingContent::Source;
         }
         self.request(at);
@@ -91,16 +97,24 @@ impl Fetch for Source {
     }
 
     fn fetch(&self, run: PageRun, to: &mut [u8], over: &dyn Fn() -> bool) -> Result<(), FetchError> {
+        let Some(source) = &self.again else {
+            return Err(FetchError::Source(SourceError::stopped("the source can't be asked again")));
+        };
         let mut flow = self.flow.lock();
         let flow = match &mut *flow {
             Some(flow) => flow,
-            none => none.insert(Refetch::start(&*self.source, MOST).map_err(FetchError::Source)?),
+            none => none.insert(Refetch::start(&**source, MOST).map_err(FetchError::Source)?),
         };
         flow.fetch(run, to, over)
     }
 
     fn vouch(&self) -> Result<(), SourceError> {
-        self.source.verify()
+        let Some(source) = &self.again else { return Ok(()) };
+        let flow = match self.flow.lock().take() {
+            Some(flow) => flow,
+            None => Refetch::start(&**source, MOST)?,
+        };
+        flow.feed.finish()
     }
 
     fn freeze_ended(&self, thaw: bool) {
@@ -138,8 +152,7 @@ struct Wanted {
 impl Refetch {
     /// `most`: how much is fetched at a time at most.
     fn start(source: &dyn PageSource, most: ByteLen) -> Result<Refetch, SourceError> {
-        let bytes =
-            Scratch::new(most).map_err(|error| SourceError::Stopped { reason: format!("no buffer: {error}") })?;
+        let bytes = Scratch::new(most).map_err(|error| SourceError::stopped("no buffer").with_cause(error))?;
         let nothing = PageRun::new(BlockId(0), PageIndex(0), PageCount(0));
         let wanted = Wanted { run: nothing, seen: Vec::new(), left: 0, bytes, error: None };
         let tap = Arc::new(Tap { wanted: Mutex::new(wanted), arrived: Condvar::new() });
@@ -158,8 +171,7 @@ impl Refetch {
         self.feed.request(run, Urgency::Background);
         let mut wanted = self.tap.wanted.lock();
         loop {
-            let gone = !self.feed.alive() && wanted.left > 0;
-            if let Some(error) = wanted.error.take().or_else(|| gone.then(silent)) {
+            if let Some(error) = wanted.error.take() {
                 return Err(FetchError::Source(error));
             }
             if wanted.left == 0 {
@@ -174,13 +186,9 @@ impl Refetch {
     }
 }
 
-fn silent() -> SourceError {
-    SourceError::Peer { peer: "the source of the pages".into(), reason: "it has stopped answering".into() }
-}
-
 impl Tap {
     /// Takes what of `run` is wanted and has not come yet.
-    fn take(&self, run: PageRun, bytes: Option<PageBytes<'_>>) -> Flow {
+    fn take(&self, run: PageRun, bytes: Option<PageBytes<'_>>) -> Reply {
         let mut wanted = self.wanted.lock();
         let here = run.intersect(wanted.run);
         for page in here.iter() {
@@ -194,7 +202,7 @@ impl Tap {
             match bytes.map(|bytes| bytes.slice((page - run.first).to_bytes(), one.len()).copy_to(to)) {
                 None => to.fill(0),
                 Some(Ok(())) => {}
-                Some(Err(_)) => return Flow::Break(SinkError::Unreadable(one)),
+                Some(Err(_)) => return Reply::Unreadable(one),
             }
             wanted.seen[number] = true;
             wanted.left -= 1;
@@ -202,7 +210,7 @@ impl Tap {
         if wanted.left == 0 {
             self.arrived.notify_all();
         }
-        Flow::Continue(())
+        Reply::Taken
     }
 
     fn fail(&self, error: SourceError) {
@@ -212,24 +220,29 @@ impl Tap {
 }
 
 impl PageSink for Tap {
-    fn data(&self, run: PageRun, bytes: PageBytes<'_>) -> Flow {
+    fn data(&self, run: PageRun, bytes: PageBytes<'_>) -> Reply {
         if bytes.len() != run.len() {
             let reason = format!("{} bytes were delivered for {run}", bytes.len());
-            self.fail(SourceError::Stopped { reason: reason.clone() });
-            return Flow::Break(SinkError::Stopped { reason });
+            self.fail(SourceError::new(SourceErrorKind::Protocol, Subject::none().run(run), reason.clone()));
+            return SinkError::Stopped { reason }.into();
         }
         self.take(run, Some(bytes))
     }
 
-    fn zero(&self, run: PageRun) -> Flow {
+    fn zero(&self, run: PageRun) -> Reply {
         self.take(run, None)
     }
 
-    fn failed(&self, run: PageRun, error: SourceError) -> Flow {
+    fn absent(&self, run: PageRun) -> Reply {
+        let error = SinkError::Absent(run);
+        self.failed(run, SourceError::new(SourceErrorKind::Corrupt, Subject::none().run(run), error.to_string()))
+    }
+
+    fn failed(&self, run: PageRun, error: SourceError) -> Reply {
         if !self.wanted.lock().run.intersect(run).is_empty() {
             self.fail(error);
         }
-        Flow::Continue(())
+        Reply::Taken
     }
 
     fn end(&self, end: End) {
@@ -239,6 +252,10 @@ impl PageSink for Tap {
                 let _ = self.take(rest, None);
             }
             End::Broken(error) => self.fail(error),
+            End::Stopped => {
+                let subject = Subject::peer("the source of the pages");
+                self.fail(SourceError::new(SourceErrorKind::PeerGone, subject, "it has stopped answering"));
+            }
         }
     }
 }

@@ -3,10 +3,10 @@
 use std::sync::Arc;
 
 use nix::errno::Errno;
-use page_source::{Flow, PageBytes, SinkError};
+use page_source::{PageBytes, Reply};
 use page_units::ByteLen;
 
-use super::intake::{Intake, stopped};
+use super::intake::{Flow, Intake, stopped};
 use crate::EngineError;
 use crate::memory::gate::{Gate, holder};
 use crate::memory::region::Backing;
@@ -26,7 +26,7 @@ pub(super) enum Step {
     /// The file does not hold the page (any more).
     Hole,
     /// No more: why.
-    Stop(SinkError),
+    Stop(Reply),
 }
 
 /// What installs: content, or zeros.
@@ -79,7 +79,7 @@ impl Intake {
         place: Place,
         claimed: usize,
         content: Content<'_>,
-    ) -> Result<usize, SinkError> {
+    ) -> Result<usize, Reply> {
         let mut claim = Claim { intake: self, place, left: claimed };
         self.memory.pauses.at(PausePoint::Claimed);
         let area = self.memory.area(place.area);
@@ -166,7 +166,7 @@ impl Intake {
         match (errno, content) {
             _ if !self.status.running() => Step::Stop(stopped()),
             (Errno::EFAULT, Content::Cached) => Step::Hole,
-            (Errno::EFAULT, Content::Bytes(_)) => Step::Stop(SinkError::Unreadable(run)),
+            (Errno::EFAULT, Content::Bytes(_)) => Step::Stop(Reply::Unreadable(run)),
             (Errno::ESRCH, _) => {
                 self.status.fail(EngineError::OwnerGone);
                 Step::Stop(stopped())

@@ -1,8 +1,9 @@
 //! What takes the pages in that a source delivers. It knows no source, so that a feed that holds it makes no cycle.
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use page_source::{SinkError, SourceError};
+use page_source::{Reply, SinkError, SourceError};
 use page_units::{PageCount, PageRun};
 
 use super::huge::Staging;
@@ -16,6 +17,9 @@ use crate::options::FailurePolicy;
 use crate::serve::events;
 use crate::serve::served::Discarded;
 use crate::stats::bump;
+
+/// Whether there is a next step, or what the source is told.
+pub(crate) type Flow = ControlFlow<Reply>;
 
 /// The sink of an engine: see its [`PageSink`](page_source::PageSink).
 #[derive(Debug)]
@@ -100,6 +104,6 @@ impl Discarded for Intake {
     }
 }
 
-pub(crate) fn stopped() -> SinkError {
-    SinkError::Stopped { reason: "the engine has ended".into() }
+pub(crate) fn stopped() -> Reply {
+    SinkError::stopped("the engine has ended").into()
 }

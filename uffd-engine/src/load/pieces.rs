@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use page_source::{Flow, PageBytes, SinkError};
+use page_source::{PageBytes, Reply};
 use page_units::{PageCount, PageRun};
 
 use super::huge::{Added, NotAdded, Whole};
 use super::install::{Claim, Content};
-use super::intake::{Intake, stopped};
+use super::intake::{Flow, Intake, stopped};
 use crate::EngineError;
 use crate::memory::Place;
 use crate::memory::states::State;
@@ -96,7 +96,7 @@ impl Intake {
                 self.not_taken(number, granule);
                 Flow::Continue(())
             }
-            Err(NotAdded::Unreadable) => Flow::Break(SinkError::Unreadable(here)),
+            Err(NotAdded::Unreadable) => Flow::Break(Reply::Unreadable(here)),
             Err(NotAdded::NoRoom(error)) => {
                 let (block, error) = (Arc::clone(&area.name), Arc::new(error));
                 self.status.fail(EngineError::Staging { block, run: here, error });

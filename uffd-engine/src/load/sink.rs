@@ -1,9 +1,9 @@
 //! The engine as a sink of pages.
 
-use page_source::{End, Flow, PageBytes, PageSink, SinkError, SourceError};
+use page_source::{End, PageBytes, PageSink, Reply, SinkError, SourceError, SourceErrorKind, Subject};
 use page_units::{PageCount, PageRun};
 
-use super::intake::{Intake, stopped};
+use super::intake::{Flow, Intake, stopped};
 use super::pieces::count;
 use super::status::Task;
 use crate::EngineError;
@@ -12,12 +12,51 @@ use crate::memory::states::State;
 use crate::options::FailurePolicy;
 
 impl PageSink for Intake {
-    fn data(&self, run: PageRun, bytes: PageBytes<'_>) -> Flow {
+    fn data(&self, run: PageRun, bytes: PageBytes<'_>) -> Reply {
+        self.take_data(run, bytes).into()
+    }
+
+    fn zero(&self, run: PageRun) -> Reply {
+        self.take_zero(run).into()
+    }
+
+    /// There is nothing below.
+    fn absent(&self, run: PageRun) -> Reply {
+        let error = SinkError::Absent(run);
+        let what = error.to_string();
+        let absent = SourceError::new(SourceErrorKind::Corrupt, Subject::none().run(run), what);
+        match self.take_failed(run, &absent) {
+            Flow::Continue(()) => Reply::Taken,
+            Flow::Break(_) => error.into(),
+        }
+    }
+
+    fn failed(&self, run: PageRun, error: SourceError) -> Reply {
+        self.take_failed(run, &error).into()
+    }
+
+    fn end(&self, end: End) {
+        match end {
+            End::Complete => self.rest_is_zero(),
+            End::Broken(error) => self.status.fail(EngineError::Broken(error)),
+            // By us, when all is there.
+            End::Stopped if self.status.source_finishes() => {}
+            End::Stopped => {
+                let subject = Subject::peer("the source of the pages");
+                let error = SourceError::new(SourceErrorKind::PeerGone, subject, "it ended before everything had come");
+                self.status.fail(EngineError::Broken(error));
+            }
+        }
+    }
+}
+
+impl Intake {
+    fn take_data(&self, run: PageRun, bytes: PageBytes<'_>) -> Flow {
         if bytes.len() != run.len() {
             let reason = format!("{} bytes were delivered for {run}", bytes.len());
-            let error = SourceError::Stopped { reason: reason.clone() };
+            let error = SourceError::new(SourceErrorKind::Protocol, Subject::none().run(run), reason.clone());
             self.status.fail(self.source_error(run, error));
-            return Flow::Break(SinkError::Stopped { reason });
+            return Flow::Break(SinkError::Stopped { reason }.into());
         }
         for (number, part) in self.memory.view.parts(run) {
             if !self.status.running() {
@@ -34,7 +73,7 @@ impl PageSink for Intake {
         Flow::Continue(())
     }
 
-    fn zero(&self, run: PageRun) -> Flow {
+    fn take_zero(&self, run: PageRun) -> Flow {
         for (number, part) in self.memory.view.parts(run) {
             if !self.status.running() {
                 return Flow::Break(stopped());
@@ -51,7 +90,7 @@ impl PageSink for Intake {
         Flow::Continue(())
     }
 
-    fn failed(&self, run: PageRun, error: SourceError) -> Flow {
+    fn take_failed(&self, run: PageRun, error: &SourceError) -> Flow {
         for (number, part) in self.memory.view.parts(run) {
             if !self.status.running() {
                 return Flow::Break(stopped());
@@ -74,15 +113,6 @@ impl PageSink for Intake {
         Flow::Continue(())
     }
 
-    fn end(&self, end: End) {
-        match end {
-            End::Complete => self.rest_is_zero(),
-            End::Broken(error) => self.status.fail(EngineError::Broken(error)),
-        }
-    }
-}
-
-impl Intake {
     /// Poisons what of a range is Missing, without waiting for what is under way.
     ///
     /// A granule is InFlight until the kernel knows: unregistering waits for that, or a page would be let go that only the

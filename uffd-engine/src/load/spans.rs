@@ -1,21 +1,23 @@
 //! What a source may have content for.
 
-use page_source::{Content, PageSource};
-use page_units::ByteLen;
+use page_source::{Content, Pages};
+use page_units::{ByteLen, PageCount};
 
 use crate::memory::Area;
 
+/// How far the source is asked at a time what it knows: 1 GiB.
+pub(super) const LOOK_AHEAD: PageCount = PageCount(1 << 18);
 /// 2 MiB of small pages: poisoning them costs much more than the call.
 const TOGETHER: usize = 512;
 
 /// The granules of an area that a source does not know to be zero: the first of a span, and how many. A source that knows
 /// nothing yet says so page by page: up to [`TOGETHER`] of these are one span.
-pub(crate) fn stored<'a>(area: &'a Area, source: &'a dyn PageSource) -> impl Iterator<Item = (usize, usize)> + 'a {
+pub(crate) fn stored<'a>(area: &'a Area, source: &'a dyn Pages) -> impl Iterator<Item = (usize, usize)> + 'a {
     let mut at = 0;
     std::iter::from_fn(move || {
         let mut found: Option<(usize, usize)> = None;
         while at < area.granules {
-            let span = source.run_at(area.block(), area.page(at));
+            let span = source.content(area.pages(at, area.granules - at).split_at(LOOK_AHEAD).0);
             let granules = ByteLen(span.pages.0 / area.granule.0).get();
             let left = area.granules - at;
             if span.content == Content::Zero && granules > 0 {
@@ -39,10 +41,8 @@ pub(crate) fn stored<'a>(area: &'a Area, source: &'a dyn PageSource) -> impl Ite
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
-    use page_source::{Feed, PageSink, SourceError, Span};
-    use page_units::{BlockId, HostAddr, Layout, PageCount, PageIndex, PageRun, PageSize, RamBlock};
+    use page_source::Span;
+    use page_units::{BlockId, HostAddr, Layout, PageIndex, PageRun, PageSize, RamBlock};
 
     use super::*;
     use crate::memory::region::{Backing, Region};
@@ -53,18 +53,14 @@ mod tests {
     #[derive(Debug)]
     struct Slow(Layout);
 
-    impl PageSource for Slow {
+    impl Pages for Slow {
         fn layout(&self) -> &Layout {
             &self.0
         }
 
-        fn run_at(&self, _: BlockId, first: PageIndex) -> Span {
-            let content = if (1000..1100).contains(&first.0) { Content::Zero } else { Content::Unknown };
+        fn content(&self, run: PageRun) -> Span {
+            let content = if (1000..1100).contains(&run.first.0) { Content::Zero } else { Content::Unknown };
             Span { content, pages: PageCount(1) }
-        }
-
-        fn start(&self, _: Arc<dyn PageSink>) -> Result<Box<dyn Feed>, SourceError> {
-            unreachable!("only asked what it knows")
         }
     }
 

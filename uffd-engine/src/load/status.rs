@@ -22,7 +22,6 @@ pub(crate) enum Task {
     FirstFault,
     PagesFailed(EngineError),
     Check,
-    LookUp,
     /// A freeze has ended where nothing may be waited for: take its protection off.
     Thaw,
     Fail(EngineError),
@@ -55,10 +54,10 @@ pub(crate) struct Status {
     outcome: Mutex<Option<Outcome>>,
     ended: Condvar,
     supervisor: OnceLock<ThreadId>,
+    /// The source is being finished by us: that it ends is no news.
+    source_finishes: AtomicBool,
 }
 
-/// So often the supervisor asks whether the source is still alive.
-const LOOK_UP: Duration = Duration::from_millis(100);
 /// So many errors of single pages are kept until the observer has seen them.
 const MAX_FAILED_PAGES: usize = 64;
 
@@ -110,7 +109,7 @@ impl Status {
         let mut inbox = self.inbox.lock();
         match task {
             Task::FirstFault => inbox.first_fault = true,
-            Task::Check | Task::LookUp => inbox.check = true,
+            Task::Check => inbox.check = true,
             Task::Thaw => inbox.thaw = true,
             Task::PagesFailed(error) if inbox.failed_pages.len() < MAX_FAILED_PAGES => inbox.failed_pages.push(error),
             Task::PagesFailed(_) => {}
@@ -119,7 +118,7 @@ impl Status {
         self.arrived.notify_one();
     }
 
-    /// The next thing to do, in order of urgency. Waits for it, and looks up now and then.
+    /// The next thing to do, in order of urgency. Waits for it.
     pub(crate) fn next_task(&self) -> Task {
         let mut inbox = self.inbox.lock();
         loop {
@@ -138,10 +137,18 @@ impl Status {
             if std::mem::take(&mut inbox.check) {
                 return Task::Check;
             }
-            if self.arrived.wait_for(&mut inbox, LOOK_UP).timed_out() {
-                return Task::LookUp;
-            }
+            self.arrived.wait(&mut inbox);
         }
+    }
+
+    /// Whether the source is being finished by us.
+    pub(crate) fn source_finishes(&self) -> bool {
+        self.source_finishes.load(Ordering::SeqCst)
+    }
+
+    /// To be said before the source is finished.
+    pub(crate) fn finishing_source(&self) {
+        self.source_finishes.store(true, Ordering::SeqCst);
     }
 
     pub(crate) fn end(&self, outcome: Outcome) {

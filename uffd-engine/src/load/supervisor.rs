@@ -4,8 +4,6 @@ use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use page_source::SourceError;
-
 use super::completion::fail_closed;
 use super::load::Load;
 use super::status::{Outcome, Task};
@@ -60,7 +58,6 @@ impl Supervisor {
             }
             Task::PagesFailed(error) => self.tell(&Event::PagesFailed(error)),
             Task::Check => return self.check(),
-            Task::LookUp => self.look_up(),
             Task::Thaw => self.thaw(),
             Task::Fail(error) => {
                 self.fail(error);
@@ -77,14 +74,6 @@ impl Supervisor {
             holder.thaw();
         }
         self.load.intake.status.tell(Task::Check);
-    }
-
-    /// A source that has died without a word would leave its pages outstanding for ever.
-    fn look_up(&self) {
-        if !self.load.intake.window.none() && !self.load.feed.alive() {
-            let (peer, reason) = ("the source of the pages".into(), "it has stopped answering".into());
-            self.load.intake.status.fail(EngineError::Broken(SourceError::Peer { peer, reason }));
-        }
     }
 
     /// An observer that panics is not told anything any more: what this thread has to do must still be done.
@@ -117,7 +106,7 @@ impl Supervisor {
         if let Some(holder) = memory.view.frozen() {
             holder.engine_failed(&error);
         }
-        fail_closed(&self.load.intake, &*self.load.source);
+        fail_closed(&self.load.intake, &*self.load.pages);
         memory.stay_open();
         self.load.intake.status.end(Outcome::Failed(error.clone()));
         self.tell(&Event::Failed(error));

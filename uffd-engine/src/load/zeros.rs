@@ -1,9 +1,7 @@
 //! Pages that are zero: noted, and installed only where somebody waits for them.
 
-use page_source::Flow;
-
 use super::install::Content;
-use super::intake::Intake;
+use super::intake::{Flow, Intake};
 use crate::memory::Place;
 use crate::memory::states::State;
 use crate::stats::bump;

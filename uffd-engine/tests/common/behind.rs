@@ -1,4 +1,4 @@
-//! What happens to memory behind the back of whoever serves or freezes it.
+//! What happens to memory behind the back of the engine or the freeze.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;

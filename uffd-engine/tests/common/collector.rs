@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use page_source::{End, Flow, PageBytes, PageSink, SinkError, SourceError};
+use page_source::{End, PageBytes, PageSink, Reply, SinkError, SourceError};
 use page_units::{Layout, PageCount, PageRun, PageSize, RamBlock};
 use parking_lot::{Condvar, Mutex};
 use testkit::gate::Gate;
@@ -37,12 +37,12 @@ impl Collector {
         })
     }
 
-    fn take(&self, run: PageRun, fill: impl Fn(&mut [u8])) -> Flow {
+    fn take(&self, run: PageRun, fill: impl Fn(&mut [u8])) -> Reply {
         if let Some(gate) = &self.gate {
             gate.enter();
         }
         if self.calls.fetch_add(1, Ordering::AcqRel) >= self.fail_at {
-            return Flow::Break(SinkError::Stopped { reason: "injected".into() });
+            return SinkError::stopped("injected").into();
         }
         let mut seen = self.seen.lock();
         for page in run.iter() {
@@ -51,7 +51,7 @@ impl Collector {
         }
         let range = run.first.byte_offset().get()..run.end().byte_offset().get();
         fill(&mut self.bytes.lock()[run.block.0 as usize][range]);
-        Flow::Continue(())
+        Reply::Taken
     }
 
     pub(crate) fn complete(&self) -> bool {
@@ -60,6 +60,10 @@ impl Collector {
             self.ended.wait(&mut end);
         }
         matches!(*end, Some(End::Complete))
+    }
+
+    pub(crate) fn has_ended(&self) -> bool {
+        self.end.lock().is_some()
     }
 
     pub(crate) fn assert_equals(&self, expected: &[Vec<u8>]) {
@@ -72,20 +76,25 @@ impl Collector {
 }
 
 impl PageSink for Collector {
-    fn data(&self, run: PageRun, bytes: PageBytes<'_>) -> Flow {
+    fn data(&self, run: PageRun, bytes: PageBytes<'_>) -> Reply {
         self.take(run, |to| bytes.copy_to(to).unwrap())
     }
 
-    fn zero(&self, run: PageRun) -> Flow {
+    fn zero(&self, run: PageRun) -> Reply {
         self.take(run, |to| to.fill(0))
     }
 
-    fn failed(&self, run: PageRun, error: SourceError) -> Flow {
+    fn absent(&self, run: PageRun) -> Reply {
+        panic!("{run} is absent")
+    }
+
+    fn failed(&self, run: PageRun, error: SourceError) -> Reply {
         panic!("{run}: {error}")
     }
 
     fn end(&self, end: End) {
-        *self.end.lock() = Some(end);
+        let before = self.end.lock().replace(end);
+        assert!(before.is_none(), "a second end");
         self.ended.notify_all();
     }
 }

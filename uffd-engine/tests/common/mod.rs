@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
-use page_source::PageSource;
+use page_source::Source;
 use page_units::{BlockId, ByteLen, HostAddr, Layout, PageIndex, PageRun};
 use testkit::oracle::Oracle;
 use testkit::require::Prerequisite;
@@ -142,7 +142,7 @@ impl Memory {
         HostAddr(self.maps[block.0 as usize].as_ptr() as u64)
     }
 
-    pub(crate) fn engine(&self, source: Arc<dyn PageSource>) -> Builder {
+    pub(crate) fn engine(&self, source: impl Into<Source>) -> Builder {
         Engine::builder().regions(self.regions()).source(source)
     }
 
@@ -210,7 +210,7 @@ impl Memory {
     }
 }
 
-/// A page or a fault is counted after whoever waited for it goes on, and after the engine is complete: the statistics as
+/// A page or a fault is counted after its waiters go on, and after the engine is complete: the statistics as
 /// soon as `all` are in, or as they are when that did not happen.
 pub(crate) fn counted(engine: &Engine, all: impl Fn(&Stats) -> bool) -> Stats {
     let begun = Instant::now();

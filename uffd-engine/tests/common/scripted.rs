@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
-use page_source::{End, Feed, Flow, PageBytes, PageSink, PageSource, SourceError, Span, Urgency};
-use page_units::{BlockId, Layout, PageCount, PageIndex, PageRun};
+use page_source::{Answer, End, EndGuard, Feed, OneShot, PageBytes, PageSink, Pages, Reply, SourceError, Urgency};
+use page_units::{PageCount, PageRun};
 use parking_lot::Mutex;
+use testkit::faults::injected;
 use testkit::oracle::Oracle;
 use testkit::source::MemorySource;
 
@@ -20,11 +21,10 @@ pub(crate) fn full(pages: u64) -> Arc<Oracle> {
     Arc::new(Oracle::new([("ram", (0..pages).flat_map(page).collect())]).unwrap())
 }
 
-/// Answers nothing by itself. What was asked for is kept; the test pushes.
-#[derive(Debug)]
+/// Answers nothing by itself. What was asked for is kept; the test pushes, through any of the clones.
+#[derive(Clone, Debug)]
 pub(crate) struct Scripted {
     oracle: Arc<Oracle>,
-    knows: MemorySource,
     at_start: AtStart,
     state: Arc<State>,
 }
@@ -40,13 +40,13 @@ enum AtStart {
 #[derive(Debug, Default)]
 struct State {
     sink: Mutex<Option<Arc<dyn PageSink>>>,
+    end: Mutex<Option<EndGuard>>,
     asked: Mutex<Vec<PageRun>>,
 }
 
 impl Scripted {
     pub(crate) fn new(oracle: Arc<Oracle>) -> Scripted {
-        let knows = MemorySource::new(Arc::clone(&oracle)).knowing_nothing();
-        Scripted { oracle, knows, at_start: AtStart::Nothing, state: Arc::default() }
+        Scripted { oracle, at_start: AtStart::Nothing, state: Arc::default() }
     }
 
     /// Everything it has is in the sink when it has started.
@@ -67,63 +67,48 @@ impl Scripted {
         self
     }
 
-    pub(crate) fn push(&self, run: PageRun) -> Flow {
+    /// The same, for an engine.
+    pub(crate) fn peer(&self) -> Box<Scripted> {
+        Box::new(self.clone())
+    }
+
+    pub(crate) fn push(&self, run: PageRun) -> Reply {
         let sink = self.state.sink.lock().clone().unwrap();
         sink.data(run, PageBytes::from_slice(self.oracle.run(run)))
     }
 
     pub(crate) fn end(&self) {
-        let sink = self.state.sink.lock().clone().unwrap();
-        sink.end(End::Complete);
+        self.state.end.lock().take().unwrap().end(End::Complete);
     }
 
     /// What was asked for so far.
     pub(crate) fn asked(&self) -> Vec<PageRun> {
         self.state.asked.lock().clone()
     }
-
-    /// The sink holds the source's engine, and that the source: the test is done with it.
-    pub(crate) fn forget_sink(&self) {
-        self.state.sink.lock().take();
-    }
 }
 
-impl PageSource for Scripted {
-    fn layout(&self) -> &Layout {
-        self.oracle.layout()
+impl OneShot for Scripted {
+    fn pages(&self) -> Arc<dyn Pages> {
+        Arc::new(MemorySource::new(Arc::clone(&self.oracle)).knowing_nothing())
     }
 
-    fn run_at(&self, block: BlockId, first: PageIndex) -> Span {
-        self.knows.run_at(block, first)
-    }
-
-    fn repeatable(&self) -> bool {
-        false
-    }
-
-    fn start(&self, sink: Arc<dyn PageSink>) -> Result<Box<dyn Feed>, SourceError> {
-        *self.state.sink.lock() = Some(sink);
+    fn start(self: Box<Self>, sink: Arc<dyn PageSink>) -> Result<Box<dyn Feed>, SourceError> {
+        if self.at_start == AtStart::Error {
+            return Err(injected("it can't be started"));
+        }
+        *self.state.sink.lock() = Some(Arc::clone(&sink));
+        *self.state.end.lock() = Some(EndGuard::new(sink));
         match self.at_start {
-            AtStart::Nothing => {}
+            AtStart::Nothing | AtStart::Error => {}
             AtStart::Everything => {
-                for all in self.layout().runs() {
-                    let mut rest = all;
-                    while !rest.is_empty() {
-                        let (now, later) = rest.split_at(PageCount(100));
-                        assert!(self.push(now).is_continue(), "{now} was refused");
-                        rest = later;
-                    }
+                for piece in self.oracle.layout().runs().flat_map(|all| all.pieces(PageCount(100))) {
+                    assert!(self.push(piece).is_taken(), "{piece} was refused");
                 }
-                self.forget_sink();
             }
             AtStart::Broken => {
-                if let Some(sink) = self.state.sink.lock().take() {
-                    sink.end(End::Broken(SourceError::Injected("it broke at once".into())));
+                if let Some(end) = self.state.end.lock().take() {
+                    end.end(End::Broken(injected("it broke at once")));
                 }
-            }
-            AtStart::Error => {
-                self.forget_sink();
-                return Err(SourceError::Injected("it can't be started".into()));
             }
         }
         Ok(Box::new(ScriptedFeed(Arc::clone(&self.state))))
@@ -134,7 +119,18 @@ impl PageSource for Scripted {
 struct ScriptedFeed(Arc<State>);
 
 impl Feed for ScriptedFeed {
-    fn request(&self, run: PageRun, _: Urgency) {
+    fn request(&self, run: PageRun, _: Urgency) -> Answer {
         self.0.asked.lock().push(run);
+        Answer::Later
+    }
+
+    fn finish(self: Box<Self>) -> Result<(), SourceError> {
+        Ok(())
+    }
+}
+
+impl Drop for ScriptedFeed {
+    fn drop(&mut self) {
+        drop(self.0.end.lock().take());
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use page_source::{PageSink, PageSource};
+use page_source::{OneShot, PageSink};
 use page_units::{BlockId, ByteLen, PageCount, PageIndex, PageRun};
 use testkit::hugepages::Overcommit;
 use testkit::late::LateSource;
@@ -31,11 +31,12 @@ fn set(guest: &Guest<'_>, page: u64, byte: u8) {
 }
 
 /// Delivers it: why not everything came.
-fn failure(frozen: &Frozen, memory: &Memory) -> FrozenError {
+fn failure(frozen: Frozen, memory: &Memory) -> FrozenError {
     let sink = Collector::new(&memory.layout, None, u64::MAX);
-    let feed = frozen.start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
+    let handle = frozen.handle();
+    let feed = Box::new(frozen).start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
     assert!(!sink.complete(), "nothing is published");
-    let error = frozen.wait().unwrap_err();
+    let error = handle.wait().unwrap_err();
     drop(feed);
     error
 }
@@ -59,8 +60,7 @@ fn a_page_that_was_freed_lazily_and_written_again_is_saved_as_it_is() {
     let (frozen, expected) = guest.freeze(&engine, ByteLen(1 << 20));
     let frozen = frozen.unwrap();
     guest.write(BlockId(0), PageIndex(5), 99);
-    save(&frozen, &expected, oracle.layout());
-    drop(frozen);
+    save(frozen, &expected, oracle.layout());
     engine.resume_background();
     engine.wait().unwrap();
     guest.assert_memory();
@@ -88,7 +88,7 @@ fn what_was_written_to_the_file_of_zero_pages_before_the_freeze_point_is_saved()
     let (frozen, expected) = guest.freeze(&engine, ByteLen(1 << 20));
     let frozen = frozen.unwrap();
     guest.write(BlockId(0), PageIndex(zeros[1]), 99);
-    save(&frozen, &expected, oracle.layout());
+    save(frozen, &expected, oracle.layout());
 }
 
 /// A bare `fallocate` tells nobody: a page that the engine had brought is gone.
@@ -112,7 +112,7 @@ fn a_loaded_page_that_is_punched_before_it_is_saved_ends_the_snapshot() {
             if touched {
                 memory.store(BlockId(0), lost.first, &[1]);
             }
-            let error = failure(&frozen, &memory);
+            let error = failure(frozen, &memory);
             assert!(matches!(error, FrozenError::Discarded { .. }), "{kind:?}, touched: {touched}: {error}");
         }
     }
@@ -125,7 +125,7 @@ fn a_loaded_page_that_is_punched_before_it_is_saved_ends_the_snapshot() {
     for page in 0..64 {
         guest.write(BlockId(0), PageIndex(page), 9);
     }
-    save(&frozen.unwrap(), &expected, oracle.layout());
+    save(frozen.unwrap(), &expected, oracle.layout());
 }
 
 /// The last page comes after the preparation and before the freeze point: the memory is frozen all the same, at once.
@@ -149,8 +149,7 @@ fn an_engine_that_becomes_complete_after_the_preparation_hands_the_memory_over()
         for page in (0..pages).step_by(7) {
             guest.write(BlockId(0), PageIndex(page), 77);
         }
-        save(&frozen, &expected, oracle.layout());
-        drop(frozen);
+        save(frozen, &expected, oracle.layout());
         guest.assert_memory();
     }
 }
@@ -160,7 +159,7 @@ fn an_engine_that_fails_after_the_preparation_is_named() {
     testkit::require!(Userfaultfd);
     let oracle = Arc::new(Oracle::random(26, layout(&[64]), 255));
     let memory = Memory::new(Kind::Anonymous, oracle.layout());
-    let source: Arc<dyn PageSource> = Arc::new(LateSource::new(Arc::clone(&oracle), 1));
+    let source = Arc::new(LateSource::new(Arc::clone(&oracle), 1));
     let engine = memory.engine(source).background(Background::default().paused()).start().unwrap();
     let options = FreezeOptions::default();
     let freezer = engine.freezer(memory.regions(), memory.layout.clone(), &options).unwrap();

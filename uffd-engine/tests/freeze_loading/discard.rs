@@ -57,8 +57,7 @@ fn what_a_snapshot_still_needs_is_not_given_back() {
         engine.discard(granules(1, 1)).unwrap();
         gone(&guest, granules(1, 1));
         guest.assert_memory_of(&[PageIndex(granule)]);
-        save(&frozen, &expected, oracle.layout());
-        drop(frozen);
+        save(frozen, &expected, oracle.layout());
         // And then everything can be.
         engine.discard(granules(2, 2)).unwrap();
         gone(&guest, granules(2, 2));
@@ -106,7 +105,7 @@ fn memory_is_not_frozen_in_the_middle_of_a_discard() {
             discarding.join().unwrap();
             let (frozen, expected) = freezing.join().unwrap();
             assert!(!early, "{kind:?}: frozen in the middle of a discard");
-            save(&frozen.unwrap(), &expected, oracle.layout());
+            save(frozen.unwrap(), &expected, oracle.layout());
         });
         guest.assert_memory();
     }

@@ -15,7 +15,7 @@ use crate::common::{Memory, PAGE};
 pub(crate) struct Guest<'a> {
     memory: &'a Memory,
     pub(crate) model: Mutex<Vec<Vec<u8>>>,
-    /// Held by a writer for the time of one write; alone by whoever stops the guest.
+    /// Held by a writer for the time of one write; alone by the thread that stops the guest.
     running: RwLock<()>,
     over: AtomicBool,
     writes: AtomicU64,
@@ -65,7 +65,7 @@ impl<'a> Guest<'a> {
         self.writes.fetch_add(1, Ordering::AcqRel);
     }
 
-    /// Until so many more writes were made.
+    /// Waits until a number of further writes were made.
     pub(crate) fn progress(&self, writes: u64) {
         let until = self.writes.load(Ordering::Acquire) + writes;
         while self.writes.load(Ordering::Acquire) < until {

@@ -14,11 +14,11 @@ use common::collector::{Collector, layout};
 use common::discards::give_back;
 use common::{Kind, Memory, freezable_while_loading};
 use guest::Guest;
-use page_source::{Feed, PageSink, PageSource, SourceError, Span};
+use page_source::{OneShot, PageSink, Source};
 use page_units::{BlockId, ByteLen, Layout, PageCount, PageIndex, PageRun};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
-use testkit::faults::{Fault, FaultySource};
+use testkit::faults::{Altered, Fault, FaultySource};
 use testkit::gate::Gate;
 use testkit::hugepages::Overcommit;
 use testkit::late::LateSource;
@@ -30,11 +30,12 @@ use uffd_engine::{
     FrozenError, Handlers,
 };
 
-fn save(frozen: &Frozen, expected: &[Vec<u8>], layout: &Layout) -> FreezeStats {
+fn save(frozen: Frozen, expected: &[Vec<u8>], layout: &Layout) -> FreezeStats {
     let sink = Collector::new(layout, None, u64::MAX);
-    let feed = frozen.start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
+    let handle = frozen.handle();
+    let feed = Box::new(frozen).start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
     let complete = sink.complete();
-    let stats = frozen.wait().unwrap();
+    let stats = handle.wait().unwrap();
     assert!(complete);
     sink.assert_equals(expected);
     drop(feed);
@@ -42,13 +43,13 @@ fn save(frozen: &Frozen, expected: &[Vec<u8>], layout: &Layout) -> FreezeStats {
     stats
 }
 
-fn sources(seed: u64, oracle: &Arc<Oracle>) -> Arc<dyn PageSource> {
+fn sources(seed: u64, oracle: &Arc<Oracle>) -> Source {
     let oracle = Arc::clone(oracle);
     match seed % 4 {
-        0 => Arc::new(MemorySource::new(oracle)),
-        1 => Arc::new(MemorySource::new(oracle).knowing_nothing()),
-        2 => Arc::new(LateSource::new(oracle, seed).with_threads(2)),
-        _ => Arc::new(LateSource::new(oracle, seed).sending_each_page_once()),
+        0 => Arc::new(MemorySource::new(oracle)).into(),
+        1 => Arc::new(MemorySource::new(oracle).knowing_nothing()).into(),
+        2 => Arc::new(LateSource::new(oracle, seed).with_threads(2)).into(),
+        _ => Box::new(LateSource::new(oracle, seed).sending_each_page_once()).into(),
     }
 }
 
@@ -73,7 +74,7 @@ fn two_snapshots(seed: u64, kind: Kind) {
         for _ in 0..2 {
             guest.progress(random.random_range(0..40));
             match guest.freeze(&engine, pool) {
-                (Ok(frozen), expected) => drop(save(&frozen, &expected, oracle.layout())),
+                (Ok(frozen), expected) => drop(save(frozen, &expected, oracle.layout())),
                 (Err(error), _) => panic!("seed {seed}, {kind:?}: {error}"),
             }
         }
@@ -93,7 +94,7 @@ fn what_is_saved_is_what_was_there_at_the_freeze_point() {
 }
 
 #[test]
-fn and_of_huge_pages_too() {
+fn huge_pages_that_are_loading_are_frozen() {
     testkit::require!(Userfaultfd, Hugepages);
     let _pages = Overcommit::reserve(16).unwrap();
     let kinds = freezable_while_loading(&[Kind::HugetlbPrivate, Kind::HugetlbShared, Kind::HugetlbAlias]);
@@ -102,7 +103,7 @@ fn and_of_huge_pages_too() {
     }
 }
 
-fn paused(memory: &Memory, source: Arc<dyn PageSource>) -> Engine {
+fn paused(memory: &Memory, source: impl Into<Source>) -> Engine {
     memory.engine(source).background(Background::default().paused()).start().unwrap()
 }
 
@@ -118,13 +119,13 @@ fn nothing_is_brought_into_memory_for_it() {
             guest.write(BlockId(0), PageIndex(page), 5);
         }
         let touched = [0, 77, 4095].iter().filter(|&&page| !oracle.zero_at(BlockId(0), PageIndex(page))).count() as u64;
-        // They are counted after whoever waited for them goes on.
+        // They are counted after their waiters go on.
         while engine.stats().demand_pages < touched {
             std::thread::yield_now();
         }
         let before = engine.stats();
         let (frozen, expected) = guest.freeze(&engine, ByteLen(1 << 20));
-        let stats = save(&frozen.unwrap(), &expected, oracle.layout());
+        let stats = save(frozen.unwrap(), &expected, oracle.layout());
         let after = engine.stats();
         assert_eq!(after.demand_faults, before.demand_faults, "a page fault for the snapshot");
         assert_eq!((after.demand_pages, after.background_pages), (before.demand_pages, 0));
@@ -149,7 +150,7 @@ fn an_engine_is_complete_only_after_the_freeze() {
     // All of it is loaded, and written to, while the sink stands still.
     let gate = Gate::closed();
     let sink = Collector::new(oracle.layout(), Some(gate.clone()), u64::MAX);
-    let feed = frozen.start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
+    let feed = Box::new(frozen).start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
     gate.wait_for(1);
     engine.resume_background();
     for page in 0..200 {
@@ -164,7 +165,7 @@ fn an_engine_is_complete_only_after_the_freeze() {
     sink.assert_equals(&expected);
     engine.wait().unwrap();
     guest.assert_memory();
-    drop((feed, frozen));
+    drop(feed);
     // From now on it is ordinary memory, and frozen as such, with its engine or without it.
     let options = FreezeOptions::default();
     let freezers = [
@@ -174,7 +175,7 @@ fn an_engine_is_complete_only_after_the_freeze() {
     for freezer in freezers {
         let frozen = freezer.unwrap().arm().unwrap();
         let expected = guest.model.lock().clone();
-        save(&frozen, &expected, oracle.layout());
+        save(frozen, &expected, oracle.layout());
     }
 }
 
@@ -202,9 +203,10 @@ fn one_that_is_given_up_changes_nothing() {
                     }
                     _ => {
                         let sink = Collector::new(oracle.layout(), None, number / 3);
-                        let feed = frozen.start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
+                        let handle = frozen.handle();
+                        let feed = Box::new(frozen).start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
                         assert!(!sink.complete());
-                        assert!(matches!(frozen.wait(), Err(FrozenError::Sink(_))));
+                        assert!(matches!(handle.wait(), Err(FrozenError::Sink(_))));
                         drop(feed);
                     }
                 }
@@ -212,7 +214,7 @@ fn one_that_is_given_up_changes_nothing() {
                 let (frozen, expected) = guest.freeze(&engine, ByteLen(1 << 16));
                 // With some luck the guest has touched everything: it is complete then.
                 if let Ok(frozen) = frozen {
-                    save(&frozen, &expected, oracle.layout());
+                    save(frozen, &expected, oracle.layout());
                 }
                 engine.resume_background();
                 engine.wait().unwrap();
@@ -234,33 +236,11 @@ fn a_second_freeze_at_the_same_time_and_other_regions_are_refused() {
     assert!(matches!(second, Err(FreezeError::Busy)));
     let less = engine.freezer(memory.regions()[..1].to_vec(), memory.layout.clone(), &FreezeOptions::default());
     assert!(matches!(less, Err(FreezeError::OtherRegions { .. })));
-    save(&first.unwrap(), &expected, oracle.layout());
-}
-
-/// A source that says at the end that its file has changed.
-#[derive(Debug)]
-struct Changed(MemorySource);
-
-impl PageSource for Changed {
-    fn layout(&self) -> &Layout {
-        self.0.layout()
-    }
-
-    fn run_at(&self, block: BlockId, first: PageIndex) -> Span {
-        self.0.run_at(block, first)
-    }
-
-    fn verify(&self) -> Result<(), SourceError> {
-        Err(SourceError::Injected("changed".into()))
-    }
-
-    fn start(&self, sink: Arc<dyn PageSink>) -> Result<Box<dyn Feed>, SourceError> {
-        self.0.start(sink)
-    }
+    save(first.unwrap(), &expected, oracle.layout());
 }
 
 /// Freezes untouched memory over a source, and delivers it: how that fails.
-fn failure(source: Arc<dyn PageSource>, oracle: &Arc<Oracle>, meanwhile: impl FnOnce(&Memory, &Engine)) -> FrozenError {
+fn failure(source: impl Into<Source>, oracle: &Arc<Oracle>, meanwhile: impl FnOnce(&Memory, &Engine)) -> FrozenError {
     let memory = Memory::new(Kind::Anonymous, oracle.layout());
     let engine = memory
         .engine(source)
@@ -273,10 +253,11 @@ fn failure(source: Arc<dyn PageSource>, oracle: &Arc<Oracle>, meanwhile: impl Fn
     let frozen = frozen.unwrap();
     meanwhile(&memory, &engine);
     let sink = Collector::new(oracle.layout(), None, u64::MAX);
-    let feed = frozen.start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
+    let handle = frozen.handle();
+    let feed = Box::new(frozen).start(Arc::clone(&sink) as Arc<dyn PageSink>).unwrap();
     assert!(!sink.complete(), "nothing is published");
-    let error = frozen.wait().unwrap_err();
-    drop((feed, frozen, engine));
+    let error = handle.wait().unwrap_err();
+    drop((feed, engine));
     error
 }
 
@@ -290,7 +271,7 @@ fn what_can_not_be_had_fails_the_snapshot() {
         let error = failure(faulty, &oracle, |_, _| {});
         assert!(matches!(error, FrozenError::Source { .. }), "{fault:?}: {error}");
     }
-    let error = failure(Arc::new(Changed(MemorySource::new(Arc::clone(&oracle)))), &oracle, |_, _| {});
+    let error = failure(Arc::new(Altered::new(MemorySource::new(Arc::clone(&oracle)))), &oracle, |_, _| {});
     assert!(matches!(error, FrozenError::Changed(_)), "{error}");
     let error = failure(source(), &oracle, |_, engine| engine.cancel());
     assert!(matches!(&error, FrozenError::Engine(why) if matches!(**why, EngineError::Cancelled)), "{error}");

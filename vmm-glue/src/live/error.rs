@@ -65,13 +65,13 @@ pub enum LiveError {
     Regions(#[from] MemoryError),
     /// The file would not fit.
     #[error(
-        "{}: up to {needed} bytes are needed, and {available} are free: make room, or, if much of the memory is zero, do without this check",
+        "{}: up to {needed} bytes are needed, and {available} are free: free some space, or, if much of the memory is zero, do without this check",
         path.display()
     )]
     Space {
         /// The file.
         path: PathBuf,
-        /// What exists of the memory, and room for the rest.
+        /// What exists of the memory, and what the rest of the file may take.
         needed: ByteLen,
         /// What the file system has.
         available: ByteLen,
@@ -112,7 +112,7 @@ pub enum LiveError {
     /// The thread that saves could not be started.
     #[error(transparent)]
     Begin(SourceError),
-    /// The frozen memory could not be had whole: it was discarded, or the kernel refused something.
+    /// The frozen memory could not be saved whole: it was discarded, or the kernel refused something.
     #[error(transparent)]
     Frozen(FrozenError),
     /// The file could not be written or finished.

@@ -5,15 +5,12 @@ use std::time::{Duration, Instant};
 
 use page_source::{Feed, SinkError};
 use page_units::{ByteLen, PageCount};
-use uffd_engine::{FreezeStats, Frozen, FrozenError};
+use uffd_engine::{FreezeHandle, FreezeStats, FrozenError};
 
 use super::sink::LiveSink;
 use super::{Blackout, LiveError};
 use crate::GuestRam;
 use crate::machine::FOR_EVER;
-
-/// How often whoever waits looks whether the thread that saves still lives.
-const TICK: Duration = Duration::from_millis(100);
 
 /// How far a live snapshot is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,9 +52,9 @@ pub(super) struct Begun {
 /// guest does not stand still meanwhile.
 #[derive(Debug)]
 pub struct LiveSnapshot {
-    // In this order: no thread delivers any more, the memory is let go, and only then may it be unmapped.
-    feed: Box<dyn Feed>,
-    frozen: Arc<Frozen>,
+    // In this order: no thread delivers any more and the memory is let go, and only then may it be unmapped.
+    _feed: Box<dyn Feed>,
+    frozen: FreezeHandle,
     sink: Arc<LiveSink>,
     ram: Arc<GuestRam>,
     begun: Begun,
@@ -66,12 +63,12 @@ pub struct LiveSnapshot {
 impl LiveSnapshot {
     pub(super) fn new(
         feed: Box<dyn Feed>,
-        frozen: Arc<Frozen>,
+        frozen: FreezeHandle,
         sink: Arc<LiveSink>,
         ram: Arc<GuestRam>,
         begun: Begun,
     ) -> LiveSnapshot {
-        LiveSnapshot { feed, frozen, sink, ram, begun }
+        LiveSnapshot { _feed: feed, frozen, sink, ram, begun }
     }
 
     /// How long no vCPU ran, and why.
@@ -102,16 +99,7 @@ impl LiveSnapshot {
     /// Waits until it is over, one way or the other, for a limited time; `false` if it is not.
     #[must_use]
     pub fn wait_for(&self, limit: Duration) -> bool {
-        let deadline = Instant::now() + limit.min(FOR_EVER);
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if self.sink.wait(left.min(TICK)).is_some() || !self.feed.alive() {
-                return true;
-            }
-            if left.is_zero() {
-                return false;
-            }
-        }
+        self.sink.wait(Some(Instant::now() + limit.min(FOR_EVER))).is_some()
     }
 
     /// Waits until the file is complete, durable and under its name.
@@ -120,8 +108,7 @@ impl LiveSnapshot {
     /// If there is no file (or the one that was there before): it was cancelled, or something failed. The guest goes
     /// on all the same.
     pub fn wait(self) -> Result<LiveReport, LiveError> {
-        while !self.wait_for(TICK) {}
-        match self.sink.wait(Duration::ZERO) {
+        match self.sink.wait(None) {
             Some(Ok(stored)) => Ok(LiveReport {
                 blackout: self.begun.blackout,
                 stats: self.stats(),
@@ -140,6 +127,7 @@ impl LiveSnapshot {
             Ok(_) => LiveError::Write(error),
             Err(FrozenError::Sink(error)) => LiveError::Write(error),
             Err(FrozenError::Cancelled) => LiveError::Cancelled,
+            Err(FrozenError::Died) => LiveError::Died,
             Err(other) => LiveError::Frozen(other),
         }
     }

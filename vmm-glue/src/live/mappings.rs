@@ -12,7 +12,7 @@ use crate::ram::GuestRam;
 /// A file as `/proc/self/maps` names it: device and inode.
 type FileId = (u64, u64, u64);
 
-/// What of a file the guest sees, and where.
+/// The part of a file that the guest sees, and where.
 #[derive(Debug)]
 struct Part {
     file: FileId,
@@ -23,7 +23,7 @@ struct Part {
 /// Memory of the guest that something in this process can write to besides.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Other {
-    /// What of the guest's memory comes first there.
+    /// The first of the guest's addresses there.
     pub(super) guest: GuestAddr,
     /// Where it is mapped.
     pub(super) mapped: Range<HostAddr>,
@@ -71,7 +71,7 @@ fn find(maps: &str, parts: &[Part], mut own: Vec<Range<HostAddr>>) -> io::Result
     Ok(None)
 }
 
-/// What of a range is in none of the others, which are sorted.
+/// The parts of a range that are in none of the others, which are sorted.
 fn without(range: Range<HostAddr>, others: &[Range<HostAddr>]) -> Vec<Range<HostAddr>> {
     let mut left = Vec::new();
     let mut at = range.start;

@@ -22,8 +22,8 @@ pub struct LiveOptions {
     /// no space in it: a guest that has many may be saved without the check; a full disk is an error then, no harm.
     pub check_space: bool,
     /// Whether to refuse before anything stops if this process has shared memory of the guest mapped a second time, where
-    /// it can be written to and no write is caught. Whoever has such a mapping, and knows that nothing is written there
-    /// between the freeze point and the end of the snapshot, may do without the check.
+    /// it can be written to and no write is caught. A caller that has such a mapping, and knows that nothing is written
+    /// there between the freeze point and the end of the snapshot, may do without the check.
     pub check_mappings: bool,
     drain: Option<Arc<Drain>>,
     observer: Option<Arc<Observer>>,
@@ -121,7 +121,7 @@ impl LiveOptions {
     }
 
     /// `observer` is told of the freeze point, on the calling thread. Saving begins when it returns: until then writers of
-    /// the guest go on only as long as there is room for copies in the [pool](FreezeOptions::pool).
+    /// the guest go on only as long as there is space for copies in the [pool](FreezeOptions::pool).
     #[must_use]
     pub fn with_observer(mut self, observer: impl Fn(&LiveEvent) + Send + Sync + 'static) -> LiveOptions {
         self.observer = Some(Arc::new(observer));

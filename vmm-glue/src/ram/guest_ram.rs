@@ -60,7 +60,7 @@ impl GuestRam {
     /// Allocates memory, which is all zero and costs nothing until it is touched.
     ///
     /// # Errors
-    /// If the blocks overlap or are not whole pages of the backing, or there is no such memory to be had.
+    /// If the blocks overlap or are not whole pages of the backing, or there is no such memory.
     pub fn allocate(specs: &[RamSpec], backing: Backing) -> Result<GuestRam, MemoryError> {
         let mut blocks = Vec::new();
         let mut regions = Vec::new();

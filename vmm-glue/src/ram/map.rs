@@ -23,7 +23,7 @@ pub(super) fn file_of(block: &RamBlock, backing: Backing) -> io::Result<Option<F
     };
     let file = File::from(memfd_create(block.name(), flags)?);
     file.set_len(block.length().0)?;
-    // Whoever else gets it can't cut memory off, which would be a SIGBUS for each of its users.
+    // Another owner of the file can't cut memory off, which would be a SIGBUS for each of its users.
     fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW))?;
     Ok(Some(file))
 }

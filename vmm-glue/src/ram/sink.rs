@@ -1,9 +1,8 @@
 //! Guest memory that is filled before anything runs: the eager way.
 
-use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use page_source::{End, Flow, PageBytes, PageSink, SinkError, SourceError};
+use page_source::{End, PageBytes, PageSink, Reply, SinkError, SourceError};
 use page_units::{BlockId, Layout, PageRun};
 
 use crate::ram::{GuestRam, MemoryError};
@@ -27,9 +26,10 @@ impl RamSink {
         Ok(RamSink { ram, blocks })
     }
 
-    fn take(&self, run: PageRun, bytes: PageBytes<'_>) -> Result<(), SinkError> {
+    fn take(&self, run: PageRun, bytes: PageBytes<'_>) -> Reply {
         let block = usize::try_from(run.block.0).ok().and_then(|block| self.blocks.get(block));
-        let Some(block) = block.copied().flatten() else { return Ok(()) };
+        let Some(block) = block.copied().flatten() else { return Reply::Taken };
+        let lent = run;
         let run = PageRun { block, ..run };
         for piece in self.ram.pieces() {
             let part = piece.run.intersect(run);
@@ -38,28 +38,31 @@ impl RamSink {
             }
             let host = piece.host + (part.first - piece.run.first).to_bytes();
             let bytes = bytes.slice((part.first - run.first).to_bytes(), part.len());
-            sys::write_memory(bytes.as_kernel_ptr(), host, part.len()).map_err(|_| SinkError::Unreadable(part))?;
+            if sys::write_memory(bytes.as_kernel_ptr(), host, part.len()).is_err() {
+                return Reply::Unreadable(PageRun { block: lent.block, ..part });
+            }
         }
-        Ok(())
+        Reply::Taken
     }
 }
 
 impl PageSink for RamSink {
-    fn data(&self, run: PageRun, bytes: PageBytes<'_>) -> Flow {
-        match self.take(run, bytes) {
-            Ok(()) => ControlFlow::Continue(()),
-            Err(error) => ControlFlow::Break(error),
-        }
+    fn data(&self, run: PageRun, bytes: PageBytes<'_>) -> Reply {
+        self.take(run, bytes)
     }
 
-    fn zero(&self, _: PageRun) -> Flow {
-        ControlFlow::Continue(())
+    fn zero(&self, _: PageRun) -> Reply {
+        Reply::Taken
     }
 
-    fn failed(&self, _: PageRun, error: SourceError) -> Flow {
-        ControlFlow::Break(SinkError::Source { error })
+    fn absent(&self, run: PageRun) -> Reply {
+        SinkError::Absent(run).into()
     }
 
-    /// Whoever pumps learns how it ended.
+    fn failed(&self, _: PageRun, error: SourceError) -> Reply {
+        SinkError::Source { error }.into()
+    }
+
+    /// The caller of `pump` learns how it ended.
     fn end(&self, _: End) {}
 }

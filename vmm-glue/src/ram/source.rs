@@ -4,13 +4,16 @@ use std::fmt;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use page_source::{Content, Feed, PageBytes, PageSink, PageSource, SourceError, Span, Urgency};
-use page_units::{BlockId, Layout, PageCount, PageIndex, PageRun};
+use page_source::{
+    Answer, Content, EndGuard, Feed, PageBytes, PageSink, PageSource, Pages, Reply, SourceError, SourceErrorKind, Span,
+    Subject, Urgency,
+};
+use page_units::{Layout, PageCount, PageRun};
 
 use crate::ram::GuestRam;
 use crate::sys;
 
-/// So much is copied at a time.
+/// How much is copied at a time.
 const CHUNK: PageCount = PageCount(256);
 
 /// Guest memory that nobody writes to. Pages that do not exist are zero without being touched, and a page that can't be
@@ -60,67 +63,83 @@ impl RamSource {
     }
 }
 
-impl PageSource for RamSource {
+impl Pages for RamSource {
     fn layout(&self) -> &Layout {
         self.inner.ram.layout()
     }
 
-    fn run_at(&self, block: BlockId, first: PageIndex) -> Span {
-        let pages = self.layout().get(block).map_or(PageCount(0), |block| block.pages());
-        if first.0 >= pages.0 {
-            return Span { content: Content::Zero, pages: PageCount(0) };
-        }
-        let runs = usize::try_from(block.0).ok().and_then(|block| self.inner.populated.get(block));
+    fn content(&self, run: PageRun) -> Span {
+        let run = self.layout().clip(run);
+        let runs = usize::try_from(run.block.0).ok().and_then(|block| self.inner.populated.get(block));
         let runs = runs.map(Vec::as_slice).unwrap_or_default();
-        let next = runs.get(runs.partition_point(|run| run.end() <= first));
-        match next {
-            Some(run) if run.first <= first => Span { content: Content::Stored, pages: run.end() - first },
-            Some(run) => Span { content: Content::Zero, pages: run.first - first },
-            None => Span { content: Content::Zero, pages: PageCount(pages.0 - first.0) },
-        }
+        let next = runs.get(runs.partition_point(|there| there.end() <= run.first));
+        let (content, pages) = match next {
+            Some(there) if there.first <= run.first => (Content::Stored, there.end() - run.first),
+            Some(there) => (Content::Zero, there.first - run.first),
+            None => (Content::Zero, run.pages),
+        };
+        Span::new(content, pages.min(run.pages))
     }
+}
 
+impl PageSource for RamSource {
     fn start(&self, sink: Arc<dyn PageSink>) -> Result<Box<dyn Feed>, SourceError> {
-        Ok(Box::new(RamFeed { source: self.clone(), sink }))
+        Ok(Box::new(RamFeed { source: self.clone(), end: EndGuard::new(sink) }))
     }
 }
 
 #[derive(Debug)]
 struct RamFeed {
     source: RamSource,
-    sink: Arc<dyn PageSink>,
+    end: EndGuard,
 }
 
 impl Feed for RamFeed {
-    fn request(&self, run: PageRun, _: Urgency) {
-        let mut buffer = Vec::new();
-        let mut rest = run;
-        while !rest.is_empty() {
-            let span = self.source.run_at(rest.block, rest.first);
-            let (now, later) = match span.content {
-                Content::Zero => rest.split_at(PageCount(span.pages.0.max(1))),
-                Content::Stored | Content::Unknown => rest.split_at(span.pages.min(CHUNK)),
-            };
-            rest = later;
-            let flow = match span.content {
-                Content::Zero if span.pages.0 > 0 => self.sink.zero(now),
-                Content::Stored | Content::Unknown if self.read(now, &mut buffer) => {
-                    self.sink.data(now, PageBytes::from_slice(&buffer))
-                }
-                _ => self.sink.failed(now, unreadable(now)),
-            };
-            if let ControlFlow::Break(_) = flow {
-                return;
-            }
-        }
+    fn request(&self, run: PageRun, _: Urgency) -> Answer {
+        // If the sink takes no more, it knows.
+        let _ = self.deliver(run);
+        Answer::Here
+    }
+
+    /// The guest stands still: what was delivered is what its memory is.
+    fn finish(self: Box<Self>) -> Result<(), SourceError> {
+        Ok(())
     }
 }
 
 fn unreadable(run: PageRun) -> SourceError {
-    SourceError::Peer { peer: "guest memory".into(), reason: format!("{run} can't be read") }
+    let subject = Subject::peer("guest memory").run(run);
+    SourceError::new(SourceErrorKind::Unreadable, subject, format!("{run} can't be read"))
 }
 
 impl RamFeed {
+    fn deliver(&self, run: PageRun) -> ControlFlow<Reply> {
+        let sink = self.end.sink();
+        let mut buffer = Vec::new();
+        let mut rest = run;
+        while !rest.is_empty() {
+            let span = self.source.content(rest);
+            if span.pages.0 == 0 {
+                return sink.failed(rest, unreadable(rest)).branch();
+            }
+            let most = if span.content == Content::Zero { span.pages } else { span.pages.min(CHUNK) };
+            let (now, later) = rest.split_at(most);
+            rest = later;
+            let reply = if span.content == Content::Zero {
+                sink.zero(now)
+            } else if self.read(now, &mut buffer) {
+                sink.data(now, PageBytes::from_slice(&buffer))
+            } else {
+                sink.failed(now, unreadable(now))
+            };
+            match reply {
+                Reply::Unreadable(_) => sink.failed(now, unreadable(now)).branch()?,
+                reply => reply.branch()?,
+            }
+        }
+        ControlFlow::Continue(())
+    }
+
     /// Lets the kernel copy the pages, which may lie in several pieces.
     fn read(&self, run: PageRun, buffer: &mut Vec<u8>) -> bool {
         buffer.resize(run.len().get(), 0);

@@ -54,7 +54,7 @@ impl RamSpec {
     }
 }
 
-/// Why guest memory can't be had.
+/// Why guest memory can't be made, or used.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum MemoryError {
@@ -65,7 +65,7 @@ pub enum MemoryError {
     #[error("guest memory can't be put together: {0}")]
     Collection(String),
     /// The system refused memory.
-    #[error("{length} bytes of {backing:?} memory for RAM block \"{block}\" can't be had: {reason}")]
+    #[error("{length} bytes of {backing:?} memory for RAM block \"{block}\" are unavailable: {reason}")]
     Allocate {
         /// The block.
         block: String,

@@ -108,10 +108,9 @@ pub fn save(machine: &dyn Machine, host: &Host, path: &Path, options: &SaveOptio
     let source = RamSource::new(Arc::clone(ram)).map_err(SaveError::Populated)?;
     let configuration = Configuration::new(options.machine.clone());
     let sink = Arc::new(MappedRamSink::new(Writer::create(path, &configuration, ram.layout().clone())?));
-    sink.set_device_state(state);
     let pumping = PumpOptions { threads: options.threads, find_zeros: true, ..PumpOptions::default() };
-    let done = pump(&source, Arc::clone(&sink) as Arc<dyn page_source::PageSink>, &pumping)?;
-    sink.outcome()?;
+    let done = pump(Arc::new(source), Arc::clone(&sink) as Arc<dyn page_source::PageSink>, &pumping)?;
+    sink.publish(&state)?;
     held.keep();
     Ok(Saved { stored: done.stored, zero: done.zero, state: length, took: begun.elapsed() })
 }

@@ -151,7 +151,7 @@ impl SavedVm {
     /// If blocks are missing or of another length, or a page can't be read.
     pub fn load_all(&self, ram: &Arc<GuestRam>, threads: usize) -> Result<Loaded, RestoreError> {
         let sink = Arc::new(RamSink::new(Arc::clone(ram), self.source.layout())?);
-        let done = pump(&*self.source, sink, &PumpOptions { threads, ..PumpOptions::default() })?;
+        let done = pump(Arc::clone(&self.source), sink, &PumpOptions { threads, ..PumpOptions::default() })?;
         Ok(Loaded { stored: done.stored, zero: done.zero })
     }
 }

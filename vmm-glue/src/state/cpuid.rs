@@ -54,7 +54,7 @@ const FEATURES: &[Features] = &[
     Features { leaf: 7, subleaf: 1, register: "ecx", of: |entry| entry.ecx, names: "" },
     Features { leaf: 7, subleaf: 1, register: "edx", of: |entry| entry.edx, names: "" },
     Features { leaf: 7, subleaf: 2, register: "edx", of: |entry| entry.edx, names: "" },
-    // What of the extended state can be switched on: in XCR0, and in IA32_XSS.
+    // The parts of the extended state that can be switched on: in XCR0, and in IA32_XSS.
     Features { leaf: 0xd, subleaf: 0, register: "eax", of: |entry| entry.eax, names: "" },
     Features { leaf: 0xd, subleaf: 0, register: "edx", of: |entry| entry.edx, names: "" },
     Features { leaf: 0xd, subleaf: 1, register: "eax", of: |entry| entry.eax, names: "xsaveopt xsavec xgetbv1 xsaves" },

@@ -58,7 +58,7 @@ impl<const N: usize> Field for [u64; N] {
     }
 }
 
-/// Described once, however many there are: whoever restores a guest waits until the description is read.
+/// Described once, however many there are: a restore waits until the description is read.
 impl<T: Record, const N: usize> Field for [T; N] {
     fn put(&self, name: &str, to: StructBuilder) -> StructBuilder {
         to.structures(name, T::NAME, 1, self, |to, one| one.write(to))

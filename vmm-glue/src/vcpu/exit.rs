@@ -1,4 +1,4 @@
-//! What an exit from `KVM_RUN` means, above all when a page could not be had.
+//! What an exit from `KVM_RUN` means, above all when a page is unavailable.
 //!
 //! Linux shows a page whose content is poisoned (`UFFDIO_POISON`), or that nobody brings, in several ways, depending
 //! on how KVM came to need it: `KVM_RUN` fails with `EFAULT`; it is interrupted by a `SIGBUS` to the thread; an access
@@ -15,7 +15,7 @@ use page_units::GuestAddr;
 use super::{Bus, Next};
 use crate::{GuestRam, sys};
 
-/// How it showed that a page could not be had.
+/// How it showed that a page is unavailable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum FailedPage {
@@ -44,7 +44,7 @@ impl fmt::Display for FailedPage {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum VcpuError {
-    /// The guest needs a page of RAM whose content can't be had.
+    /// The guest needs a page of RAM whose content is unavailable.
     #[error("vCPU {vcpu} needs a page that could not be loaded, at {} ({how})", place(*guest))]
     PageFailed {
         /// The vCPU.

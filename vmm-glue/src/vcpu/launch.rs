@@ -128,7 +128,7 @@ impl Launch {
     /// The memory is mapped: gives it to the VM.
     pub(crate) fn memory(&self, ram: Arc<GuestRam>) {
         if let Some(orders) = &self.orders {
-            // If nobody listens any more, there is an error to be had in the end.
+            // If nobody listens any more, the end brings an error.
             let _ = orders.send(Order::Memory(ram));
         }
     }
@@ -213,9 +213,9 @@ impl Work {
     }
 }
 
-/// What the other of the two threads is about to send; `None` if it has ended. Waking a core that has gone to sleep
-/// takes about as long as they wait for each other, and it is who sends that pays: so they do not sleep at once. Whoever
-/// else wants the core gets it.
+/// Waits for what the other of the two threads is about to send; `None` if it has ended. It spins for a moment before it
+/// blocks: waking a sleeping core takes about as long as the wait itself, and costs the sender. `yield_now` lets other
+/// threads have the core.
 fn receive<T>(from: &Receiver<T>) -> Option<T> {
     let begun = Instant::now();
     while begun.elapsed() < SOON {
@@ -228,7 +228,7 @@ fn receive<T>(from: &Receiver<T>) -> Option<T> {
     from.recv().ok()
 }
 
-/// Nobody is told this: whoever would be has gone.
+/// Never seen by a caller: the receiver has already been dropped.
 fn given_up() -> RestoreError {
     RestoreError::Threads(io::Error::other("the restore was given up"))
 }

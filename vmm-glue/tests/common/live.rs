@@ -223,7 +223,7 @@ pub fn snapshot(vcpus: &Vcpus, path: &Path, options: &LiveOptions) -> Result<Liv
     Ok(report)
 }
 
-/// Waits until the guest has done so much more.
+/// Waits until the guest has done `steps` more.
 pub fn progress(vcpus: &Vcpus, image: &GuestImage, steps: u64) {
     let of = |vcpu| image.report(vcpus.ram().memory(), vcpu).counter;
     for vcpu in 0..image.config().vcpus {
@@ -302,7 +302,7 @@ pub fn names(directory: &Path) -> Vec<String> {
     entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
 }
 
-/// Waits until so many pages are saved.
+/// Waits until a number of pages are saved.
 pub fn saved(snapshot: &LiveSnapshot, pages: u64) {
     while snapshot.progress().saved < PageCount(pages) && !snapshot.wait_for(Duration::ZERO) {
         std::thread::yield_now();

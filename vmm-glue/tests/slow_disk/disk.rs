@@ -22,7 +22,7 @@ const FOR_NOW: Duration = Duration::ZERO;
 /// What a disk can't do any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Failure {
-    /// To write, after so many more writes.
+    /// To write, after a number of further writes.
     WriteAfter(u64),
     /// To make durable what was written.
     Sync,
@@ -205,7 +205,7 @@ impl Filesystem for Slow {
     }
 
     fn create(&self, _: &Request, _: INodeNo, name: &OsStr, _: u32, _: u32, _: i32, reply: ReplyCreate) {
-        // Each write comes here at once, and with it whoever writes.
+        // Each write comes here at once, and its thread waits.
         let made = self.make(name);
         answer!(reply, made, found => {
             reply.created(&FOR_NOW, &found, Generation(0), FileHandle(0), FopenFlags::FOPEN_DIRECT_IO);

@@ -51,7 +51,7 @@ fn problems(files: &BTreeMap<Vec<String>, String>) -> Vec<String> {
     for (&from, to) in uses.iter().filter(|(from, _)| !from.is_empty()) {
         for &to in to {
             let (above, below) = (layer(from), layer(to));
-            let side = above == below && from[0] != to[0] && LAYERS[above].len() > 1 && above > 0;
+            let side = above == below && from.first() != to.first() && LAYERS[above].len() > 1 && above > 0;
             if above < below || side {
                 problems.push(format!("uffd-engine: {} uses {}, which is not below it", name(from), name(to)));
             }

@@ -18,7 +18,7 @@ use std::process::Command;
 use crate::run::{Done, root};
 
 /// Where the rules for names and words are not kept yet.
-const LATER: &[&str] = &["fastload", "frame-file", "page-source", "uffd-engine", "vmm-glue"];
+const LATER: &[&str] = &["page-source", "uffd-engine"];
 
 /// Checks all files under version control, and the manifests.
 ///

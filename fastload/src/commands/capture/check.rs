@@ -36,7 +36,7 @@ const INCOMPATIBLE: [&str; 17] = [
 /// `bg_migration_vm_start_bh`).
 const PAUSED_STAYS: (u64, u64, u64) = (9, 0, 0);
 
-/// What of a QEMU's state, beside RAM, is room enough for.
+/// The space that is kept free for a QEMU's state without its RAM.
 const DEVICE_STATE: ByteLen = ByteLen(16 << 20);
 
 /// A guest that can be captured.
@@ -147,7 +147,7 @@ pub(super) fn writable(output: &Path) -> Result<(), Failure> {
     Ok(WholeFile::create(output).map(drop)?)
 }
 
-/// Refuses a disk without room for all of RAM.
+/// Refuses a disk without space for all of RAM.
 pub(super) fn space(output: &Path, ram: ByteLen) -> Result<(), Failure> {
     let name = output.display();
     let file = whole_file::target(output)?;

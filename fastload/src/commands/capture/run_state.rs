@@ -3,7 +3,7 @@
 use crate::commands::Failure;
 
 /// The device state, saying that the guest was running, where it says that it was paused. The section `globalstate` (QEMU
-/// migration/global_state.c) has the length of the name with its NUL, and room for the name, which is zero behind it.
+/// migration/global_state.c) has the length of the name with its NUL, and a fixed field for the name, which is zero behind it.
 pub(super) fn as_running(device_state: &[u8]) -> Result<Vec<u8>, Failure> {
     // Its name with its length, its instance and its version.
     let header = b"\x0bglobalstate\0\0\0\0\0\0\0\x01";

@@ -9,17 +9,18 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use mapped_ram::Writer;
-use page_source::{End, Feed, PageSink, PageSource};
+use page_files::MappedRamSink;
+use page_source::{End, OneShot, PageSink};
 use page_units::ByteLen;
-use qemu_pages::receive::QemuStream;
+use qemu_pages::receive::{DeviceState, QemuStream};
 
 use super::check::Guest;
 use super::interrupt::Interrupts;
 use super::output::{self, Captured};
 use super::run_state;
 use super::session::{Freeze, Session, Stage};
-use super::sink::Held;
 use crate::commands::Failure;
+use crate::screen;
 
 /// What the other side is called.
 const PEER: &str = "the snapshot that QEMU sends";
@@ -32,8 +33,8 @@ const EXPLANATION: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(super) struct Taken {
     output: PathBuf,
-    source: QemuStream,
-    sink: Arc<Held>,
+    device_state: DeviceState,
+    sink: Arc<MappedRamSink>,
     freeze: Option<Freeze>,
     sent: Instant,
     /// The guest was stopped for the capture only.
@@ -48,14 +49,14 @@ impl Taken {
 
     /// Gives the file its name.
     pub(super) fn publish(self, begun: Instant) -> Result<Captured, Failure> {
-        let device_state = self.source.device_state().ok_or("the device state has not come")?;
-        let writer = self.sink.file.writer();
+        let device_state = self.device_state.get().ok_or("the device state has not come")?;
         if self.was_running {
-            writer.finish(&run_state::as_running(device_state)?)?;
+            self.sink.publish(&run_state::as_running(device_state)?)?;
         } else {
-            writer.finish(device_state)?;
+            self.sink.publish(device_state)?;
         }
-        let ((stored, zero), ram) = (self.sink.pages(), self.source.layout().total());
+        let writer = self.sink.writer();
+        let ((stored, zero), ram) = (self.sink.received(), writer.layout().total());
         let meta = std::fs::metadata(&self.output).map_err(|error| format!("{}: {error}", self.output.display()))?;
         let allocated = meta.blocks().saturating_mul(512);
         Ok(Captured {
@@ -87,12 +88,13 @@ pub(super) fn take(
     let socket = watch.session.socket()?;
     let source = watch.open(socket, guest.most_ram)?;
     let writer = Writer::create(output, source.configuration(), source.layout().clone())?;
-    let sink = Arc::new(Held::new(writer));
-    let feed = source.start(Arc::clone(&sink) as Arc<dyn PageSink>)?;
-    watch.pages(&source, &sink, &*feed)?;
+    let (device_state, sink) = (source.device_state(), Arc::new(MappedRamSink::new(writer)));
+    let feed = Box::new(source).start(Arc::clone(&sink) as Arc<dyn PageSink>)?;
+    watch.pages(&sink)?;
+    feed.finish()?;
     let sent = Instant::now();
     watch.last_word()?;
-    Ok(Taken { output: output.to_owned(), sink, freeze: watch.freeze, sent, source, was_running: false })
+    Ok(Taken { output: output.to_owned(), sink, freeze: watch.freeze, sent, device_state, was_running: false })
 }
 
 /// What is looked after meanwhile.
@@ -148,26 +150,24 @@ impl Watch<'_, '_> {
     }
 
     /// Waits for the end of the stream.
-    fn pages(&mut self, source: &QemuStream, sink: &Held, feed: &dyn Feed) -> Result<(), Failure> {
-        let bar = output::progress_bar(source.layout().total(), self.json);
+    fn pages(&mut self, sink: &MappedRamSink) -> Result<(), Failure> {
+        let bar = screen::Progress::new(sink.writer().layout().total().0, self.json);
         let ended = loop {
-            // In this order: a thread that is gone has told its end.
-            let alive = feed.alive();
             match sink.ended() {
                 Some(End::Complete) => break Ok(()),
                 Some(End::Broken(error)) => break Err(self.explained(&error.to_string())),
-                None if !alive => break Err("the stream can't be read: its thread has ended".into()),
+                Some(End::Stopped) => break Err("the stream can't be read: it was stopped".into()),
                 None => {}
             }
-            let (stored, zero) = sink.pages();
-            bar.set_position(stored.to_bytes().0.saturating_add(zero.to_bytes().0));
+            let (stored, zero) = sink.received();
+            bar.set(stored.to_bytes().0.saturating_add(zero.to_bytes().0));
             // With the first page QEMU protects them all, and has saved the devices.
             let protected = stored.0 > 0 || zero.0 > 0;
             if let Err(failure) = self.release(protected).and_then(|()| self.look()) {
                 break Err(failure);
             }
         };
-        bar.finish_and_clear();
+        drop(bar);
         // If it is we who can't go on, QEMU only knows that we hung up.
         ended.map_err(|failure| sink.refused().map_or(failure, Failure::from))
     }

@@ -1,12 +1,11 @@
 //! Reading every page that is in a file, and comparing what is there with the bitmaps.
 
-use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use mapped_ram::{Options, Snapshot};
 use page_files::{FlatBlock, FlatFile};
-use page_source::{End, Flow, PageBytes, PageSink, SinkError, SourceError};
+use page_source::{End, PageBytes, PageSink, Reply, SinkError, SourceError};
 use page_units::{BlockId, PageCount, PageRun};
 use serde::Serialize;
 
@@ -27,7 +26,7 @@ pub(super) struct Pages {
 }
 
 /// Reads the page areas of a file whose bitmaps can be used.
-pub(super) fn check(snapshot: &Snapshot, findings: &mut Findings, quiet: bool) {
+pub(super) fn check(snapshot: &Snapshot, findings: &mut Findings, json: bool) {
     let in_file: Vec<(BlockId, FlatBlock)> = snapshot
         .layout()
         .iter()
@@ -44,7 +43,7 @@ pub(super) fn check(snapshot: &Snapshot, findings: &mut Findings, quiet: bool) {
         // That is a problem, and was said.
         return;
     }
-    match read(snapshot, ids, in_file.into_iter().map(|(_, block)| block).collect(), quiet) {
+    match read(snapshot, ids, in_file.into_iter().map(|(_, block)| block).collect(), json) {
         Ok(pages) => findings.pages = Some(pages),
         Err(problem) => {
             // A truncated file, which was said as well, has pages that can't be read.
@@ -55,7 +54,7 @@ pub(super) fn check(snapshot: &Snapshot, findings: &mut Findings, quiet: bool) {
     }
 }
 
-fn read(snapshot: &Snapshot, ids: Vec<BlockId>, blocks: Vec<FlatBlock>, quiet: bool) -> Result<Pages, String> {
+fn read(snapshot: &Snapshot, ids: Vec<BlockId>, blocks: Vec<FlatBlock>, json: bool) -> Result<Pages, String> {
     // The sink outlives this borrow; a second look at the same file does not cost much.
     let options = Options::default().with_base(snapshot.base()).with_damaged(true);
     let again = Snapshot::open_with(snapshot.path(), &options).map_err(|error| error.to_string())?;
@@ -67,7 +66,7 @@ fn read(snapshot: &Snapshot, ids: Vec<BlockId>, blocks: Vec<FlatBlock>, quiet: b
     let file = snapshot.file().try_clone().map_err(|error| error.to_string())?;
     let source = FlatFile::from_file(file, snapshot.path(), blocks).map_err(|error| error.to_string())?;
     let sink = Arc::new(Judge { snapshot: again, ids, stored_but_zero: AtomicU64::new(0), stale: AtomicU64::new(0) });
-    pump_with_bar(&source, Arc::clone(&sink) as Arc<dyn PageSink>, quiet).map_err(|error| error.to_string())?;
+    pump_with_bar(Arc::new(source), Arc::clone(&sink) as Arc<dyn PageSink>, json).map_err(|error| error.to_string())?;
     Ok(Pages {
         stored,
         zero: total - stored,
@@ -93,10 +92,7 @@ impl Judge {
         let mut count = 0;
         let mut rest = run;
         while !rest.is_empty() {
-            let found = self
-                .snapshot
-                .load_run(block, rest.first, rest.pages)
-                .map_err(|error| SinkError::Stopped { reason: error.to_string() })?;
+            let found = self.snapshot.load_run(block, rest.first, rest.pages).map_err(SinkError::stopped)?;
             let (now, later) = rest.split_at(found.pages().max(PageCount(1)));
             if found.is_stored() == wanted {
                 count += now.pages.0;
@@ -106,28 +102,32 @@ impl Judge {
         Ok(count)
     }
 
-    fn add(&self, to: &AtomicU64, counted: Result<u64, SinkError>) -> Flow {
+    fn add(&self, to: &AtomicU64, counted: Result<u64, SinkError>) -> Reply {
         match counted {
             Ok(count) => {
                 to.fetch_add(count, Ordering::Relaxed);
-                ControlFlow::Continue(())
+                Reply::Taken
             }
-            Err(error) => ControlFlow::Break(error),
+            Err(error) => error.into(),
         }
     }
 }
 
 impl PageSink for Judge {
-    fn data(&self, run: PageRun, _: PageBytes<'_>) -> Flow {
+    fn data(&self, run: PageRun, _: PageBytes<'_>) -> Reply {
         self.add(&self.stale, self.count(run, false))
     }
 
-    fn zero(&self, run: PageRun) -> Flow {
+    fn zero(&self, run: PageRun) -> Reply {
         self.add(&self.stored_but_zero, self.count(run, true))
     }
 
-    fn failed(&self, _: PageRun, error: SourceError) -> Flow {
-        ControlFlow::Break(SinkError::Source { error })
+    fn absent(&self, run: PageRun) -> Reply {
+        SinkError::Absent(run).into()
+    }
+
+    fn failed(&self, _: PageRun, error: SourceError) -> Reply {
+        SinkError::Source { error }.into()
     }
 
     fn end(&self, _: End) {}

@@ -1,4 +1,5 @@
-//! What lies beside a QMP socket: the socket at which QEMU listens for us, and a note for whoever has to recover a guest.
+//! What lies next to a QMP socket: the socket at which QEMU listens for us, and a note for the process that recovers a
+//! guest.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::OsString;
@@ -76,7 +77,7 @@ impl Beside {
     }
 
     /// Finds names for the socket that QEMU and this process can use: QEMU may have another root directory, and the path
-    /// may be longer than an address has room for, or have bytes that QEMU's own syntax does not.
+    /// may be too long for an address, or have bytes that QEMU's own syntax does not.
     pub(crate) fn reached_by(mut self, qmp: &mut Qmp) -> Result<Beside, Failure> {
         let name = self.socket.file_name().unwrap_or_default().to_owned();
         let root = qmp.process().map(|id| PathBuf::from(format!("/proc/{id}/root")));

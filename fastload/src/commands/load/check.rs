@@ -14,7 +14,7 @@ use crate::commands::Failure;
 use crate::contents;
 use crate::recognise::{self, Known};
 
-/// What is compared beside machine type and RAM.
+/// What is compared in addition to machine type and RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Compared {
     /// Processors and devices.

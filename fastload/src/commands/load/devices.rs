@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn as_many_of_each_kind() {
+    fn devices_of_a_kind_are_counted() {
         let sections = [
             "cpu",
             "serial",

@@ -1,4 +1,4 @@
-//! A second process that does one thing, should this one be killed: it tells QEMU to listen for whoever recovers the
+//! A second process that does one thing, should this one be killed: it tells QEMU to listen for the process that recovers the
 //! guest, or lets a guest go on that was stopped for a moment. It has to be done from this connection. A guest that misses pages may hold up QEMU's main thread, and then
 //! nobody else is heard any more.
 
@@ -88,7 +88,7 @@ pub(crate) struct StandBy {
 
 impl StandBy {
     pub(crate) fn run(&self) -> Result<(), Failure> {
-        // Whoever asks all processes of a service to end, asks the other one, which may need a while.
+        // A service manager that ends all processes of a service asks the other one as well, which may need a while.
         ctrlc::set_handler(|| {})?;
         if io::copy(&mut io::stdin().lock(), &mut io::sink())? == 0 {
             // QEMU had not been told to listen.

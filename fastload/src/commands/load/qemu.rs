@@ -261,7 +261,7 @@ fn fate(answer: Result<(String, Option<String>), QmpError>) -> Fate {
         Err(_) => Fate::Unknown,
         // It has not begun to run the guest, and will not.
         Ok((state, _)) if state == "postcopy-device" => Fate::Unknown,
-        // One that has not noticed yet will be told by whoever recovers it.
+        // One that has not noticed yet is told by the process that recovers it.
         Ok((state, _)) if state.starts_with("postcopy-") => Fate::Waits,
         Ok((state, _)) if state == "completed" => Fate::Complete,
         Ok((state, why)) => Fate::Other(why.unwrap_or_else(|| format!("the migration is {state}"))),

@@ -37,7 +37,7 @@ impl Load {
             return done;
         };
         let connected = match Qmp::connect(&self.qmp, ANSWER) {
-            // Whoever was left behind has it, for a moment.
+            // The stand-by process has it, for a moment.
             Err(QmpError::NoGreeting { .. }) => monitor::connect(&self.qmp),
             other => other,
         };
@@ -104,8 +104,8 @@ impl Load {
         Ok((server, waiting))
     }
 
-    /// Serves a QEMU that says nothing, since its main thread waits for a page of the guest. Whoever stood by when the
-    /// server before was killed has let it listen.
+    /// Serves a QEMU that says nothing, since its main thread waits for a page of the guest. The stand-by process of the
+    /// server that was killed has let it listen.
     fn unasked(&self, begun: Instant, image: &Image, beside: &Beside, note: &Note) -> Result<(), Failure> {
         note.is_about(image, &self.snapshot)?;
         let server = image.server(&note.page_sizes(), self.options(note.preempt))?;
@@ -114,7 +114,7 @@ impl Load {
         let connecting = Instant::now();
         let address = Address::Unix(beside.socket.clone());
         let (mut answering, mut keeper, mut mute) = (None, None, false);
-        let served = serving::attend(image, server, &address, true, |control| {
+        let served = serving::attend(image, server, &address, true, self.json, |control| {
             let Ok(mut qmp) = Qmp::connect(&self.qmp, TRIED) else {
                 mute = control.progress().phase < Phase::Started && connecting.elapsed() > NOTICE;
                 if mute {

@@ -2,22 +2,21 @@
 
 use std::fs::File;
 use std::io;
-use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use page_source::{End, PageBytes, PageSink, Reply, SinkError, SourceError};
 use page_units::{FileOffset, Layout, LayoutError, PageRun};
 use parking_lot::Mutex;
 use whole_file::{WholeFile, WholeFileError};
 
 use super::outcome::Outcome;
 use crate::FlatBlock;
-use page_source::{End, Flow, PageBytes, PageSink, SinkError, SourceError};
 
 /// Writes a flat memory file, with holes for what is zero.
 ///
-/// It is a [`WholeFile`]: it gets its name only with [`End::Complete`], after it was synchronised to the disk, and replaces
-/// what was there. Otherwise it vanishes when the sink is dropped. Pages may come from any number of threads.
+/// It is a [`WholeFile`]: it gets its name when it is [published](FlatSink::publish), after it was synchronised to the disk,
+/// and replaces what was there. Otherwise it vanishes when the sink is dropped. Pages may come from any number of threads.
 #[derive(Debug)]
 pub struct FlatSink {
     path: PathBuf,
@@ -51,50 +50,49 @@ impl FlatSink {
         Ok(FlatSink { path, layout, bases, file, unpublished, outcome: Outcome::default() })
     }
 
-    /// Whether the file is complete and has its name.
+    /// Makes the file durable and gives it its name: once the flow has ended with [`End::Complete`].
     ///
     /// # Errors
-    /// Why not.
-    pub fn outcome(&self) -> Result<(), SinkError> {
-        self.outcome.get()
+    /// If it has not, or that fails. There is no file then, or the one that was there before.
+    pub fn publish(&self) -> Result<(), SinkError> {
+        self.outcome.publish(|| match self.unpublished.lock().take() {
+            Some(file) => file.publish().map_err(unmade),
+            None => Err(SinkError::stopped("it was published before")),
+        })
     }
 
-    fn publish(&self) -> Result<(), SinkError> {
-        match self.unpublished.lock().take() {
-            Some(file) => file.publish().map_err(unmade),
-            None => Err(SinkError::Stopped { reason: "it has ended before".to_owned() }),
-        }
+    fn no_place(&self, run: PageRun) -> Reply {
+        self.outcome.fail(SinkError::stopped(format_args!("{run}, which the file has no place for"))).into()
     }
 }
 
 impl PageSink for FlatSink {
-    fn data(&self, run: PageRun, bytes: PageBytes<'_>) -> Flow {
+    fn data(&self, run: PageRun, bytes: PageBytes<'_>) -> Reply {
         if !self.layout.contains(run) || bytes.len() != run.len() {
-            let reason = format!("{} bytes for {run}, which the file has no place for", bytes.len());
-            return ControlFlow::Break(self.outcome.fail(SinkError::Stopped { reason }));
+            return self.no_place(run);
         }
         let offset = self.bases[run.block.0 as usize] + run.first.byte_offset();
         match bytes.write_to(&self.file, offset) {
-            Ok(()) => ControlFlow::Continue(()),
-            Err(error) if error.raw_os_error() == Some(libc::EFAULT) => ControlFlow::Break(SinkError::Unreadable(run)),
-            Err(error) => ControlFlow::Break(self.outcome.fail(write_error(&self.path, offset, error))),
+            Ok(()) => Reply::Taken,
+            Err(error) if error.raw_os_error() == Some(libc::EFAULT) => Reply::Unreadable(run),
+            Err(error) => self.outcome.fail(write_error(&self.path, offset, error)).into(),
         }
     }
 
-    fn zero(&self, run: PageRun) -> Flow {
-        if self.layout.contains(run) {
-            return ControlFlow::Continue(());
-        }
-        let reason = format!("{run}, which the file has no place for");
-        ControlFlow::Break(self.outcome.fail(SinkError::Stopped { reason }))
+    fn zero(&self, run: PageRun) -> Reply {
+        if self.layout.contains(run) { Reply::Taken } else { self.no_place(run) }
     }
 
-    fn failed(&self, _: PageRun, error: SourceError) -> Flow {
-        ControlFlow::Break(self.outcome.lacks(error))
+    fn absent(&self, run: PageRun) -> Reply {
+        self.outcome.absent(run).into()
+    }
+
+    fn failed(&self, _: PageRun, error: SourceError) -> Reply {
+        self.outcome.lacks(error).into()
     }
 
     fn end(&self, end: End) {
-        self.outcome.end(end, || self.publish());
+        self.outcome.end(end);
     }
 }
 

@@ -1,35 +1,30 @@
 //! Writing mapped-ram snapshot files.
 
 use std::io;
-use std::ops::ControlFlow;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use mapped_ram::{CreateError, Writer};
-use page_units::{FileOffset, PageRun};
-use parking_lot::Mutex;
+use page_source::{End, PageBytes, PageSink, Reply, SinkError, SourceError};
+use page_units::{FileOffset, PageCount, PageRun};
 
 use super::outcome::Outcome;
-use page_source::{End, Flow, PageBytes, PageSink, SinkError, SourceError};
 
-/// Writes a mapped-ram snapshot file through a [`Writer`]: stored pages go to their places, zero pages stay holes, and
-/// [`End::Complete`] alone publishes the file. Pages may come from any number of threads.
+/// Writes a mapped-ram snapshot file through a [`Writer`]: stored pages go to their places, and zero pages stay
+/// holes. It becomes visible when it is [published](MappedRamSink::publish). Pages may come from any number of threads.
 #[derive(Debug)]
 pub struct MappedRamSink {
     writer: Writer,
-    device_state: Mutex<Option<Vec<u8>>>,
     outcome: Outcome,
+    stored: AtomicU64,
+    zero: AtomicU64,
 }
 
 impl MappedRamSink {
     /// A sink that writes through `writer`, whose layout the source must have.
     #[must_use]
     pub fn new(writer: Writer) -> MappedRamSink {
-        MappedRamSink { writer, device_state: Mutex::new(None), outcome: Outcome::default() }
-    }
-
-    /// What is to follow RAM, as [`Writer::finish`] wants it: needed before the flow ends.
-    pub fn set_device_state(&self, bytes: Vec<u8>) {
-        *self.device_state.lock() = Some(bytes);
+        MappedRamSink { writer, outcome: Outcome::default(), stored: AtomicU64::new(0), zero: AtomicU64::new(0) }
     }
 
     /// The writer: which pages are stored so far.
@@ -38,28 +33,42 @@ impl MappedRamSink {
         &self.writer
     }
 
-    /// Whether the file is complete and has its name.
-    ///
-    /// # Errors
-    /// Why not.
-    pub fn outcome(&self) -> Result<(), SinkError> {
-        self.outcome.get()
+    /// How many pages have come so far: with content, and zero. What comes twice counts twice.
+    #[must_use]
+    pub fn received(&self) -> (PageCount, PageCount) {
+        (PageCount(self.stored.load(Ordering::Relaxed)), PageCount(self.zero.load(Ordering::Relaxed)))
     }
 
-    fn publish(&self) -> Result<(), SinkError> {
-        let Some(device_state) = self.device_state.lock().take() else {
-            return Err(SinkError::Stopped { reason: "there is no device state for the file".to_owned() });
-        };
-        self.writer.finish(&device_state).map_err(|error| match error {
-            CreateError::Write { at, error, .. } => self.write_error(at, error),
-            CreateError::File(error) => SinkError::File(Arc::new(error)),
-            error => SinkError::Stopped { reason: error.to_string() },
+    /// How the flow ended, if it has.
+    #[must_use]
+    pub fn ended(&self) -> Option<End> {
+        self.outcome.ended()
+    }
+
+    /// Why the file could not be written, if so, whatever the source did.
+    #[must_use]
+    pub fn refused(&self) -> Option<SinkError> {
+        self.outcome.refused()
+    }
+
+    /// Writes what follows RAM, as [`Writer::finish`] wants it, makes the file durable and gives it its name: once the
+    /// flow has ended with [`End::Complete`].
+    ///
+    /// # Errors
+    /// If it has not, or that fails. There is no file then, or the one that was there before.
+    pub fn publish(&self, device_state: &[u8]) -> Result<(), SinkError> {
+        self.outcome.publish(|| {
+            self.writer.finish(device_state).map_err(|error| match error {
+                CreateError::Write { at, error, .. } => self.write_error(at, error),
+                CreateError::File(error) => SinkError::File(Arc::new(error)),
+                error => SinkError::stopped(error),
+            })
         })
     }
 
-    fn no_place(&self, run: PageRun) -> SinkError {
+    fn no_place(&self, run: PageRun) -> Reply {
         let path = self.writer.path().display();
-        self.outcome.fail(SinkError::Stopped { reason: format!("{path} has no place for {run}") })
+        self.outcome.fail(SinkError::stopped(format_args!("{path} has no place for {run}"))).into()
     }
 
     fn write_error(&self, offset: FileOffset, error: io::Error) -> SinkError {
@@ -68,33 +77,41 @@ impl MappedRamSink {
 }
 
 impl PageSink for MappedRamSink {
-    fn data(&self, run: PageRun, bytes: PageBytes<'_>) -> Flow {
+    fn data(&self, run: PageRun, bytes: PageBytes<'_>) -> Reply {
         let Some(offset) = self.writer.data_offset(run).filter(|_| bytes.len() == run.len()) else {
-            return ControlFlow::Break(self.no_place(run));
+            return self.no_place(run);
         };
         match bytes.write_to(self.writer.file(), offset) {
             Ok(()) => {
                 self.writer.mark_stored(run);
-                ControlFlow::Continue(())
+                self.stored.fetch_add(run.pages.0, Ordering::Relaxed);
+                Reply::Taken
             }
-            Err(error) if error.raw_os_error() == Some(libc::EFAULT) => ControlFlow::Break(SinkError::Unreadable(run)),
-            Err(error) => ControlFlow::Break(self.outcome.fail(self.write_error(offset, error))),
+            Err(error) if error.raw_os_error() == Some(libc::EFAULT) => Reply::Unreadable(run),
+            Err(error) => self.outcome.fail(self.write_error(offset, error)).into(),
         }
     }
 
-    fn zero(&self, run: PageRun) -> Flow {
+    fn zero(&self, run: PageRun) -> Reply {
         // What was never marked as stored is zero.
         match self.writer.data_offset(run) {
-            Some(_) => ControlFlow::Continue(()),
-            None => ControlFlow::Break(self.no_place(run)),
+            Some(_) => {
+                self.zero.fetch_add(run.pages.0, Ordering::Relaxed);
+                Reply::Taken
+            }
+            None => self.no_place(run),
         }
     }
 
-    fn failed(&self, _: PageRun, error: SourceError) -> Flow {
-        ControlFlow::Break(self.outcome.lacks(error))
+    fn absent(&self, run: PageRun) -> Reply {
+        self.outcome.absent(run).into()
+    }
+
+    fn failed(&self, _: PageRun, error: SourceError) -> Reply {
+        self.outcome.lacks(error).into()
     }
 
     fn end(&self, end: End) {
-        self.outcome.end(end, || self.publish());
+        self.outcome.end(end);
     }
 }

@@ -1,10 +1,10 @@
-//! How the writing of a file ended.
-
-use parking_lot::Mutex;
+//! How the writing of a file goes, up to its end.
 
 use page_source::{End, SinkError, SourceError};
+use page_units::PageRun;
+use parking_lot::Mutex;
 
-/// What a file writer remembers: the first thing that went wrong, and how it ended.
+/// What a file writer remembers: the first thing that went wrong, and how the flow ended.
 #[derive(Debug, Default)]
 pub(crate) struct Outcome {
     state: Mutex<State>,
@@ -13,7 +13,7 @@ pub(crate) struct Outcome {
 #[derive(Debug, Default)]
 struct State {
     wrong: Option<SinkError>,
-    ended: bool,
+    end: Option<End>,
     published: bool,
 }
 
@@ -23,36 +23,56 @@ impl Outcome {
         self.state.lock().wrong.get_or_insert(error).clone()
     }
 
-    /// Pages can't be had: the file will not be published.
+    /// Pages can't be delivered: the file will not be published.
     pub(crate) fn lacks(&self, error: SourceError) -> SinkError {
         self.fail(SinkError::Source { error })
     }
 
-    /// The flow has ended. Calls `publish` if the file is complete and this is its first end.
-    pub(crate) fn end(&self, end: End, publish: impl FnOnce() -> Result<(), SinkError>) {
-        let mut state = self.state.lock();
-        if std::mem::replace(&mut state.ended, true) {
-            return;
-        }
-        match end {
-            End::Broken(error) => {
-                state.wrong.get_or_insert(SinkError::Source { error });
-            }
-            End::Complete if state.wrong.is_none() => match publish() {
-                Ok(()) => state.published = true,
-                Err(error) => state.wrong = Some(error),
-            },
-            End::Complete => {}
-        }
+    /// Pages are to be looked for in a layer below, which a file like this does not have.
+    pub(crate) fn absent(&self, run: PageRun) -> SinkError {
+        self.fail(SinkError::Absent(run))
     }
 
-    /// Whether the file is there; if not, why.
-    pub(crate) fn get(&self) -> Result<(), SinkError> {
-        let state = self.state.lock();
-        match &state.wrong {
-            _ if state.published => Ok(()),
-            Some(error) => Err(error.clone()),
-            None => Err(SinkError::Stopped { reason: "the flow has not ended yet".to_owned() }),
+    /// The flow has ended.
+    pub(crate) fn end(&self, end: End) {
+        let mut state = self.state.lock();
+        if let End::Broken(error) = &end {
+            state.wrong.get_or_insert(SinkError::Source { error: error.clone() });
+        }
+        state.end.get_or_insert(end);
+    }
+
+    /// How the flow ended, if it has.
+    pub(crate) fn ended(&self) -> Option<End> {
+        self.state.lock().end.clone()
+    }
+
+    /// Why the file could not be written, if so, whatever the source did.
+    pub(crate) fn refused(&self) -> Option<SinkError> {
+        self.state.lock().wrong.clone().filter(|error| !matches!(error, SinkError::Source { .. }))
+    }
+
+    /// Calls `publish` if the flow has ended well, the first time.
+    pub(crate) fn publish(&self, publish: impl FnOnce() -> Result<(), SinkError>) -> Result<(), SinkError> {
+        let mut state = self.state.lock();
+        if let Some(error) = &state.wrong {
+            return Err(error.clone());
+        }
+        match state.end {
+            Some(End::Complete) if !state.published => {}
+            Some(End::Complete) => return Err(SinkError::stopped("it was published before")),
+            Some(_) => return Err(SinkError::stopped("not all pages were delivered")),
+            None => return Err(SinkError::stopped("the flow has not ended yet")),
+        }
+        match publish() {
+            Ok(()) => {
+                state.published = true;
+                Ok(())
+            }
+            Err(error) => {
+                state.wrong = Some(error.clone());
+                Err(error)
+            }
         }
     }
 }

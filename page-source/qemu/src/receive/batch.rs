@@ -1,14 +1,12 @@
 //! Pages that follow on each other, told to the sink together.
 
 use std::io::Read;
-use std::ops::ControlFlow;
 
+use page_source::{PageBytes, PageSink, Reply, SourceError, SourceErrorKind, Subject, is_zero};
 use page_units::{BlockId, PAGE_SHIFT, PageCount, PageIndex, PageRun};
 use vmstate::StreamReader;
 
 use super::error::ReadError;
-use page_source::is_zero;
-use page_source::{Flow, PageBytes, PageSink};
 
 /// The most that is collected: 1 MiB.
 const MOST: usize = 256 * PAGE;
@@ -76,21 +74,29 @@ impl<'a> Batch<'a> {
 
     /// Tells the sink what there is.
     pub(super) fn tell(&mut self) -> Result<(), ReadError> {
-        let flow = match (self.run.is_empty(), self.bytes.is_empty()) {
+        let reply = match (self.run.is_empty(), self.bytes.is_empty()) {
             (true, _) => return Ok(()),
             (false, true) => self.sink.zero(self.run),
             (false, false) => self.sink.data(self.run, PageBytes::from_slice(&self.bytes)),
         };
         self.run.pages = PageCount(0);
         self.bytes.clear();
-        taken(flow)
+        taken(self.sink, reply)
     }
 }
 
 /// Whether the sink goes on.
-pub(super) fn taken(flow: Flow) -> Result<(), ReadError> {
-    match flow {
-        ControlFlow::Continue(()) => Ok(()),
-        ControlFlow::Break(error) => Err(ReadError::Sink(error)),
+pub(super) fn taken(sink: &dyn PageSink, reply: Reply) -> Result<(), ReadError> {
+    match reply {
+        Reply::Taken => Ok(()),
+        // Not that ordinary memory could be.
+        Reply::Unreadable(run) => {
+            let error = SourceError::new(SourceErrorKind::Unreadable, Subject::none().run(run), "it could not be read");
+            match sink.failed(run, error) {
+                Reply::Stop(error) => Err(ReadError::Sink(error)),
+                Reply::Taken | Reply::Unreadable(_) => Ok(()),
+            }
+        }
+        Reply::Stop(error) => Err(ReadError::Sink(error)),
     }
 }

@@ -1,9 +1,8 @@
 //! Why a stream can't be taken.
 
+use page_source::{SinkError, SourceErrorKind};
 use page_units::{ByteLen, FileOffset, LayoutError};
 use vmstate::{DescError, StreamError, WalkError};
-
-use page_source::SinkError;
 
 /// Why a stream can't be taken. Offsets are those of the stream.
 #[derive(Debug, thiserror::Error)]
@@ -88,4 +87,16 @@ pub enum ReadError {
     /// Whoever takes the pages takes no more.
     #[error(transparent)]
     Sink(SinkError),
+}
+
+impl ReadError {
+    /// The same as the error of a source.
+    pub(super) fn kind(&self) -> SourceErrorKind {
+        match self {
+            ReadError::Stream(StreamError::Io { .. } | StreamError::Truncated { .. }) => SourceErrorKind::PeerGone,
+            ReadError::NoDescription { .. } => SourceErrorKind::Truncated,
+            ReadError::Sink(_) => SourceErrorKind::Stopped,
+            _ => SourceErrorKind::Protocol,
+        }
+    }
 }

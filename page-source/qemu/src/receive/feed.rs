@@ -4,17 +4,20 @@ use std::io;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 
+use page_source::{Answer, End, EndGuard, Feed, PageSink, SourceError, Subject, Urgency};
 use page_units::PageRun;
 
 use super::error::ReadError;
-use page_source::{End, Feed, PageSink, SourceError, Urgency};
 
-/// Owns the thread. Dropping it hangs up and joins.
+/// Owns the thread. Dropping or finishing it hangs up and joins.
 #[derive(Debug)]
 pub(super) struct StreamFeed {
     socket: UnixStream,
+    /// It is we who hang up.
+    stopped: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -27,38 +30,51 @@ impl StreamFeed {
         read: impl FnOnce(&dyn PageSink) -> Result<(), ReadError> + Send + 'static,
     ) -> io::Result<StreamFeed> {
         let own = socket.try_clone()?;
+        let stopped = Arc::new(AtomicBool::new(false));
+        let by_us = Arc::clone(&stopped);
         let thread = thread::Builder::new().name("page-source-stream".to_owned()).spawn(move || {
+            // In this order: the peer must not wait for us while the sink looks at the end.
+            let guard = EndGuard::new(sink);
             let hang_up = HangUp(own);
-            let end = match read(&*sink) {
-                Ok(()) => End::Complete,
-                Err(ReadError::Sink(error)) => End::Broken(SourceError::Stopped { reason: error.to_string() }),
-                Err(error) => End::Broken(SourceError::Peer { peer, reason: error.to_string() }),
-            };
-            // First, so that the peer does not wait for us while the sink looks at the end.
+            let read = read(guard.sink());
             drop(hang_up);
-            sink.end(end);
+            guard.end(match read {
+                Ok(()) => End::Complete,
+                Err(_) if by_us.load(Ordering::Acquire) => End::Stopped,
+                Err(ReadError::Sink(error)) => End::Broken(SourceError::stopped(error)),
+                Err(error) => End::Broken(SourceError::new(error.kind(), Subject::peer(peer), "").with_cause(error)),
+            });
         })?;
-        Ok(StreamFeed { socket, thread: Some(thread) })
+        Ok(StreamFeed { socket, stopped, thread: Some(thread) })
+    }
+
+    fn stop(&mut self) {
+        self.stopped.store(true, Ordering::Release);
+        // Fails only if the peer has hung up already.
+        let _ = self.socket.shutdown(Shutdown::Both);
+        if let Some(thread) = self.thread.take() {
+            // If it panicked, the sink was told.
+            drop(thread.join());
+        }
     }
 }
 
 impl Feed for StreamFeed {
     /// Each page that has not come yet comes in its turn: nothing hurries it.
-    fn request(&self, _: PageRun, _: Urgency) {}
+    fn request(&self, _: PageRun, _: Urgency) -> Answer {
+        Answer::Later
+    }
 
-    fn alive(&self) -> bool {
-        self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
+    /// What has come does not change any more.
+    fn finish(mut self: Box<Self>) -> Result<(), SourceError> {
+        self.stop();
+        Ok(())
     }
 }
 
 impl Drop for StreamFeed {
     fn drop(&mut self) {
-        // Fails only if the peer has hung up already.
-        let _ = self.socket.shutdown(Shutdown::Both);
-        if let Some(thread) = self.thread.take() {
-            // If it panicked, nobody was told: `alive` said so.
-            drop(thread.join());
-        }
+        self.stop();
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::io::Read;
 
+use page_source::{PageSet, PageSink};
 use page_units::{ByteLen, FileOffset, Layout, PageCount, PageIndex, PageRun};
 use vmstate::ram::{Record, RecordReader};
 use vmstate::{Command, Event, StreamReader};
@@ -9,8 +10,6 @@ use vmstate::{Command, Event, StreamReader};
 use super::batch::{Batch, taken};
 use super::error::ReadError;
 use super::tail;
-use page_source::PageSet;
-use page_source::PageSink;
 
 /// A stream whose list of RAM blocks was read.
 #[derive(Debug)]
@@ -41,7 +40,7 @@ impl<R: Read> Records<R> {
                 if gap.is_empty() {
                     break;
                 }
-                taken(sink.zero(gap))?;
+                taken(sink, sink.zero(gap))?;
                 rest = PageRun::new(all.block, gap.end(), PageCount(all.pages.0.saturating_sub(gap.end().0)));
             }
         }

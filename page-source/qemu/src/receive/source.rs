@@ -5,8 +5,8 @@ use std::io::BufReader;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, OnceLock};
 
-use page_units::{BlockId, ByteLen, FileOffset, Layout, PageCount, PageIndex};
-use parking_lot::Mutex;
+use page_source::{Content, Feed, OneShot, PageSink, Pages, SourceError, Span};
+use page_units::{ByteLen, FileOffset, Layout, PageRun};
 use vmstate::ram::RecordReader;
 use vmstate::{Configuration, StreamReader};
 
@@ -14,24 +14,50 @@ use super::blocks;
 use super::error::ReadError;
 use super::feed::StreamFeed;
 use super::records::Records;
-use page_source::{Content, Feed, PageSink, PageSource, SourceError, Span};
 
 /// How much is taken from the socket at once.
 const BUFFER: usize = 256 << 10;
 
 /// A plain migration stream that arrives at a socket.
 ///
-/// Its layout is known once the list of RAM blocks has come; pages are pushed from [`start`](PageSource::start) on,
-/// which can be called once. Requests are neither needed nor of any effect: each page that has not come yet comes in
-/// its turn, and those that the stream leaves out are told as zero at its end.
+/// Its layout is known once the list of RAM blocks has come; pages are pushed once it is started. Requests are neither
+/// needed nor of any effect: each page that has not come yet comes in its turn, and those that the stream leaves out are
+/// told as zero at its end.
 #[derive(Debug)]
 pub struct QemuStream {
     peer: String,
     socket: UnixStream,
     configuration: Configuration,
-    layout: Layout,
-    rest: Mutex<Option<Records<BufReader<UnixStream>>>>,
-    device_state: Arc<OnceLock<Vec<u8>>>,
+    pages: Arc<StreamPages>,
+    rest: Records<BufReader<UnixStream>>,
+    device_state: DeviceState,
+}
+
+/// What follows the pages of a [`QemuStream`]: kept from before it is started until after it has ended.
+#[derive(Clone, Debug, Default)]
+pub struct DeviceState(Arc<OnceLock<Vec<u8>>>);
+
+impl DeviceState {
+    /// The sections of all devices with their footers, the end mark and the description. There as soon as the flow has
+    /// ended with [`End::Complete`](page_source::End::Complete).
+    #[must_use]
+    pub fn get(&self) -> Option<&[u8]> {
+        self.0.get().map(Vec::as_slice)
+    }
+}
+
+/// The blocks of a stream, of whose pages nothing is known before they come.
+#[derive(Debug)]
+struct StreamPages(Layout);
+
+impl Pages for StreamPages {
+    fn layout(&self) -> &Layout {
+        &self.0
+    }
+
+    fn content(&self, run: PageRun) -> Span {
+        Span::new(Content::Unknown, self.0.clip(run).pages)
+    }
 }
 
 impl QemuStream {
@@ -46,9 +72,15 @@ impl QemuStream {
         let mut from = StreamReader::new(BufReader::with_capacity(BUFFER, own), FileOffset(0));
         let mut records = RecordReader::new();
         let (configuration, layout) = blocks::read(&mut from, &mut records, most_ram)?;
-        let rest = Mutex::new(Some(Records { from, records }));
-        let device_state = Arc::new(OnceLock::new());
-        Ok(QemuStream { peer: peer.to_string(), socket, configuration, layout, rest, device_state })
+        let (rest, pages) = (Records { from, records }, Arc::new(StreamPages(layout)));
+        Ok(QemuStream {
+            peer: peer.to_string(),
+            socket,
+            configuration,
+            pages,
+            rest,
+            device_state: DeviceState::default(),
+        })
     }
 
     /// What machine was saved.
@@ -57,42 +89,35 @@ impl QemuStream {
         &self.configuration
     }
 
-    /// What follows RAM: the sections of all devices with their footers, the end mark and the description. There as
-    /// soon as the flow has ended with [`End::Complete`](page_source::End::Complete).
+    /// Its RAM blocks.
     #[must_use]
-    pub fn device_state(&self) -> Option<&[u8]> {
-        self.device_state.get().map(Vec::as_slice)
+    pub fn layout(&self) -> &Layout {
+        &self.pages.0
+    }
+
+    /// Where the device state will be, once it has come.
+    #[must_use]
+    pub fn device_state(&self) -> DeviceState {
+        self.device_state.clone()
     }
 }
 
-impl PageSource for QemuStream {
-    fn layout(&self) -> &Layout {
-        &self.layout
+impl OneShot for QemuStream {
+    fn pages(&self) -> Arc<dyn Pages> {
+        Arc::<StreamPages>::clone(&self.pages)
     }
 
-    fn run_at(&self, block: BlockId, first: PageIndex) -> Span {
-        let all = self.layout.get(block).map_or(0, |ram| ram.pages().0);
-        Span { content: Content::Unknown, pages: PageCount(all.saturating_sub(first.0)) }
-    }
-
-    fn repeatable(&self) -> bool {
-        false
-    }
-
-    fn start(&self, sink: Arc<dyn PageSink>) -> Result<Box<dyn Feed>, SourceError> {
-        let stopped = |reason: String| SourceError::Stopped { reason };
-        let Some(rest) = self.rest.lock().take() else {
-            return Err(stopped(format!("{}: it was read before, and comes only once", self.peer)));
-        };
-        let socket = self.socket.try_clone().map_err(|error| stopped(format!("{}: {error}", self.peer)))?;
-        let (peer, layout) = (self.peer.clone(), self.layout.clone());
-        let device_state = Arc::clone(&self.device_state);
+    fn start(self: Box<Self>, sink: Arc<dyn PageSink>) -> Result<Box<dyn Feed>, SourceError> {
+        let QemuStream { peer, socket, pages, rest, device_state, .. } = *self;
         let feed = StreamFeed::start(socket, peer, sink, move |sink| {
-            let state = rest.run(&layout, sink)?;
+            let state = rest.run(&pages.0, sink)?;
             // Nobody else sets it.
-            let _ = device_state.set(state);
+            let _ = device_state.0.set(state);
             Ok(())
         });
-        Ok(Box::new(feed.map_err(|error| stopped(format!("no thread can be started: {error}")))?))
+        match feed {
+            Ok(feed) => Ok(Box::new(feed)),
+            Err(error) => Err(SourceError::stopped("no thread can be started").with_cause(error)),
+        }
     }
 }

@@ -2,10 +2,13 @@
 
 use std::sync::atomic::Ordering;
 
+use page_source::{Content, Pages as Source};
 use page_units::{BlockId, PageCount, PageIndex, PageRun};
 
 use super::pages::{BlockPages, Pages, run_of};
-use page_source::{Content, PageSource};
+
+/// How far the source is asked at a time what it knows, in pages: 1 GiB.
+const LOOK_AHEAD: u64 = 1 << 18;
 
 /// What is next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,7 +34,7 @@ impl Order {
     }
 
     /// At most `most` pages, but at least a granule.
-    pub(super) fn next(&mut self, pages: &Pages, source: &dyn PageSource, most: u64) -> Next {
+    pub(super) fn next(&mut self, pages: &Pages, source: &dyn Source, most: u64) -> Next {
         let count = u32::try_from(pages.blocks.len()).unwrap_or(u32::MAX);
         if count == 0 {
             return Next::Done;
@@ -55,14 +58,7 @@ impl Order {
 }
 
 /// The first granules between `from` and `to` that are open and not zero, as the source says.
-fn open_run(
-    source: &dyn PageSource,
-    id: BlockId,
-    block: &BlockPages,
-    from: u64,
-    to: u64,
-    most: u64,
-) -> Option<(u64, u64)> {
+fn open_run(source: &dyn Source, id: BlockId, block: &BlockPages, from: u64, to: u64, most: u64) -> Option<(u64, u64)> {
     let mut at = from;
     while let Some(first) = block.next_open(at, to) {
         let (zero, stored) = spans(source, id, block, first, most);
@@ -78,9 +74,10 @@ fn open_run(
 }
 
 /// How many granules from `first` on are all zero, or else how many, up to about `most` pages, are not.
-fn spans(source: &dyn PageSource, id: BlockId, block: &BlockPages, first: u64, most: u64) -> (u64, u64) {
+fn spans(source: &dyn Source, id: BlockId, block: &BlockPages, first: u64, most: u64) -> (u64, u64) {
     let start = first * block.per_granule;
-    let mut span = source.run_at(id, PageIndex(start));
+    let ahead = PageCount((block.granules * block.per_granule).saturating_sub(start).min(LOOK_AHEAD));
+    let mut span = source.content(PageRun::new(id, PageIndex(start), ahead));
     if span.content == Content::Zero && span.pages.0 >= block.per_granule {
         return (span.pages.0 / block.per_granule, 0);
     }
@@ -91,7 +88,7 @@ fn spans(source: &dyn PageSource, id: BlockId, block: &BlockPages, first: u64, m
         if block.per_granule > 1 {
             break;
         }
-        span = source.run_within(id, PageIndex(start + length), PageCount(most));
+        span = source.content(PageRun::new(id, PageIndex(start + length), PageCount(most)));
     }
     (0, (length / block.per_granule).max(1))
 }

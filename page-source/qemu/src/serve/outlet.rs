@@ -5,6 +5,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread::{self, ThreadId};
 
+use page_source::{
+    End, PageBytes, PageSink, Reply, SharedFeed, SinkError, SourceError, SourceErrorKind, Subject, Urgency,
+};
 use page_units::{BlockId, ByteLen, PageCount, PageIndex, PageRun};
 use parking_lot::{Mutex, RwLock};
 
@@ -17,7 +20,8 @@ use super::pages::{BlockPages, Pages, masks};
 use super::sys;
 use super::window::Window;
 use super::{ServeError, Started};
-use page_source::{End, Flow, PageBytes, PageSink, SinkError, SourceError};
+
+type Flow = ControlFlow<Reply>;
 
 /// The most pages in one message: what a request may have to wait for.
 const PIECE: PageCount = PageCount(64);
@@ -43,6 +47,8 @@ pub(super) struct Outlet {
     failure: Mutex<Option<ServeError>>,
     /// The source has said that what it has not sent is zero.
     source_complete: AtomicBool,
+    /// The source is being finished, since it is needed no more: that it ends is no news then.
+    source_finishes: AtomicBool,
     /// The granule after the last request, for the background.
     pub(super) follow: Mutex<Option<(BlockId, u64)>>,
     /// Requests so far.
@@ -85,6 +91,7 @@ impl Outlet {
             over: AtomicBool::new(false),
             failure: Mutex::default(),
             source_complete: AtomicBool::new(false),
+            source_finishes: AtomicBool::new(false),
             follow: Mutex::default(),
             requests: AtomicU64::new(0),
             assemblies: Assemblies::default(),
@@ -158,11 +165,29 @@ impl Outlet {
         self.source_complete.load(Ordering::SeqCst)
     }
 
+    /// The source is about to be finished: everything that is needed has come.
+    pub(super) fn source_finishes(&self) {
+        self.source_finishes.store(true, Ordering::SeqCst);
+    }
+
+    /// Asks the source for pages.
+    pub(super) fn request(&self, feed: &SharedFeed, run: PageRun, urgency: Urgency) {
+        if feed.request(run, urgency).is_none() {
+            let what = format!("{run} is needed, after everything had come");
+            self.source_fails(SourceError::new(SourceErrorKind::Stopped, Subject::none().run(run), what));
+        }
+    }
+
+    fn source_fails(&self, error: SourceError) {
+        self.fail(ServeError::Source { error, started: self.started() });
+    }
+
     /// Pages of 4 KiB each: with content, or zero.
     fn post_small(&self, block: &BlockPages, run: PageRun, content: Option<PageBytes<'_>>) -> Result<(), Unreadable> {
         if let Some(content) = content {
             // Nobody is held up while a disk is read.
-            sys::bring(content);
+            content.bring();
+            sys::prefetch(content);
         }
         let ended = self.ended.read();
         let mut out = Outgoing::default();
@@ -260,7 +285,7 @@ impl Outlet {
         if run.end().0 > block.granules * block.per_granule {
             return self.outside(run);
         }
-        let unreadable = |run| ControlFlow::Break(SinkError::Unreadable(run));
+        let unreadable = |run| ControlFlow::Break(Reply::Unreadable(run));
         let mut from = ByteLen(0);
         if block.per_granule == 1 {
             for piece in run.pieces(PIECE) {
@@ -300,15 +325,14 @@ impl Outlet {
     }
 
     fn outside(&self, run: PageRun) -> Flow {
-        let reason = format!("the source sent {run}, which does not exist");
-        let error = SourceError::Stopped { reason };
-        self.fail(ServeError::Source { error, started: self.started() });
+        let what = format!("the source sent {run}, which does not exist");
+        self.source_fails(SourceError::new(SourceErrorKind::Protocol, Subject::none().run(run), what));
         self.go_on()
     }
 
     fn go_on(&self) -> Flow {
         if self.is_over() {
-            return ControlFlow::Break(SinkError::Stopped { reason: "the destination takes no more pages".into() });
+            return ControlFlow::Break(SinkError::stopped("the destination takes no more pages").into());
         }
         ControlFlow::Continue(())
     }
@@ -333,25 +357,38 @@ impl Outlet {
 }
 
 impl PageSink for Outlet {
-    fn data(&self, run: PageRun, bytes: PageBytes<'_>) -> Flow {
-        self.go_on()?;
-        self.slow_down(run);
-        self.take(run, Some(bytes))?;
-        self.go_on()
+    fn data(&self, run: PageRun, bytes: PageBytes<'_>) -> Reply {
+        let take = || {
+            self.go_on()?;
+            self.slow_down(run);
+            self.take(run, Some(bytes))?;
+            self.go_on()
+        };
+        take().into()
     }
 
-    fn zero(&self, run: PageRun) -> Flow {
-        self.go_on()?;
-        self.take(run, None)?;
-        self.go_on()
+    fn zero(&self, run: PageRun) -> Reply {
+        let take = || {
+            self.go_on()?;
+            self.take(run, None)?;
+            self.go_on()
+        };
+        take().into()
     }
 
-    fn failed(&self, run: PageRun, error: SourceError) -> Flow {
+    fn absent(&self, run: PageRun) -> Reply {
+        let error = SinkError::Absent(run);
+        let what = format!("{error}");
+        self.source_fails(SourceError::new(SourceErrorKind::Corrupt, Subject::none().run(run), what));
+        error.into()
+    }
+
+    fn failed(&self, run: PageRun, error: SourceError) -> Reply {
         let needed = |block: &BlockPages| run.iter().any(|page| !block.sent.get(page.0 / block.per_granule));
         if self.pages.block(run.block).is_none_or(needed) {
-            self.fail(ServeError::Source { error, started: self.started() });
+            self.source_fails(error);
         }
-        self.go_on()
+        self.go_on().into()
     }
 
     fn end(&self, end: End) {
@@ -368,10 +405,14 @@ impl PageSink for Outlet {
                 }
                 self.shared.pusher.ring();
             }
-            End::Broken(error) if !self.has_ended() => {
-                self.fail(ServeError::Source { error, started: self.started() });
+            // Of no importance once everything has come, or nothing is wanted any more.
+            _ if self.has_ended() || self.is_over() || self.source_finishes.load(Ordering::SeqCst) => {}
+            End::Broken(error) => self.source_fails(error),
+            End::Stopped => {
+                let what = "it ended before everything had come";
+                let subject = Subject::peer("the source of the pages");
+                self.source_fails(SourceError::new(SourceErrorKind::PeerGone, subject, what));
             }
-            End::Broken(_) => {}
         }
     }
 }

@@ -6,12 +6,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use page_source::{Pages, SharedFeed, Urgency};
 use page_units::{PageCount, PageRun};
 
 use super::ServeError;
 use super::order::{Next, Order};
 use super::outlet::Outlet;
-use page_source::{Feed, PageSource, Urgency};
 
 /// So long after a request, pieces are small and few of them are under way: who has asked asks again.
 const HURRY: Duration = Duration::from_millis(10);
@@ -28,8 +28,8 @@ enum Step {
 
 pub(super) struct Pusher<'a> {
     outlet: &'a Outlet,
-    source: &'a dyn PageSource,
-    feed: &'a dyn Feed,
+    source: &'a dyn Pages,
+    feed: &'a SharedFeed,
     order: Order,
     /// Requests seen, and when the last was.
     requests: u64,
@@ -48,7 +48,7 @@ impl Drop for Alarm<'_> {
 }
 
 impl<'a> Pusher<'a> {
-    pub(super) fn new(outlet: &'a Outlet, source: &'a dyn PageSource, feed: &'a dyn Feed) -> Pusher<'a> {
+    pub(super) fn new(outlet: &'a Outlet, source: &'a dyn Pages, feed: &'a SharedFeed) -> Pusher<'a> {
         Pusher { outlet, source, feed, order: Order::default(), requests: 0, requested: None }
     }
 
@@ -87,7 +87,7 @@ impl<'a> Pusher<'a> {
 
     fn push(&self, run: PageRun) {
         self.outlet.pages.ask(run);
-        self.feed.request(run, Urgency::Background);
+        self.outlet.request(self.feed, run, Urgency::Background);
     }
 
     fn step(&mut self) -> Step {
@@ -132,8 +132,12 @@ impl<'a> Pusher<'a> {
 
     /// Everything that is not zero was sent.
     fn finish(&self) {
-        match self.source.verify() {
-            // A request that is being answered comes first; its delivery rings again.
+        // A request that is being answered comes first; its delivery rings again.
+        if self.outlet.is_waited_for() {
+            return;
+        }
+        self.outlet.source_finishes();
+        match self.feed.finish() {
             Ok(()) => _ = self.outlet.send_end(),
             Err(error) => self.outlet.fail(ServeError::Source { error, started: self.outlet.started() }),
         }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Instant;
 
+use page_source::{SharedFeed, Source, SourceError};
 use page_units::{ByteLen, Layout, LayoutError, PageSize, RamBlock};
 
 use super::channel::Channel;
@@ -16,12 +17,11 @@ use super::pages::Pages;
 use super::pusher::Pusher;
 use super::session::Session;
 use super::{Address, Opening, Options, Report, ServeError, Started};
-use page_source::{PageSource, SourceError};
 
 /// Serves one guest from one source, over one connection (two with preempt).
 #[derive(Debug)]
 pub struct Server {
-    source: Arc<dyn PageSource>,
+    source: Source,
     layout: Layout,
     options: Options,
     control: Control,
@@ -34,7 +34,7 @@ impl Server {
     /// # Errors
     /// If a block is not a whole number of its pages, or the system has no descriptors left.
     pub fn new(
-        source: Arc<dyn PageSource>,
+        source: impl Into<Source>,
         page_sizes: &HashMap<String, PageSize>,
         options: Options,
     ) -> Result<Server, SourceError> {
@@ -45,9 +45,10 @@ impl Server {
             }
             RamBlock::new(block.name(), block.length(), page_size)
         };
-        let blocks: Result<Vec<RamBlock>, LayoutError> = source.layout().blocks().iter().map(block).collect();
+        let source = source.into();
+        let blocks: Result<Vec<RamBlock>, LayoutError> = source.pages().layout().blocks().iter().map(block).collect();
         let layout = Layout::new(blocks?)?;
-        let control = Control::new().map_err(|error| SourceError::Stopped { reason: error.to_string() })?;
+        let control = Control::new().map_err(SourceError::stopped)?;
         Ok(Server { source, layout, options, control })
     }
 
@@ -86,15 +87,16 @@ impl Server {
         })?;
         let (pages, main) = (Pages::new(&self.layout), Channel::to(socket, &self.layout));
         let outlet = Arc::new(Outlet::new(to.to_string(), self.options, shared, pages, main));
+        let known = self.source.pages();
         let feed = self.source.start(Arc::<Outlet>::clone(&outlet));
-        let feed = feed.map_err(|error| ServeError::Source { error, started })?;
+        let feed = SharedFeed::new(feed.map_err(|error| ServeError::Source { error, started })?);
         let _ = outlet.own_threads[0].set(thread::current().id());
         let served = thread::scope(|scope| {
-            let pusher = Pusher::new(&outlet, &*self.source, &*feed);
+            let pusher = Pusher::new(&outlet, &*known, &feed);
             let spawned = thread::Builder::new().name("postcopy-push".into()).spawn_scoped(scope, || pusher.run());
             let served = match spawned {
                 Ok(_) => {
-                    let mut session = Session::new(&outlet, &*self.source, &*feed, &self.layout, to);
+                    let mut session = Session::new(&outlet, &*known, &feed, &self.layout, to);
                     let opened = match opening {
                         Some(opening) => session.open(opening),
                         None => session.resume(),
@@ -124,6 +126,6 @@ impl Server {
 }
 
 fn thread_error(error: &io::Error, started: Started) -> ServeError {
-    let error = SourceError::Stopped { reason: format!("a thread can't be started: {error}") };
+    let error = SourceError::stopped(format_args!("a thread can't be started: {error}"));
     ServeError::Source { error, started }
 }

@@ -7,7 +7,8 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use page_units::{BlockId, ByteLen, PAGE_SIZE, PageIndex, PageRun};
+use page_source::{Content, PageSink, Pages, SharedFeed, Urgency};
+use page_units::{BlockId, ByteLen, Layout, PAGE_SIZE, PageIndex, PageRun};
 
 use super::channel::Channel;
 use super::connect::Connector;
@@ -17,13 +18,11 @@ use super::outlet::Outlet;
 use super::pages::{granules_of, run_of};
 use super::{Address, Opening, ServeError, Started};
 use crate::wire::return_path::{Decoder, Message, ReturnPathError};
-use page_source::{Content, Feed, PageSink, PageSource, Urgency};
-use page_units::Layout;
 
 /// No time limit: as long as nobody waits, and still a time that can be counted.
 const FOR_EVER: Duration = Duration::from_secs(1 << 32);
 
-/// How often it is checked that the source is alive.
+/// How often a silent destination is looked at.
 const LOOK: Duration = Duration::from_millis(500);
 /// The same, in messages, where they come without a pause.
 const CHECKED: u64 = 256;
@@ -33,8 +32,8 @@ const MOST_OTHERS: usize = 1 << 16;
 
 pub(super) struct Session<'a> {
     pub(super) outlet: &'a Outlet,
-    pub(super) source: &'a dyn PageSource,
-    pub(super) feed: &'a dyn Feed,
+    pub(super) source: &'a dyn Pages,
+    pub(super) feed: &'a SharedFeed,
     pub(super) layout: &'a Layout,
     pub(super) address: &'a Address,
     decoder: Decoder,
@@ -52,8 +51,8 @@ pub(super) struct Session<'a> {
 impl<'a> Session<'a> {
     pub(super) fn new(
         outlet: &'a Outlet,
-        source: &'a dyn PageSource,
-        feed: &'a dyn Feed,
+        source: &'a dyn Pages,
+        feed: &'a SharedFeed,
         layout: &'a Layout,
         address: &'a Address,
     ) -> Session<'a> {
@@ -161,19 +160,19 @@ impl<'a> Session<'a> {
                 Some((_, last)) if *last == granule => *last += 1,
                 _ => {
                     if let Some((first, last)) = open.replace((granule, granule + 1)) {
-                        self.feed.request(run_of(id, block, first, last), Urgency::Demand);
+                        outlet.request(self.feed, run_of(id, block, first, last), Urgency::Demand);
                     }
                 }
             }
         }
         if let Some((first, last)) = open {
-            self.feed.request(run_of(id, block, first, last), Urgency::Demand);
+            outlet.request(self.feed, run_of(id, block, first, last), Urgency::Demand);
         }
         Ok(())
     }
 
     fn is_zero(&self, run: PageRun) -> bool {
-        let span = self.source.run_within(run.block, run.first, run.pages);
+        let span = self.source.content(run);
         span.content == Content::Zero && span.pages >= run.pages
     }
 
@@ -309,11 +308,6 @@ impl<'a> Session<'a> {
         }
         if let Some(error) = self.outlet.main.error() {
             return Err(self.broken(&error.to_string()));
-        }
-        if !self.feed.alive() && !self.outlet.has_ended() {
-            let reason = "it can't deliver any more".to_owned();
-            let error = page_source::SourceError::Peer { peer: "the source of the pages".to_owned(), reason };
-            return Err(ServeError::Source { error, started });
         }
         // When it is all over the destination shuts this connection down at a moment of its choosing.
         match self.outlet.fast.get().and_then(Channel::error).filter(|_| !self.outlet.has_ended()) {

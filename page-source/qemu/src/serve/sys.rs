@@ -35,23 +35,10 @@ pub(super) fn send<'a>(socket: BorrowedFd<'_>, parts: impl Iterator<Item = PageB
     usize::try_from(sent).map_err(|_| io::Error::last_os_error())
 }
 
-/// Brings pages of a mapped file into memory, so that whoever sends them does not wait for the disk meanwhile, and
-/// towards the processor.
-///
-/// A hint: Linux before 5.14 does not know it, and what is wrong with the file is said by who sends the bytes.
-pub(super) fn bring(bytes: PageBytes<'_>) {
-    const ALIGNMENT: usize = 4096;
-    let start = bytes.as_kernel_ptr();
-    let before = start.addr() % ALIGNMENT;
-    let (from, length) = (start.wrapping_sub(before), bytes.len().get() + before);
-    // SAFETY: the advice changes neither what is mapped nor its content, and the kernel checks the range.
-    let _ = unsafe { libc::madvise(from.cast_mut().cast(), length, libc::MADV_POPULATE_READ) };
-    prefetch(start, bytes.len().get());
-}
-
 /// Tells the processor what is copied next. Its own prefetching ends with each page of 4 KiB, and the kernel copies page
 /// by page: without this, every one of them begins with a wait for memory.
-fn prefetch(start: *const u8, length: usize) {
+pub(super) fn prefetch(bytes: PageBytes<'_>) {
+    let (start, length) = (bytes.as_kernel_ptr(), bytes.len().get());
     #[cfg(target_arch = "x86_64")]
     for at in (0..length).step_by(64) {
         use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
@@ -101,7 +88,7 @@ mod tests {
         let (near, far) = UnixStream::pair().unwrap();
         let file = tempfile::tempfile().unwrap();
         let nowhere = PageBytes::from_mapped_file(std::ptr::null(), ByteLen(4096), &file, FileOffset(0));
-        bring(nowhere);
+        prefetch(nowhere);
         let error = send(near.as_fd(), [PageBytes::from_slice(b"ab"), nowhere].into_iter()).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EFAULT));
         assert_eq!(unreceived(near.as_fd()).unwrap(), 0);

@@ -34,7 +34,7 @@ pub(super) fn faults(bench: &Bench) -> Measured {
             pin(bench.near)?;
             let latencies = write_all(&memory);
             unpin()?;
-            let served = frozen.stats().write_faults;
+            let served = frozen.handle().stats().write_faults;
             drop(frozen);
             if served < (LEN / PAGE) as u64 {
                 return Err(format!("{served} faults were served, of {}", LEN / PAGE).into());

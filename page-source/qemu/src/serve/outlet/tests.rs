@@ -78,12 +78,12 @@ fn received(mut far: UnixStream, head: usize) -> Vec<u64> {
 fn what_another_thread_has_sent_is_not_sent_again_when_a_run_can_not_be_read() {
     let (outlet, far) = outlet();
     let (gone, page) = (Truncated::new(0), [1; 4096]);
-    assert!(outlet.data(run(3, 1), PageBytes::from_slice(&page)).is_continue());
+    assert!(outlet.data(run(3, 1), PageBytes::from_slice(&page)).is_taken());
     let flow = outlet.data(run(0, 8), gone.bytes(8));
-    assert!(matches!(flow, ControlFlow::Break(SinkError::Unreadable(which)) if which == run(0, 8)), "{flow:?}");
+    assert!(matches!(flow, Reply::Unreadable(which) if which == run(0, 8)), "{flow:?}");
     // From another source, as it were.
-    assert!(outlet.data(run(3, 1), PageBytes::from_slice(&page)).is_continue());
-    assert!(outlet.data(run(5, 1), PageBytes::from_slice(&page)).is_continue());
+    assert!(outlet.data(run(3, 1), PageBytes::from_slice(&page)).is_taken());
+    assert!(outlet.data(run(5, 1), PageBytes::from_slice(&page)).is_taken());
     let block = outlet.pages.block(BlockId(0)).unwrap();
     assert_eq!((0..PAGES).filter(|at| block.sent.get(*at)).collect::<Vec<_>>(), [3, 5]);
     assert_eq!(received(far, 5), [3, 5]);
@@ -97,9 +97,9 @@ fn what_went_on_the_second_connection_is_not_sent_again_either() {
     let half = Truncated::new(4);
     outlet.pages.block(BlockId(0)).unwrap().wanted.set(2);
     let flow = outlet.data(run(0, 8), half.bytes(8));
-    assert!(matches!(flow, ControlFlow::Break(SinkError::Unreadable(which)) if which == run(0, 8)), "{flow:?}");
+    assert!(matches!(flow, Reply::Unreadable(which) if which == run(0, 8)), "{flow:?}");
     let page = [1; 4096];
-    assert!(outlet.data(run(2, 1), PageBytes::from_slice(&page)).is_continue());
+    assert!(outlet.data(run(2, 1), PageBytes::from_slice(&page)).is_taken());
     assert_eq!(received(fast_far, 0), [2]);
     drop(far);
 }
