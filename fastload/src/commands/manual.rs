@@ -1,4 +1,4 @@
-//! `fastload manual`: the man pages, for whoever packages this (`cargo xtask dist`).
+//! `fastload manual`: the man pages, for those who package it (`cargo xtask dist`).
 
 mod sections;
 

@@ -188,7 +188,9 @@ mod tests {
         // As on an older kernel.
         let end = start + all;
         assert_eq!(table.read(start, end, Wanted::Existing).unwrap(), expected);
-        assert_eq!(table.first(start, end), Ok(Some(expected[0].start)));
+        let first = table.first(start, end);
+        let older = testkit::require::kernel_version() < (6, 7);
+        assert!(first == Ok(Some(expected[0].start)) || (older && first == Err(Errno::ENOTTY)), "{first:?}");
         assert!((0..pages).map(touched).eq(table.exist(start, ByteLen(pages).get()).unwrap()));
         let from = start + ByteLen(4 * PAGE);
         assert_eq!(table.existing(from, ByteLen(6 * PAGE)).unwrap(), []);

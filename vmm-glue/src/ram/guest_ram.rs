@@ -11,7 +11,7 @@ use page_units::{
 };
 use uffd_engine::{Backing, Region};
 use vm_memory::bitmap::Bitmap;
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
 
 use super::bitmap::OwnersBitmap;
 use super::discard::Frozen;
@@ -96,7 +96,7 @@ impl GuestRam {
         regions.sort_by_key(|(guest, ..)| *guest);
         for (guest, run, region, alias) in regions {
             pieces.push(Piece { guest, host: HostAddr(region.as_ptr().addr() as u64), run, backing, shared });
-            let region = GuestRegionMmap::new(region, GuestAddress(guest.0));
+            let region = GuestRegionMmap::new(region, guest.into());
             mapped.push(region.ok_or_else(|| MemoryError::Collection(format!("{guest} is too high")))?);
             aliases.push(alias);
         }
@@ -121,7 +121,7 @@ impl GuestRam {
         let mut pieces = Vec::new();
         let mut regions = Vec::new();
         for (region, id) in memory.iter().zip(0..) {
-            let guest = GuestAddr(region.start_addr().0);
+            let guest = GuestAddr::from(region.start_addr());
             let shared = region.flags() & libc::MAP_SHARED != 0;
             let (name, length) = (name(guest), ByteLen(region.len()));
             let backing = map::backing_of(region)
@@ -281,7 +281,7 @@ impl GuestRam {
             let (now, later) = rest.split_at(length.get());
             rest = later;
             sys::write_memory(now.as_ptr(), host, length)?;
-            if let Some((region, offset)) = self.memory.to_region_addr(GuestAddress(at.0)) {
+            if let Some((region, offset)) = self.memory.to_region_addr(at.into()) {
                 region.bitmap().mark_dirty(usize::try_from(offset.0).unwrap_or(usize::MAX), length.get());
             }
             Ok(())
