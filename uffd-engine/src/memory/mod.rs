@@ -4,11 +4,13 @@
 //! freeze must ask of a load is [`Fetch`](holder::Fetch).
 
 pub(crate) mod area;
+pub(crate) mod backing;
 pub(crate) mod descriptor;
 pub(crate) mod fill;
 pub(crate) mod gate;
 pub(crate) mod holder;
 pub(crate) mod huge_file;
+pub(crate) mod mapping;
 pub(crate) mod memory;
 pub(crate) mod own_pages;
 pub(crate) mod page_table;

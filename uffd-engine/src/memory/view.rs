@@ -8,12 +8,13 @@ use page_units::{BlockId, ByteLen, HostAddr, Layout, PageIndex, PageRun};
 use parking_lot::{Mutex, RwLock};
 
 use super::area::Area;
+use super::backing::Backing;
 use super::descriptor::Descriptor;
 use super::gate::{Alone, Gate, GateLock, Priority};
 use super::holder::Holder;
 use super::page_table::PageTable;
 use super::place::Place;
-use super::region::{Backing, Region};
+use super::region::Region;
 use super::retry::Retry;
 use crate::Features;
 
