@@ -4,8 +4,8 @@
 //! touched comes at once, the others come in the background, and when all are there the memory is ordinary memory
 //! again. It knows nothing of files, sockets, snapshot formats or KVM.
 //!
-//! A page of the source is never replaced by zeros or by stale bytes. When content can't be had, what is missing is
-//! poisoned, so that any access to it is an error, before anything is closed.
+//! A page of the source is never replaced by zeros or by stale bytes. When content is unavailable, what is missing
+//! is poisoned, so that any access to it is an error, before anything is closed.
 
 #[cfg(feature = "bench")]
 #[doc(hidden)]

@@ -12,7 +12,7 @@ use crate::serve::placement::{affinity, bind, check_cores, set_affinity};
 use crate::sys::memory::Scratch;
 use crate::{Background, Backing, Discards, Engine, Handlers, Region, StartError, Wait};
 
-/// So many faults are timed for each arrangement.
+/// How many faults are timed for each arrangement.
 const FAULTS: u64 = 200;
 
 /// An arrangement of handlers with the median time that a fault of this process took with it.
