@@ -170,10 +170,10 @@ impl Builder {
         self
     }
 
-    /// Calls `at` at each [`PausePoint`](crate::PausePoint), on the thread that reaches it. For tests.
+    /// Calls `at` at each [`PausePoint`](crate::pause::PausePoint), on the thread that reaches it. For tests.
     #[cfg(feature = "pause-points")]
     #[must_use]
-    pub fn pauses(mut self, at: impl Fn(crate::PausePoint) + Send + Sync + 'static) -> Builder {
+    pub fn pauses(mut self, at: impl Fn(crate::pause::PausePoint) + Send + Sync + 'static) -> Builder {
         self.pauses = Pauses(Arc::new(at));
         self
     }
@@ -201,6 +201,7 @@ impl Builder {
         let (pages, again) = (source.pages(), source.repeatable().cloned());
         region::check(&self.regions, pages.layout())?;
         if self.descriptor.is_none() {
+            region::check_local(&self.regions)?;
             region::check_unseen(&self.regions)?;
         }
         placement::check_cores(self.handlers.cores.iter().flatten().chain(&self.background.cores))?;

@@ -154,7 +154,8 @@ impl Peer {
             Kind::HugetlbShared => (Backing::Hugetlb, true),
             _ => (Backing::Anonymous, false),
         };
-        let region = |(addr, run)| Region::new(HostAddr(u64::from_be_bytes(addr)), run, backing).with_shared(shared);
+        let region =
+            |(addr, run)| Region::foreign(HostAddr(u64::from_be_bytes(addr)), run, backing).with_shared(shared);
         let regions = addrs.into_iter().zip(oracle.layout().runs()).map(region).collect();
         Peer { process, socket, regions, descriptor: Some(descriptor) }
     }

@@ -7,8 +7,8 @@ use nix::errno::Errno;
 use page_units::{ByteLen, FileOffset, PageSize};
 use userfaultfd::RegisterMode;
 
+use crate::memory::backing::Backing;
 use crate::memory::descriptor::Descriptor;
-use crate::memory::region::Backing;
 use crate::sys::abi::Features;
 use crate::sys::mapping::Mapping;
 use crate::sys::ops::{self, Done};

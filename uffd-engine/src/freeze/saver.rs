@@ -16,8 +16,8 @@ use super::order::{Order, PIECE};
 use super::owner::By;
 use super::pool::Copied;
 use super::zone::Zone;
-use crate::PausePoint;
 use crate::memory::holder::FetchError;
+use crate::pause::PausePoint;
 use crate::sys::memory::Scratch;
 use crate::sys::ops;
 

@@ -51,7 +51,7 @@ pub struct GuestRam {
     layout: Layout,
     pub(super) pieces: Vec<Piece>,
     /// Second mappings of shared huge pages, by piece.
-    aliases: Vec<Option<MmapRegion<OwnersBitmap>>>,
+    aliases: Vec<Option<Arc<MmapRegion<OwnersBitmap>>>>,
     /// A live snapshot has it write-protected.
     pub(super) frozen: Frozen,
 }
@@ -98,7 +98,7 @@ impl GuestRam {
             pieces.push(Piece { guest, host: HostAddr(region.as_ptr().addr() as u64), run, backing, shared });
             let region = GuestRegionMmap::new(region, guest.into());
             mapped.push(region.ok_or_else(|| MemoryError::Collection(format!("{guest} is too high")))?);
-            aliases.push(alias);
+            aliases.push(alias.map(Arc::new));
         }
         let memory = Memory::from_regions(mapped).map_err(|error| MemoryError::Collection(error.to_string()))?;
         Ok(GuestRam { memory, layout, pieces, aliases, frozen: Frozen::default() })
@@ -184,13 +184,9 @@ impl GuestRam {
         let regions = self.pieces.iter().zip(mapped).map(|(piece, (alias, memory))| {
             let number = usize::try_from(piece.run.block.0).ok().and_then(|at| numbers.get(at)).copied();
             let run = PageRun { block: number.unwrap_or(piece.run.block), ..piece.run };
-            let region = Region::new(piece.host, run, piece.backing).with_shared(piece.shared);
-            let region = match memory.file_offset() {
+            let region = sys::region(self.memory.clone(), alias.clone(), piece, run);
+            match memory.file_offset() {
                 Some(file) => region.with_file(Arc::clone(file.arc()), FileOffset(file.start())),
-                None => region,
-            };
-            match alias {
-                Some(alias) => region.with_alias(HostAddr(alias.as_ptr().addr() as u64)),
                 None => region,
             }
         });
