@@ -68,7 +68,7 @@ fn fail(freeze: &Freeze, what: &'static str, at: HostAddr, errno: Errno) {
 }
 
 impl Freeze {
-    /// Memory was given back. What of it was not saved is lost to the snapshot.
+    /// Memory was given back. The part that was not saved is lost to the snapshot.
     pub(crate) fn given_back(&self, start: HostAddr, end: HostAddr) {
         if let Some((start, end)) = self.unsaved(start, end) {
             self.end(Err(FrozenError::Discarded { start, end }));
@@ -207,7 +207,9 @@ fn hole(freeze: &Freeze, number: usize, granule: usize) -> bool {
             return true;
         }
         // The kernel says so too if there is no huge page left (`hugetlb_mfill_atomic_pte` of Linux 6.18).
-        Done::Failed(Errno::EEXIST) if !freeze.populated.page_table().has(addr) => {
+        Done::Failed(Errno::EEXIST)
+            if !freeze.populated.page_table().has(addr, zone.region.backing == Backing::Hugetlb) =>
+        {
             give_back();
             match zone.region.backing {
                 Backing::Hugetlb => fail(freeze, "a huge page of zeros", addr, Errno::ENOMEM),

@@ -10,6 +10,7 @@ use super::install::Content;
 use super::load::Load;
 use super::status::Task;
 use crate::EngineError;
+use crate::memory::backing::Backing;
 use crate::memory::gate::holder;
 use crate::memory::states::{State, StateMap};
 use crate::memory::{Area, Memory, Place};
@@ -70,7 +71,7 @@ impl Load {
         self.intake.memory.states(place.area)
     }
 
-    /// Brings what a fault needs. `true` if whoever waited goes on already.
+    /// Brings what a fault needs. `true` if its waiters go on already.
     fn serve(&self, place: Place, minor: bool, again: bool) -> bool {
         let (area, states) = (self.area(place), self.states(place));
         // A granule whose pages are being gathered in the file is as good as missing until they are all there.
@@ -81,7 +82,7 @@ impl Load {
         loop {
             let entry = states.get_to_change(place.granule);
             return match entry.state {
-                // Whoever installs it wakes its waiters, ours among them.
+                // The installer wakes its waiters, ours among them.
                 State::InFlight if states.meet(place.granule) => true,
                 State::InFlight => continue,
                 // A fault on a page that is there is real: what was installed may have been dropped by a discard that
@@ -121,7 +122,7 @@ impl Load {
     fn mark_zero(&self, place: Place) {
         let area = self.area(place);
         let was = self.states(place).mark_zero(place.granule);
-        // (If it is not Missing any more, whoever was faster answers.)
+        // (If it is not Missing any more, the faster thread answers.)
         if was.state == State::Missing && was.requested {
             self.intake.answered(area.granule.0);
         }
@@ -200,6 +201,12 @@ impl Load {
                 self.intake.memory.view.retry.faults([place]);
                 return false;
             }
+            Done::Failed(Errno::EEXIST | Errno::ENOMEM)
+                if area.region.backing == Backing::Hugetlb
+                    && self.intake.memory.view.is_mapped(area, place.granule) == Some(false) =>
+            {
+                let _ = self.intake.no_huge_page(area, place);
+            }
             // It is there, or the region is being unregistered: nobody has to wait.
             Done::Failed(_) => self.intake.memory.wake(place, 1),
         }
@@ -216,6 +223,11 @@ impl Load {
             let gate = self.intake.memory.view.installing();
             match state {
                 State::InFlight if states.meet(place.granule) => return true,
+                // Not put there by us, and taken for content by nobody: see what the kernel says to ours.
+                State::Missing if !self.intake.prefilled => {
+                    drop(gate);
+                    return self.serve(place, false, false);
+                }
                 State::Missing | State::Zero | State::Removed => {
                     let done = self.intake.map_cached(&gate, place);
                     drop(gate);

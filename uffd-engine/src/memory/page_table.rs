@@ -13,9 +13,9 @@ use crate::sys::scan::{Found, PRESENT, SWAPPED, scan};
 /// Bits of an entry of `/proc/self/pagemap` (Linux Documentation/admin-guide/mm/pagemap.rst).
 const ENTRY_PRESENT: u64 = 1 << 63;
 const ENTRY_SWAPPED: u64 = 1 << 62;
-/// So many entries are read at a time.
+/// How many entries are read at a time.
 const ENTRIES: u64 = 8192;
-/// So many ranges are asked for at a time.
+/// How many ranges are asked for at a time.
 const RANGES: usize = 256;
 
 /// This process's page table, as the kernel shows it. Nothing is touched to look something up: touching a page would
@@ -120,14 +120,16 @@ impl PageTable {
         Ok(some.first().map(|found| found.range().start))
     }
 
-    /// For each of so many pages from `start` on: whether there is one.
+    /// Whether there is a page, for each of `pages` from `start` on.
     pub(crate) fn exist(&self, start: HostAddr, pages: usize) -> io::Result<Vec<bool>> {
         Ok(self.entries(start, pages)?.map(|entry| Wanted::Existing.has(entry)).collect())
     }
 
-    /// Whether there is a page, as far as the kernel says.
-    pub(crate) fn has(&self, at: HostAddr) -> bool {
-        self.exist(at, 1).is_ok_and(|exist| exist == [true])
+    /// Whether there is a page at an address, as far as the kernel says. A page of huge pages is never swapped out; what
+    /// looks like it is a marker (of write protection, or poison).
+    pub(crate) fn has(&self, at: HostAddr, huge: bool) -> bool {
+        let wanted = if huge { Wanted::Mapped } else { Wanted::Existing };
+        self.entries(at, 1).is_ok_and(|mut entries| entries.next().is_some_and(|entry| wanted.has(entry)))
     }
 
     fn entries(&self, start: HostAddr, pages: usize) -> io::Result<impl Iterator<Item = u64> + use<>> {
