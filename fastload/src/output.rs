@@ -2,9 +2,20 @@
 
 use std::io::{self, ErrorKind, Write};
 
-/// Writes a text as it is. A reader that went away (`| head`) is no failure.
+use anstyle::{AnsiColor, Style};
+
+/// What is as it should be.
+pub(crate) const GOOD: Style = AnsiColor::Green.on_default();
+/// What is worth a look.
+pub(crate) const WARN: Style = AnsiColor::Yellow.on_default();
+/// What is wrong.
+pub(crate) const BAD: Style = AnsiColor::Red.on_default().bold();
+/// The heading of a table.
+pub(crate) const HEAD: Style = Style::new().bold();
+
+/// Writes a text, with its colours if there is a terminal that has any. A reader that went away (`| head`) is no failure.
 pub(crate) fn print(text: &str) -> io::Result<()> {
-    let mut out = io::stdout().lock();
+    let mut out = anstream::AutoStream::auto(io::stdout().lock());
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
         done => done.map_err(|error| io::Error::new(error.kind(), format!("writing the result failed: {error}"))),

@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
 
-use indicatif::{ProgressBar, ProgressStyle};
 use mapped_ram::{Snapshot, Writer};
 use page_files::{FlatBlock, FlatSink, MappedRamSink};
 use page_source::{PageSink, PageSource, Progress, PumpError, PumpOptions, Pumped, pump};
@@ -15,11 +14,14 @@ use serde::Serialize;
 use vmstate::SectionKind;
 
 use crate::commands::Failure;
+use crate::event::Event;
+use crate::screen;
 use crate::{contents, output};
 
 /// What was written.
 #[derive(Debug, Serialize)]
 pub(crate) struct Written {
+    #[serde(skip)]
     output: PathBuf,
     format: &'static str,
     machine: Option<String>,
@@ -41,16 +43,15 @@ struct Place {
 impl Written {
     /// Tells the user.
     pub(crate) fn print(&self, json: bool) -> Result<(), Failure> {
-        let mut text = String::new();
         if json {
-            text = serde_json::to_string_pretty(self)? + "\n";
-        } else {
-            let Written { format, stored_pages, zero_pages, .. } = self;
-            let (output, ram) = (self.output.display(), output::size(self.ram_bytes));
-            writeln!(text, "{output}: {format}, {ram} of RAM, {stored_pages} pages stored, {zero_pages} zero")?;
-            for block in &self.blocks {
-                writeln!(text, "  {:#014x}  {:>10}  {}", block.offset, output::size(block.length), block.name)?;
-            }
+            return Ok(Event::new("complete").path("output", &self.output).with(self).print()?);
+        }
+        let mut text = String::new();
+        let Written { format, stored_pages, zero_pages, .. } = self;
+        let (output, ram) = (self.output.display(), output::size(self.ram_bytes));
+        writeln!(text, "{output}: {format}, {ram} of RAM, {stored_pages} pages stored, {zero_pages} zero")?;
+        for block in &self.blocks {
+            writeln!(text, "  {:#014x}  {:>10}  {}", block.offset, output::size(block.length), block.name)?;
         }
         Ok(output::print(&text)?)
     }
@@ -61,7 +62,7 @@ pub(crate) fn to_mapped_ram(
     source: Arc<dyn PageSource>,
     template: &Snapshot,
     output: &Path,
-    quiet: bool,
+    json: bool,
 ) -> Result<Written, Failure> {
     let name = template.path().display();
     let ram = template.sections().iter().position(|section| section.kind == SectionKind::Start);
@@ -82,36 +83,32 @@ pub(crate) fn to_mapped_ram(
     let machine = Some(writer.machine().to_owned());
     let device_state_bytes = device_state.len() as u64;
     let sink = Arc::new(MappedRamSink::new(writer));
-    let pumped = pump_with_bar(Arc::clone(&source), Arc::clone(&sink) as Arc<dyn PageSink>, quiet)?;
+    let pumped = pump_with_bar(Arc::clone(&source), Arc::clone(&sink) as Arc<dyn PageSink>, json)?;
     sink.publish(&device_state)?;
     Ok(written(output, "mapped-ram", machine, source.layout(), pumped, device_state_bytes, blocks))
 }
 
 /// Writes what `source` has as a flat file, one block after the other.
-pub(crate) fn to_flat(source: Arc<dyn PageSource>, output: &Path, quiet: bool) -> Result<Written, Failure> {
+pub(crate) fn to_flat(source: Arc<dyn PageSource>, output: &Path, json: bool) -> Result<Written, Failure> {
     let blocks = FlatBlock::concatenated(source.layout().blocks().to_vec())?;
     let sink = Arc::new(FlatSink::create(output, &blocks)?);
-    let pumped = pump_with_bar(Arc::clone(&source), Arc::clone(&sink) as Arc<dyn PageSink>, quiet)?;
+    let pumped = pump_with_bar(Arc::clone(&source), Arc::clone(&sink) as Arc<dyn PageSink>, json)?;
     sink.publish()?;
     let blocks = places(source.layout(), blocks.iter().map(|block| block.offset));
     Ok(written(output, "flat", None, source.layout(), pumped, 0, blocks))
 }
 
-/// [`pump`], showing how far it is, unless `quiet` or where nobody would see it.
+/// [`pump`], telling how far it is, to people or to programs.
 pub(crate) fn pump_with_bar(
     source: Arc<dyn PageSource>,
     sink: Arc<dyn PageSink>,
-    quiet: bool,
+    json: bool,
 ) -> Result<Pumped, PumpError> {
-    let bar = if quiet { ProgressBar::hidden() } else { ProgressBar::new(source.layout().total().0) };
-    let style = ProgressStyle::with_template("{wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}");
-    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-    let progress = |progress: Progress| bar.set_position(progress.done.to_bytes().0);
+    let shown = screen::Progress::new(source.layout().total().0, json);
+    let progress = |progress: Progress| shown.set(progress.done.to_bytes().0);
     let threads = thread::available_parallelism().map_or(1, |threads| threads.get().min(4));
     let options = PumpOptions { threads, find_zeros: true, progress: Some(&progress), ..PumpOptions::default() };
-    let pumped = pump(source, sink, &options);
-    bar.finish_and_clear();
-    pumped
+    pump(source, sink, &options)
 }
 
 /// Refuses to write a file over one that is read.

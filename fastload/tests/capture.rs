@@ -255,7 +255,9 @@ fn all_is_well() {
     let lines = String::from_utf8(outcome.ended.stdout).unwrap();
     let lines: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     let at = 1_700_000_000_000_100u64;
-    assert_eq!(lines[0], json!({"event": "frozen", "frozen_at_us": at, "blackout_us": 1234}));
+    assert_eq!((&lines[0]["event"], &lines[1]["event"]), (&json!("frozen"), &json!("complete")));
+    assert_eq!((&lines[0]["frozen_at_us"], &lines[0]["blackout_us"]), (&json!(at), &json!(1234)));
+    assert_eq!(lines[0]["frozen_at"], "2023-11-14T22:13:20.000100Z");
     assert_eq!((&lines[1]["stored_pages"], &lines[1]["zero_pages"]), (&json!(3), &json!(1)));
     assert_eq!(outcome.qemu.orders, ["getfd", "migrate-set-capabilities", "migrate", "migrate-set-capabilities"]);
     assert!(outcome.qemu.capabilities.values().all(|state| !state));

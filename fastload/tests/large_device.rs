@@ -64,7 +64,7 @@ fn what_is_shown_costs_a_few_times_its_length() {
     // This many are numbers.
     with_arrays(&path, 1000, &[0]);
     let shown: serde_json::Value = serde_json::from_slice(&inspect(&path, 1 << 20, "--json").stdout).unwrap();
-    assert_eq!(shown[0]["fields"][0]["values"].as_array().map(Vec::len), Some(1000), "{shown}");
+    assert_eq!(shown["devices"][0]["fields"][0]["values"].as_array().map(Vec::len), Some(1000), "{shown}");
 }
 
 #[test]
@@ -89,6 +89,6 @@ fn each_device_is_shown_once() {
     with_arrays(&path, 10, &[3, 0, 3, 3, 1]);
     let shown: serde_json::Value = serde_json::from_slice(&inspect(&path, 1 << 20, "--json").stdout).unwrap();
     let instances: Vec<&serde_json::Value> =
-        shown.as_array().unwrap().iter().map(|device| &device["instance"]).collect();
+        shown["devices"].as_array().unwrap().iter().map(|device| &device["instance"]).collect();
     assert_eq!(instances, [3, 0, 1]);
 }

@@ -2,13 +2,12 @@
 //!
 //! Bit `i` (byte `i / 8`, bit `i % 8`) is set if page `i` is stored; clear pages are zero, whatever the file holds.
 
-use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::sync::OnceLock;
 
 use page_units::{ByteLen, FileOffset, PAGE_SIZE, PageCount, PageIndex};
 
+use crate::bytes::Bytes;
 use crate::header::bitmap_len;
 use crate::{Identity, Watch};
 
@@ -74,7 +73,7 @@ pub(crate) enum BitmapError {
 /// An open file, and what it was when it was opened.
 #[derive(Debug)]
 pub(crate) struct Watched<'a> {
-    pub(crate) file: &'a File,
+    pub(crate) file: &'a Bytes,
     pub(crate) opened: &'a Identity,
     pub(crate) watch: Watch,
 }
@@ -82,7 +81,7 @@ pub(crate) struct Watched<'a> {
 impl Watched<'_> {
     /// What is different now.
     pub(crate) fn difference(&self) -> io::Result<Option<&'static str>> {
-        Ok(self.opened.difference(&Identity::of(self.file)?, self.watch))
+        Ok(self.opened.difference(&Identity::of(self.file.file())?, self.watch))
     }
 }
 

@@ -1,10 +1,10 @@
 //! Reading a file with `pread`, so that its own position is left alone.
 
-use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::rc::Rc;
+
+use crate::bytes::Bytes;
 
 /// The last bytes of a file, read at once: the state of the devices and its description are there.
 #[derive(Debug)]
@@ -18,7 +18,7 @@ impl Tail {
     const LEN: u64 = 20 << 10;
 
     /// The bytes of the range's end.
-    pub(crate) fn read(file: &File, range: Range<u64>) -> io::Result<Tail> {
+    pub(crate) fn read(file: &Bytes, range: Range<u64>) -> io::Result<Tail> {
         let at = range.end.saturating_sub(Tail::LEN).max(range.start);
         let mut bytes = vec![0; usize::try_from(range.end.saturating_sub(at)).unwrap_or(0)];
         file.read_exact_at(&mut bytes, at)?;
@@ -35,7 +35,7 @@ impl Tail {
 /// A position in a file, up to a fixed end.
 #[derive(Clone, Debug)]
 pub(crate) struct Cursor<'a> {
-    file: &'a File,
+    file: &'a Bytes,
     tail: Rc<Tail>,
     at: u64,
     end: u64,
@@ -43,7 +43,7 @@ pub(crate) struct Cursor<'a> {
 
 impl<'a> Cursor<'a> {
     /// At the beginning of the range.
-    pub(crate) fn new(file: &'a File, range: Range<u64>) -> io::Result<Cursor<'a>> {
+    pub(crate) fn new(file: &'a Bytes, range: Range<u64>) -> io::Result<Cursor<'a>> {
         let tail = Rc::new(Tail::read(file, range.clone())?);
         Ok(Cursor { file, tail, at: range.start, end: range.end })
     }

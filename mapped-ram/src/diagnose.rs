@@ -1,7 +1,6 @@
 //! A deeper look at a file, which reads its bitmaps and, where they are all zero, its page areas.
 
 use std::io;
-use std::os::unix::fs::FileExt;
 
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
@@ -73,26 +72,45 @@ impl Snapshot {
         let Some((place, ram)) = self.block(block).filter(|place| place.in_file).zip(self.layout().get(block)) else {
             return Ok(None);
         };
-        let end = place.pages_offset.0.saturating_add(ram.length().0).min(self.identity().size);
+        let end = place.pages_offset.0.saturating_add(ram.length().0).min(self.bytes.size());
         let mut at = place.pages_offset.0;
         let mut buffer = vec![0; STEP];
         while at < end {
-            // This moves the position of the file, which nothing here ever uses.
-            at = match lseek(self.file(), i64::try_from(at).unwrap_or(i64::MAX), Whence::SeekData) {
-                Ok(data) => u64::try_from(data).unwrap_or(end),
-                Err(Errno::ENXIO) => return Ok(None),
-                Err(_) => at,
-            };
+            match self.data_from(at)? {
+                Some(data) => at = data,
+                None => return Ok(None),
+            }
             let length = usize::try_from(end.saturating_sub(at)).unwrap_or(STEP).min(STEP);
             let Some(bytes) = buffer.get_mut(..length).filter(|bytes| !bytes.is_empty()) else {
                 return Ok(None);
             };
-            self.file().read_exact_at(bytes, at)?;
+            self.bytes.read_exact_at(bytes, at)?;
             if let Some(index) = bytes.iter().position(|byte| *byte != 0) {
                 return Ok(Some(FileOffset(at + index as u64)));
             }
             at += length as u64;
         }
         Ok(None)
+    }
+
+    /// Where data begins that is no hole, from `at` on: of a compressed snapshot, what does not stand in frames of zeros.
+    fn data_from(&self, at: u64) -> io::Result<Option<u64>> {
+        if let Some(frames) = self.frames() {
+            let mut at = FileOffset(at);
+            while at.0 < self.bytes.size() {
+                let frame = frames.frame_at(at).map_err(io::Error::other)?;
+                if !frame.is_zero() {
+                    return Ok(Some(at.0));
+                }
+                at = frame.decoded().end;
+            }
+            return Ok(None);
+        }
+        // This moves the position of the file, which nothing here ever uses.
+        match lseek(self.file(), i64::try_from(at).unwrap_or(i64::MAX), Whence::SeekData) {
+            Ok(data) => Ok(u64::try_from(data).ok()),
+            Err(Errno::ENXIO) => Ok(None),
+            Err(_) => Ok(Some(at)),
+        }
     }
 }

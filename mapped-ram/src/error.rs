@@ -25,6 +25,12 @@ pub enum OpenErrorKind {
     /// The system refused.
     #[error("{0}")]
     Io(#[from] io::Error),
+    /// It ends as a compressed snapshot does, but its index is damaged.
+    #[error("a compressed snapshot, but {what}")]
+    Frames {
+        /// What is wrong with it.
+        what: String,
+    },
     /// Only regular files have pages at fixed offsets.
     #[error("not a regular file")]
     NotAFile,

@@ -62,8 +62,7 @@ impl Identity {
         self.inode == other.inode
     }
 
-    /// What is different now of what is watched, if anything is. The first words name it; what follows says what to do
-    /// where that is no sign of a change.
+    /// What is different now among what is watched, if anything is: its name.
     #[must_use]
     pub fn difference(&self, now: &Identity, watch: Watch) -> Option<&'static str> {
         let times = watch != Watch::Size;
@@ -72,12 +71,9 @@ impl Identity {
         } else if self.size != now.size {
             Some("its size")
         } else if times && self.modified != now.modified {
-            Some(
-                "its modification time (if its file system moves times by itself, as FUSE and network file systems may: \
-                 watch its size only)",
-            )
+            Some("its modification time")
         } else if watch == Watch::Strict && self.changed != now.changed {
-            Some("its change time (it was written to, renamed, linked or removed, or had its attributes set)")
+            Some("its change time (ctime)")
         } else {
             None
         }

@@ -37,6 +37,7 @@
 
 mod bitmap;
 mod blocks;
+mod bytes;
 mod cursor;
 mod device;
 mod diagnose;

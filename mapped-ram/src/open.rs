@@ -1,13 +1,14 @@
 //! Reading the metadata of a snapshot file.
 
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use page_units::FileOffset;
 use vmstate::{MAGIC, VERSION, kind};
 
+use crate::bytes::Bytes;
 use crate::parse::{Parsed, parse};
 use crate::{Identity, OpenErrorKind, Watch};
 
@@ -49,7 +50,7 @@ impl Options {
 /// An open file with what its metadata says.
 #[derive(Debug)]
 pub(crate) struct Opened {
-    pub(crate) file: File,
+    pub(crate) bytes: Bytes,
     pub(crate) identity: Identity,
     pub(crate) watch: Watch,
     pub(crate) base: FileOffset,
@@ -65,14 +66,15 @@ pub(crate) fn open(path: &Path, options: &Options) -> Result<Opened, OpenErrorKi
         return Err(OpenErrorKind::NotAFile);
     }
     let identity = Identity::from_metadata(&metadata);
-    let base = find_base(&file, identity.size, options.base)?;
-    let parsed = parse(&file, base, FileOffset(identity.size), options.damaged)?;
-    Ok(Opened { file, identity, watch: options.watch, base, parsed })
+    let bytes = Bytes::new(file, identity.size)?;
+    let base = find_base(&bytes, options.base)?;
+    let parsed = parse(&bytes, base, FileOffset(bytes.size()), options.damaged)?;
+    Ok(Opened { bytes, identity, watch: options.watch, base, parsed })
 }
 
 /// Finds out where the stream begins.
-fn find_base(file: &File, size: u64, given: Option<FileOffset>) -> Result<FileOffset, OpenErrorKind> {
-    let magic = MAGIC.to_be_bytes();
+fn find_base(file: &Bytes, given: Option<FileOffset>) -> Result<FileOffset, OpenErrorKind> {
+    let (magic, size) = (MAGIC.to_be_bytes(), file.size());
     let begins_at = |at: u64| -> io::Result<bool> {
         let mut found = [0; 4];
         Ok(size >= 4 && at <= size - 4 && {

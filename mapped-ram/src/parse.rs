@@ -2,7 +2,6 @@
 
 mod ram_section;
 
-use std::fs::File;
 use std::io::BufReader;
 
 use page_units::FileOffset;
@@ -12,6 +11,7 @@ use vmstate::{
 };
 
 use crate::blocks::Block;
+use crate::bytes::Bytes;
 use crate::cursor::Cursor;
 use crate::{OpenErrorKind, Warning};
 
@@ -36,7 +36,7 @@ pub(crate) struct Parsed {
 ///
 /// # Errors
 /// If it is not a whole mapped-ram stream; with `damaged`, only if not even its list of RAM blocks begins.
-pub(crate) fn parse(file: &File, base: FileOffset, size: FileOffset, damaged: bool) -> Result<Parsed, OpenErrorKind> {
+pub(crate) fn parse(file: &Bytes, base: FileOffset, size: FileOffset, damaged: bool) -> Result<Parsed, OpenErrorKind> {
     let mut parser = Parser::new(file, base, size, damaged)?;
     if let Err(error) = parser.run() {
         parser.give_up(error)?;
@@ -58,7 +58,7 @@ struct Parser<'a> {
 }
 
 impl<'a> Parser<'a> {
-    fn new(file: &'a File, base: FileOffset, size: FileOffset, damaged: bool) -> Result<Parser<'a>, OpenErrorKind> {
+    fn new(file: &'a Bytes, base: FileOffset, size: FileOffset, damaged: bool) -> Result<Parser<'a>, OpenErrorKind> {
         let cursor = Cursor::new(file, base.0..size.0)?;
         let mut parsed = Parsed {
             configuration: Configuration::default(),

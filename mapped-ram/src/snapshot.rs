@@ -3,14 +3,15 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use frame_file::FrameFile;
 use page_units::{BlockId, ByteLen, FileOffset, Layout, PageCount, PageIndex};
 use vmstate::{Configuration, SectionEntry, VmDesc};
 
 use crate::bitmap::{Bitmap, BitmapError, Watched, pages_between};
+use crate::bytes::Bytes;
 use crate::open::{self, Opened, Options};
 use crate::parse::Parsed;
 use crate::{BlockFile, FileRun, Identity, OpenError, OpenErrorKind, PageError, Warning, Watch};
@@ -25,7 +26,7 @@ const MAX_READ: ByteLen = ByteLen(1 << 30);
 #[derive(Debug)]
 pub struct Snapshot {
     pub(crate) path: PathBuf,
-    pub(crate) file: File,
+    pub(crate) bytes: Bytes,
     pub(crate) identity: Identity,
     pub(crate) watch: Watch,
     pub(crate) base: FileOffset,
@@ -67,9 +68,9 @@ impl Snapshot {
 
     /// A snapshot of what was found in a file.
     fn new(path: &Path, opened: Opened) -> Result<Snapshot, OpenErrorKind> {
-        let Opened { file, identity, watch, base, parsed } = opened;
+        let Opened { bytes, identity, watch, base, parsed } = opened;
         let Parsed { configuration, blocks, sections, devices, end, vmdesc, complete, ram_ended, warnings } = parsed;
-        let size = FileOffset(identity.size);
+        let size = FileOffset(bytes.size());
         let bitmaps = blocks.iter().map(|block| {
             let pages_in_file = pages_between(block.file.pages_offset, size);
             block.file.in_file.then(|| Bitmap::new(block.file.bitmap_offset, block.ram.pages(), pages_in_file))
@@ -79,7 +80,7 @@ impl Snapshot {
         let layout = Layout::new(ram)?;
         let mut snapshot = Snapshot {
             path: path.to_owned(),
-            file,
+            bytes,
             identity,
             watch,
             base,
@@ -116,10 +117,23 @@ impl Snapshot {
         &self.path
     }
 
-    /// The open file. Its own position is never used; read it with `pread`.
+    /// The open file as it lies on the disk. Its own position is never used; read it with `pread`. That of a compressed
+    /// snapshot has other offsets than the snapshot: [`frames`](Snapshot::frames) knows both.
     #[must_use]
     pub fn file(&self) -> &File {
-        &self.file
+        self.bytes.file()
+    }
+
+    /// The frames of a compressed snapshot; `None` of a plain file.
+    #[must_use]
+    pub fn frames(&self) -> Option<&FrameFile> {
+        self.bytes.frames()
+    }
+
+    /// How long the snapshot is, uncompressed.
+    #[must_use]
+    pub fn length(&self) -> ByteLen {
+        ByteLen(self.bytes.size())
     }
 
     /// Where the stream begins in the file.
@@ -241,7 +255,7 @@ impl Snapshot {
     /// # Errors
     /// If it can't be read, the file does not have it, or it is more than 1 GiB: a sparse file can claim any length.
     pub fn read(&self, range: Range<FileOffset>) -> io::Result<Vec<u8>> {
-        if range.start > range.end || range.end.0 > self.identity.size {
+        if range.start > range.end || range.end.0 > self.bytes.size() {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         let length = range.end - range.start;
@@ -250,7 +264,7 @@ impl Snapshot {
             return Err(io::Error::new(io::ErrorKind::InvalidData, what));
         }
         let mut bytes = vec![0; length.get()];
-        self.file.read_exact_at(&mut bytes, range.start.0)?;
+        self.bytes.read_exact_at(&mut bytes, range.start.0)?;
         Ok(bytes)
     }
 
@@ -275,7 +289,7 @@ impl Snapshot {
     }
 
     pub(crate) fn watched(&self) -> Watched<'_> {
-        Watched { file: &self.file, opened: &self.identity, watch: self.watch }
+        Watched { file: &self.bytes, opened: &self.identity, watch: self.watch }
     }
 
     pub(crate) fn bitmap(&self, block: BlockId) -> Option<&Bitmap> {
@@ -293,7 +307,7 @@ impl Snapshot {
                 let start = self.block(block).map(|block| block.pages_offset).unwrap_or_default();
                 let needed = start.checked_add(ByteLen(last.byte_offset().0.saturating_add(page_units::PAGE_SIZE)));
                 let needed = needed.unwrap_or(FileOffset(u64::MAX));
-                PageError::BeyondFile { path, block: name, needed, actual: FileOffset(self.identity.size) }
+                PageError::BeyondFile { path, block: name, needed, actual: FileOffset(self.bytes.size()) }
             }
         }
     }

@@ -71,7 +71,7 @@ impl<'a> PageBytes<'a> {
     /// `len` of the bytes, from `from` on.
     ///
     /// # Panics
-    /// If there are not so many.
+    /// If there are fewer.
     #[must_use]
     pub fn slice(&self, from: ByteLen, len: ByteLen) -> PageBytes<'a> {
         let (from, len) = (from.get(), len.get());

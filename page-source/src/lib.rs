@@ -3,8 +3,8 @@
 //! A source knows RAM blocks and pages, never a host address. A sink takes pages in any order, from any thread. What
 //! lies between them is a [`Feed`]: the sink's side asks through it ("these pages, now"), and pages arrive. Because
 //! nothing is ever *read* synchronously, a local file (answers at once), a network peer (answers late, from its own
-//! thread, out of order, with pages nobody asked for) and the frozen memory of a running guest are the same thing to
-//! whoever takes the pages.
+//! thread, out of order, with pages nobody asked for) and the frozen memory of a running guest are the same
+//! thing to a sink.
 //!
 //! - [`pump`] drives a source into a sink, when all pages are wanted and none is urgent.
 //! - [`Threaded`] lets any source answer from threads of its own.

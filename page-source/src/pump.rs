@@ -75,7 +75,7 @@ pub struct Pumped {
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PumpError {
-    /// Pages could not be had.
+    /// Pages are unavailable.
     #[error(transparent)]
     Source(#[from] SourceError),
     /// Pages could not be taken.

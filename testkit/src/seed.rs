@@ -28,10 +28,37 @@ pub fn seed() -> u64 {
     u64::from(seed)
 }
 
+/// The environment variable that says how slow the machine is, by a factor: of repetitions that differ in their seed only,
+/// one in that many is enough there. For kernels in QEMU without KVM.
+pub const SLOW: &str = "FASTLOAD_SLOW";
+/// The repetitions that no machine is too slow for: tests choose what has to occur in every run by their number.
+const LEAST: u64 = 8;
+
+/// How many of `count` repetitions are made on this machine: all, unless [`SLOW`] says otherwise.
+///
+/// # Panics
+/// If the variable holds something else than a number.
+#[must_use]
+pub fn fewer(count: u64) -> u64 {
+    let given = std::env::var_os(SLOW).map(|value| value.to_string_lossy().into_owned());
+    let factor = given.map_or(1, |given| given.parse().unwrap_or_else(|error| panic!("{SLOW}={given}: {error}")));
+    fewer_by(count, factor)
+}
+
+/// [`fewer`], for the cases of a property.
+#[must_use]
+pub fn cases(count: u32) -> u32 {
+    u32::try_from(fewer(u64::from(count))).unwrap_or(count)
+}
+
+fn fewer_by(count: u64, factor: u64) -> u64 {
+    (count / factor.max(1)).max(LEAST.min(count))
+}
+
 /// Seeds, each with its number, from which a test may choose what has to occur in every run.
 pub fn seeds(count: u64) -> impl Iterator<Item = (u64, u64)> + Clone {
     let first = seed();
-    (0..count).map(move |number| (number, first + number))
+    (0..fewer(count)).map(move |number| (number, first + number))
 }
 
 fn choose(given: Option<&str>) -> u32 {
@@ -68,6 +95,11 @@ mod tests {
         // The clock goes on while this is called again and again.
         let first = choose(None);
         while choose(None) == first {}
+    }
+
+    #[test]
+    fn a_slow_machine_repeats_less_but_not_too_little() {
+        assert_eq!([fewer_by(40, 1), fewer_by(40, 4), fewer_by(40, 100), fewer_by(3, 4)], [40, 10, 8, 3]);
     }
 
     #[test]

@@ -13,9 +13,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use page_files::{FlatBlock, FlatFile};
-use page_units::{BlockId, ByteLen, FileOffset, HostAddr, Layout, PAGE_SIZE, PageCount, PageSize, RamBlock};
-use uffd_engine::{Background, Backing, Engine, Event, Handlers, Region};
-use vm_memory::{Bytes, MmapRegion, VolatileMemory};
+use page_units::{BlockId, ByteLen, FileOffset, Layout, PAGE_SIZE, PageCount};
+use uffd_engine::{Background, Engine, Event, Handlers, Mapping, Region};
 
 const LEN: ByteLen = ByteLen(1 << 30);
 
@@ -35,13 +34,13 @@ fn main() -> Result<(), Box<dyn Error>> {
     make_file(&path)?;
 
     // Where the pages come from: a flat file that holds one RAM block.
-    let layout = Layout::new(vec![RamBlock::new("ram", LEN, PageSize::SMALL)?])?;
+    let layout = Layout::single("ram", LEN)?;
     let source = FlatFile::open(&path, vec![FlatBlock { block: layout.blocks()[0].clone(), offset: FileOffset(0) }])?;
 
     // Where they go: ordinary anonymous memory, of which nothing is there yet.
-    let memory: MmapRegion = MmapRegion::new(LEN.get())?;
+    let memory = Arc::new(Mapping::anonymous(LEN)?);
     let run = layout.run_of(BlockId(0)).ok_or("no block")?;
-    let region = Region::new(HostAddr(memory.as_ptr() as u64), run, Backing::Anonymous);
+    let region = Region::of(&memory, run);
 
     let begin = Instant::now();
     let engine = Engine::builder()
@@ -61,7 +60,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let page = PageCount(LEN.to_pages().0 / 2);
     let mut text = [0; 24];
     let touch = Instant::now();
-    memory.as_volatile_slice().read_slice(&mut text, page.to_bytes().get())?;
+    memory.read(page.to_bytes(), &mut text);
     println!("{:?} after {:?}", String::from_utf8_lossy(&text).trim_end_matches('\0'), touch.elapsed());
 
     // The rest comes in the background.

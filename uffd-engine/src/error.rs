@@ -1,13 +1,55 @@
 //! Why an engine can't start, and why one failed.
 
+use std::fmt;
 use std::io;
 use std::sync::Arc;
 
-use nix::errno::Errno;
 use page_source::SourceError;
 use page_units::{ByteLen, HostAddr, PageRun};
 
 use crate::Features;
+
+/// What a system call said: a number of errno(3).
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Errno(i32);
+
+impl Errno {
+    /// The number, `EBUSY` for example.
+    #[must_use]
+    pub const fn number(self) -> i32 {
+        self.0
+    }
+
+    pub(crate) fn of(errno: nix::errno::Errno) -> Errno {
+        Errno(errno as i32)
+    }
+
+    pub(crate) fn from_io(error: &io::Error) -> Errno {
+        Errno(error.raw_os_error().unwrap_or(0))
+    }
+
+    pub(crate) fn is(self, errno: nix::errno::Errno) -> bool {
+        self == Errno::of(errno)
+    }
+}
+
+impl From<Errno> for io::Error {
+    fn from(errno: Errno) -> io::Error {
+        io::Error::from_raw_os_error(errno.0)
+    }
+}
+
+impl fmt::Display for Errno {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        io::Error::from(*self).fmt(f)
+    }
+}
+
+impl fmt::Debug for Errno {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&io::Error::from(*self), f)
+    }
+}
 
 /// Why there is no userfaultfd.
 #[derive(Debug, thiserror::Error)]
@@ -66,7 +108,7 @@ pub enum StartError {
         length: ByteLen,
         /// What the kernel said.
         #[source]
-        error: userfaultfd::Error,
+        error: io::Error,
     },
     /// The source can't be started.
     #[error("the source of the pages can't be started: {0}")]

@@ -6,13 +6,12 @@ use std::time::{Duration, Instant};
 use page_source::{
     Answer, Content, EndGuard, Feed, PageBytes, PageSink, PageSource, Pages, SourceError, Span, Urgency,
 };
-use page_units::{BlockId, ByteLen, Layout, PageCount, PageIndex, PageRun, PageSize, RamBlock};
+use page_units::{BlockId, ByteLen, Layout, PageCount, PageIndex, PageRun};
 
 use crate::serve::placement::{affinity, bind, check_cores, set_affinity};
-use crate::sys::memory::Scratch;
-use crate::{Background, Backing, Discards, Engine, Handlers, Region, StartError, Wait};
+use crate::{Background, Discards, Engine, Handlers, Mapping, Region, StartError, Wait};
 
-/// So many faults are timed for each arrangement.
+/// How many faults are timed for each arrangement.
 const FAULTS: u64 = 200;
 
 /// An arrangement of handlers with the median time that a fault of this process took with it.
@@ -57,12 +56,11 @@ impl Handlers {
 fn try_out(handlers: Handlers) -> Result<Measured, StartError> {
     let system = |error| StartError::System { what: "scratch memory", error };
     let len = PageCount(FAULTS).to_bytes();
-    let memory = Scratch::missing(len).map_err(system)?;
-    let layout = Layout::new(vec![RamBlock::new("scratch", len, PageSize::SMALL).map_err(SourceError::from)?]);
-    let layout = layout.map_err(SourceError::from)?;
+    let memory = Arc::new(Mapping::anonymous(len).map_err(system)?);
+    let layout = Layout::single("scratch", len).map_err(SourceError::from)?;
     let run = PageRun::new(BlockId(0), PageIndex(0), PageCount(FAULTS));
     let engine = Engine::builder()
-        .region(Region::new(memory.addr(), run, Backing::Anonymous))
+        .region(Region::of(&memory, run))
         .source(Arc::new(Ones { layout }))
         .handlers(handlers.clone())
         .background(Background::off())
@@ -71,7 +69,7 @@ fn try_out(handlers: Handlers) -> Result<Measured, StartError> {
     let mut times: Vec<Duration> = (0..FAULTS)
         .map(|page| {
             let begin = Instant::now();
-            memory.touch(PageCount(page).to_bytes());
+            memory.read(PageCount(page).to_bytes(), &mut [0]);
             begin.elapsed()
         })
         .collect();

@@ -50,7 +50,7 @@ fn ways() -> impl Strategy<Value = Way> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, max_shrink_iters: 16, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: testkit::seed::cases(48), max_shrink_iters: 16, ..ProptestConfig::default() })]
 
     /// A writer goes through memory and keeps its own book: touches, writes and discards in any order, while the rest
     /// is being loaded by several threads.

@@ -68,7 +68,7 @@ fn fault(number: u8) -> Fault {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 40, max_shrink_iters: 8, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: testkit::seed::cases(40), max_shrink_iters: 8, ..ProptestConfig::default() })]
 
     #[test]
     fn a_source_that_goes_wrong_gives_errors_and_never_wrong_bytes(case in cases()) {

@@ -71,7 +71,7 @@ fn memory_of_our_own_is_let_go() {
 /// Its owner would go on with zeros: so what is missing is poisoned.
 #[test]
 fn memory_that_was_handed_over_is_poisoned() {
-    testkit::require!(Root, Userfaultfd);
+    testkit::require!(Root, Userfaultfd, Poison);
     let oracle = full(PAGES);
     for threads in 0..=THREADS {
         for (answers, source) in sources(&oracle) {

@@ -154,7 +154,8 @@ impl Peer {
             Kind::HugetlbShared => (Backing::Hugetlb, true),
             _ => (Backing::Anonymous, false),
         };
-        let region = |(addr, run)| Region::new(HostAddr(u64::from_be_bytes(addr)), run, backing).with_shared(shared);
+        let region =
+            |(addr, run)| Region::foreign(HostAddr(u64::from_be_bytes(addr)), run, backing).with_shared(shared);
         let regions = addrs.into_iter().zip(oracle.layout().runs()).map(region).collect();
         Peer { process, socket, regions, descriptor: Some(descriptor) }
     }
@@ -221,7 +222,7 @@ fn a_discard_in_another_process_is_seen() {
 
 #[test]
 fn a_failure_poisons_memory_of_another_process() {
-    testkit::require!(Userfaultfd, Hugepages);
+    testkit::require!(Userfaultfd, Hugepages, Poison);
     let _pages = Overcommit::reserve(HUGE_PAGES).unwrap();
     for kind in KINDS {
         let oracle = oracle();
@@ -237,7 +238,7 @@ fn a_failure_poisons_memory_of_another_process() {
 /// Its owner goes on when the descriptor is closed.
 #[test]
 fn an_engine_that_can_not_be_made_leaves_no_zeros_behind() {
-    testkit::require!(Userfaultfd, Hugepages);
+    testkit::require!(Userfaultfd, Hugepages, Poison);
     let _pages = Overcommit::reserve(HUGE_PAGES).unwrap();
     for kind in KINDS {
         let oracle = oracle();

@@ -296,8 +296,7 @@ fn memory_that_can_not_be_frozen_exactly_is_refused_by_name() {
     let private = Memory::new(Kind::MemfdPrivate, &layout);
     assert!(refused(private.regions()).contains("a private mapping of a file"));
     let shared = Memory::new(Kind::MemfdShared, &layout);
-    let run = layout.runs().next().unwrap();
-    let without = Region::new(shared.addr(BlockId(0)), run, uffd_engine::Backing::Memfd);
+    let without = shared.regions_without_file().remove(0);
     assert!(refused(vec![without]).contains("with_file"));
 }
 

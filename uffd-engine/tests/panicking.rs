@@ -151,7 +151,7 @@ fn a_source_that_panics_when_a_loader_asks_fails_the_engine() {
 /// There is no engine then, and the owner of the memory goes on.
 #[test]
 fn a_source_that_panics_when_it_is_started_leaves_no_engine() {
-    testkit::require!(Userfaultfd);
+    testkit::require!(Userfaultfd, Poison);
     let oracle = oracle();
     let memory = Memory::new(Kind::Anonymous, oracle.layout());
     let inner = MemorySource::new(Arc::clone(&oracle));

@@ -117,7 +117,7 @@ fn cases(kinds: &'static [Kind]) -> impl Strategy<Value = Case> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, max_shrink_iters: 32, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: testkit::seed::cases(48), max_shrink_iters: 32, ..ProptestConfig::default() })]
 
     #[test]
     fn every_byte_of_small_pages_is_the_sources(case in cases(&SMALL_KINDS)) {
@@ -127,7 +127,7 @@ proptest! {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 16, max_shrink_iters: 8, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: testkit::seed::cases(16), max_shrink_iters: 8, ..ProptestConfig::default() })]
 
     #[test]
     fn every_byte_of_huge_pages_is_the_sources(case in cases(&HUGE_KINDS)) {

@@ -110,6 +110,14 @@ impl Layout {
         Ok(Layout { blocks, sorted })
     }
 
+    /// One block of 4 KiB pages.
+    ///
+    /// # Errors
+    /// If the name is empty or too long, or the length is not a whole number of pages.
+    pub fn single(name: impl Into<String>, length: ByteLen) -> Result<Layout, LayoutError> {
+        Layout::new(vec![RamBlock::new(name, length, PageSize::SMALL)?])
+    }
+
     /// The blocks with their numbers.
     pub fn iter(&self) -> impl Iterator<Item = (BlockId, &RamBlock)> {
         (0..).map(BlockId).zip(&self.blocks)

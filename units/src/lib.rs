@@ -17,6 +17,8 @@
 mod layout;
 mod run;
 mod unit;
+#[cfg(feature = "vm-memory")]
+mod vm_memory;
 
 pub use layout::{BlockId, Layout, LayoutError, PageSize, RamBlock};
 pub use run::PageRun;

@@ -2,6 +2,7 @@
 
 pub(crate) mod blueprint;
 mod host_check;
+mod live;
 #[cfg(feature = "vcpus")]
 mod options;
 #[cfg(feature = "vcpus")]
@@ -13,6 +14,10 @@ mod saved;
 mod step;
 
 pub use self::host_check::host_check;
+pub use self::live::{
+    Blackout, LiveError, LiveEvent, LiveOptions, LiveProgress, LiveReport, LiveSnapshot, snapshot_live,
+    snapshot_live_loading,
+};
 #[cfg(feature = "vcpus")]
 pub use self::options::{Observer, RestoreOptions};
 #[cfg(feature = "vcpus")]

@@ -1,16 +1,16 @@
 //! A running guest: its vCPUs, and the engine that still brings its memory.
 
 use std::fmt;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use mapped_ram::Identity;
 use page_units::{GuestAddr, PageCount};
 use uffd_engine::{Engine, EngineError};
 
-use crate::live::{self, LiveError, LiveOptions, LiveSnapshot};
 use crate::snapshot::RestoreReport;
+use crate::snapshot::{LiveError, LiveOptions, LiveSnapshot, snapshot_live, snapshot_live_loading};
 use crate::snapshot::{SaveError, SaveOptions, Saved, save};
 use crate::state::Host;
 use crate::vcpu::VcpuError;
@@ -26,8 +26,8 @@ pub struct Vm {
     vcpus: Option<Vcpus>,
     engine: Option<Engine>,
     report: RestoreReport,
-    /// Device and inode of the file that the memory comes from.
-    file: (u64, u64),
+    /// The file that the memory comes from.
+    file: Identity,
 }
 
 /// Why a guest can't go on.
@@ -72,7 +72,7 @@ pub enum VmStopError {
 }
 
 impl Vm {
-    pub(crate) fn new(vcpus: Vcpus, engine: Option<Engine>, report: RestoreReport, file: (u64, u64)) -> Vm {
+    pub(crate) fn new(vcpus: Vcpus, engine: Option<Engine>, report: RestoreReport, file: Identity) -> Vm {
         Vm { vcpus: Some(vcpus), engine, report, file }
     }
 
@@ -191,7 +191,7 @@ impl Vm {
 
     /// Whether this is the file that the memory comes from, under whatever name.
     fn is_loaded_from(&self, path: &Path) -> bool {
-        std::fs::metadata(path).is_ok_and(|of| (of.dev(), of.ino()) == self.file)
+        std::fs::metadata(path).is_ok_and(|of| Identity::from_metadata(&of).same_file(&self.file))
     }
 
     /// Pages that could not be loaded, and that the guest must not touch: they have no content to be saved.
@@ -213,13 +213,13 @@ impl Vm {
     /// # Errors
     /// If anything fails: the guest goes on, and there is no file, or the one that was there before.
     pub fn snapshot_live(&self, host: &Host, path: &Path, options: &LiveOptions) -> Result<LiveSnapshot, LiveError> {
-        if let Some(pages) = self.poisoned() {
-            return Err(LiveError::Poisoned(pages));
-        }
         if self.is_loading() && self.is_loaded_from(path) {
             return Err(LiveError::Source { path: path.into() });
         }
-        live::take(self.vcpus(), host, path, options, self.engine.as_ref())
+        match &self.engine {
+            Some(engine) => snapshot_live_loading(self.vcpus(), engine, host, path, options),
+            None => snapshot_live(self.vcpus(), host, path, options),
+        }
     }
 }
 

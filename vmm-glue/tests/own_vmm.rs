@@ -19,7 +19,10 @@ use testkit::require;
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use vmm::Vmm;
-use vmm_glue::{GuestRam, Host, LiveError, LiveOptions, Machine, SaveError, SaveOptions, StopError, snapshot_live};
+use vmm_glue::{
+    GuestRam, Host, LiveError, LiveOptions, Machine, SaveError, SaveOptions, StopError, snapshot_live,
+    snapshot_live_loading,
+};
 
 const VCPUS: u8 = 2;
 
@@ -109,9 +112,16 @@ fn a_vmm_with_its_own_vcpus_is_saved_and_restored() {
         engine.wait_for(PATIENCE).unwrap().unwrap();
         // Byte for byte, before it runs.
         live::assert_same(&live::copy_of(&again.ram), &live::content_of(&path));
-        // On demand, too.
+        // On demand, too; and saved while it is loading.
         drop(again);
         let again = restore(&path, &kvm, &host).unwrap();
+        let copy = Copy::over(live::content_of(&path));
+        let (third, options) = (dir.path().join("third.mr"), copy.options(LiveOptions::default()));
+        again.run();
+        let engine = again.engine.as_ref().unwrap();
+        snapshot_live_loading(&again, engine, &host, &third, &options).unwrap().wait().unwrap();
+        live::assert_same(&live::content_of(&third), &copy.take());
+        again.stop(PATIENCE).unwrap();
         finish(&guest, &again);
     }
     finish(&guest, &guest.vmm);

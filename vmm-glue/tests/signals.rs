@@ -5,19 +5,24 @@
 
 mod common;
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
+use common::Signals;
 use common::live::{self, Kind};
 use kvm_ioctls::Kvm;
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 use page_units::GuestAddr;
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng};
 use testkit::require;
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
-use vmm_glue::{Backing, GuestRam, Host, LiveOptions, MachineConfig, RamSpec, SaveOptions, Vcpus, snapshot_live};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
+use vmm_glue::{
+    Backing, GuestRam, Host, LiveOptions, MachineConfig, NewVm, RamSpec, SaveOptions, VcpuOptions, Vcpus, snapshot_live,
+};
 
 /// Starts this program again with a role, the signals as the shell's `trap` says.
 fn child(role: &str, trap: &str, path: &Path) {
@@ -126,14 +131,25 @@ fn cut_off(path: &Path) {
     let host = Host::probe(&Kvm::new().unwrap()).unwrap();
     let mut random = StdRng::seed_from_u64(testkit::seed::seed());
     for _ in 0..8 {
-        let (vcpus, _, _) = live::boot(&Kind { backing: Backing::Memfd, ..Kind::SMALL }, MachineConfig::bare(1));
-        let ram = Arc::clone(vcpus.ram());
-        let region = ram.memory().iter().next().unwrap();
-        let file = region.file_offset().unwrap().file();
-        let (start, length) = (region.start_addr().0, file.metadata().unwrap().len());
+        let (start, length) = (0u64, 4u64 << 20);
+        let file = File::from(memfd_create("theirs", MFdFlags::MFD_CLOEXEC).unwrap());
+        file.set_len(length).unwrap();
+        let map = (
+            GuestAddress(start),
+            usize::try_from(length).unwrap(),
+            Some(FileOffset::new(file.try_clone().unwrap(), 0)),
+        );
+        let memory = GuestMemoryMmap::<()>::from_ranges_with_files([map]).unwrap();
+        let ram = Arc::new(GuestRam::adopt(memory, |_| "ram".into()).unwrap());
+        for page in (0..length).step_by(4096 * 5) {
+            ram.write(GuestAddr(page), &[0x77; 4096]).unwrap();
+        }
+        let machine = NewVm::new(&Kvm::new().unwrap(), Arc::clone(&ram), MachineConfig::bare(1)).unwrap();
+        let paused = VcpuOptions { paused: true, ..VcpuOptions::default() };
+        let vcpus = Vcpus::start(machine, Arc::new(Signals::default()), paused).unwrap();
         vmm_glue::save(&vcpus, &host, path, &SaveOptions::default()).unwrap();
         let bytes = std::fs::read(path).unwrap();
-        let page = random.random_range(1..region.len() >> 12);
+        let page = random.random_range(1..length >> 12);
         let at = start + (page << 12);
         // It was there.
         ram.write(GuestAddr(at), &[0x5a; 100]).unwrap();

@@ -50,6 +50,8 @@ enum Task {
     Bench(bench::Args),
     /// Install what is missing on this machine (as root on Debian), or print the command that does
     Setup(setup::Args),
+    /// Pack every published crate, and build each from its package
+    Package,
     /// Check the rules for source files that no compiler knows
     Tidy,
 }
@@ -63,6 +65,7 @@ fn main() -> ExitCode {
         Task::InGuest(args) => kernels::run_guest(&args),
         Task::Bench(args) => bench::run(&args),
         Task::Setup(args) => setup::run(&args),
+        Task::Package => package::run(run::root()),
         Task::Tidy => tidy::run(),
     };
     match done {

@@ -47,10 +47,9 @@ If it is killed (SIGKILL) the guest goes on as well, but QEMU's capability backg
 stays on until the next capture of it through the same QMP socket; the capability events, which
 does no harm, stays on.
 
-With --json there are two lines: {\"event\": \"frozen\", ...} right after the freeze point, with the
-blackout in microseconds (not if the guest was paused), and {\"event\": \"captured\", ...} when the
-file is there. With --exec-frozen the first comes before the command is run, and after it
-{\"event\": \"resumed\", ...} with the blackout.")]
+With --json there is an event `frozen` right after the freeze point (not if the guest was paused), and one \
+`complete` when the file is there. With --exec-frozen the first comes before the command is run, and after it \
+`resumed` with the blackout.")]
 pub(crate) struct Capture {
     /// QEMU's QMP socket: a path, or unix:PATH. No other program may hold it meanwhile.
     #[arg(long, value_name = "ADDRESS", value_parser = parse::qmp())]
@@ -72,7 +71,7 @@ pub(crate) struct Capture {
     allow: Vec<Allow>,
     /// Print JSON, and no progress bar.
     #[arg(long)]
-    json: bool,
+    pub(crate) json: bool,
 }
 
 impl Capture {

@@ -44,9 +44,9 @@ pub(crate) struct Convert {
     holes_are_zero: bool,
     #[command(flatten)]
     offset: Offset,
-    /// Print JSON, and no progress bar.
+    /// Print JSON, one event per line.
     #[arg(long)]
-    json: bool,
+    pub(crate) json: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]

@@ -26,6 +26,7 @@ use super::monitor::PATIENCE;
 use super::serving::{self, Fate, Image};
 use super::{disks, monitor};
 use crate::commands::Failure;
+use crate::event::Event;
 use crate::offset::Offset;
 use crate::{output, parse};
 
@@ -83,7 +84,7 @@ pub(crate) struct Load {
     skip_disk_check: bool,
     /// Print the figures as JSON.
     #[arg(long)]
-    json: bool,
+    pub(crate) json: bool,
 }
 
 impl Load {
@@ -193,14 +194,16 @@ impl Load {
         let connecting = Instant::now();
         let mut start = Start::new(self.run);
         let address = serving::address(&self.qmp);
-        let served = serving::attend(image, server, &waiting.address.clone(), self.recover, |control| {
+        let served = serving::attend(image, server, &waiting.address.clone(), self.recover, self.json, |control| {
             if self.recover {
                 return Ok(false);
             }
             let more = start.look(waiting.qmp, control, waiting.paused.is_some(), (ANSWER, PATIENCE), &address)?;
-            if start.running.is_some() && !self.json {
+            if self.json && (start.running.is_some() || start.paused) {
+                Event::new(if start.paused { "loaded" } else { "running" }).print()?;
+            } else if start.running.is_some() {
                 serving::note(&format!("running after {:.1} ms", begun.elapsed().as_secs_f64() * 1e3));
-            } else if start.paused && !self.json {
+            } else if start.paused {
                 let why = waiting.paused.as_ref().map_or_else(|| state::STARTED_WITH_S.to_owned(), Paused::to_string);
                 let after = begun.elapsed().as_secs_f64() * 1e3;
                 serving::note(&format!("loaded (paused) after {after:.1} ms: {why}"));
@@ -257,12 +260,12 @@ impl Load {
             figures["paused_because"] = json!(why.as_ref().map(|(name, _)| name));
             figures["preempt"] = json!(waiting.preempt);
             figures["recovered"] = json!(self.recover);
-            return Ok(output::print(&format!("{figures}\n"))?);
+            return Ok(Event::new("complete").with(figures).print()?);
         }
         if let Some((_, text)) = why {
             serving::note(&format!("the guest is paused: {text}. To start it: fastload resume --qmp {address}"));
         }
-        Ok(output::print(&serving::summary(report))?)
+        Ok(output::print(&serving::summary(report, connecting - begun + report.to_complete))?)
     }
 }
 

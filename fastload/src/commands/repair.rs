@@ -30,9 +30,9 @@ pub(crate) struct Repair {
     output: PathBuf,
     #[command(flatten)]
     offset: Offset,
-    /// Print JSON, and no progress bar.
+    /// Print JSON, one event per line.
     #[arg(long)]
-    json: bool,
+    pub(crate) json: bool,
 }
 
 impl Repair {

@@ -7,6 +7,7 @@ use serde_json::json;
 
 use super::load::state;
 use super::{Failure, monitor, serving};
+use crate::event::Event;
 use crate::{output, parse};
 
 /// How long QEMU may take to start a guest after it has said that it will.
@@ -25,15 +26,17 @@ pub(crate) struct Resume {
     qmp: QmpAddress,
     /// Print the state as JSON.
     #[arg(long)]
-    json: bool,
+    pub(crate) json: bool,
 }
 
 impl Resume {
     pub(crate) fn run(&self) -> Result<(), Failure> {
         let mut qmp = monitor::connect(&self.qmp)?;
         resume(&mut qmp, &serving::address(&self.qmp))?;
-        let text = if self.json { format!("{}\n", json!({"state": "running"})) } else { "running\n".to_owned() };
-        Ok(output::print(&text)?)
+        if self.json {
+            return Ok(Event::new("complete").with(json!({"state": "running"})).print()?);
+        }
+        Ok(output::print("running\n")?)
     }
 }
 

@@ -9,6 +9,7 @@ use serde_json::json;
 
 use super::serving::{self, Fate, Image};
 use crate::commands::Failure;
+use crate::event::{self, Event};
 use crate::offset::Offset;
 use crate::{output, parse};
 
@@ -52,7 +53,7 @@ pub(crate) struct Serve {
     page_size: Vec<(String, PageSize)>,
     /// Print the figures as JSON.
     #[arg(long)]
-    json: bool,
+    pub(crate) json: bool,
 }
 
 impl Serve {
@@ -80,22 +81,28 @@ impl Serve {
         let server = image.server(&page_sizes, options)?;
         let recover = self.recovery();
         serving::interrupts(server.control(), recover.clone())?;
-        let mut told = self.json || self.recover;
-        let report = serving::attend(&image, server, &self.to, self.recover, |control| {
+        let mut told = self.recover;
+        let connecting = event::now();
+        let report = serving::attend(&image, server, &self.to, self.recover, self.json, |control| {
             std::thread::park_timeout(serving::MOMENT);
             if !told && control.progress().phase >= Phase::Started {
                 told = true;
-                serving::note("the devices are loaded; the guest runs, unless QEMU was started with -S");
+                if self.json {
+                    Event::new("started").print()?;
+                } else {
+                    serving::note("the devices are loaded; the guest runs, unless QEMU was started with -S");
+                }
             }
             Ok(!told)
         });
         let report = report.map_err(|failure| serving::explain(failure, &recover, || Fate::Unknown))?;
         if self.json {
             let mut figures = serving::figures(&report);
-            figures["started_us"] = json!(report.to_started.map(serving::micros));
-            return Ok(output::print(&format!("{figures}\n"))?);
+            figures["started_us"] = json!(report.to_started.map(|to| serving::micros(connecting + to)));
+            figures["complete_us"] = json!(serving::micros(connecting + report.to_complete));
+            return Ok(Event::new("complete").with(figures).print()?);
         }
-        Ok(output::print(&serving::summary(&report))?)
+        Ok(output::print(&serving::summary(&report, connecting + report.to_complete))?)
     }
 }
 

@@ -1,7 +1,6 @@
 //! What `serve` and `load` have in common: cutting a snapshot into a stream, and watching a server at work.
 
 use std::collections::HashMap;
-use std::io::Write as _;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 use std::sync::Arc;
@@ -9,7 +8,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use fastload_qmp::QmpAddress;
-use indicatif::{ProgressBar, ProgressStyle};
 use mapped_ram::Snapshot;
 use page_files::MappedRam;
 use page_units::PageSize;
@@ -20,6 +18,8 @@ use vmstate::{IGNORE_SHARED, SectionKind};
 use super::Failure;
 use crate::contents;
 use crate::offset::Offset;
+use crate::screen;
+pub(crate) use crate::screen::note;
 
 /// How often the progress bar moves.
 const TICK: Duration = Duration::from_millis(50);
@@ -72,6 +72,7 @@ pub(crate) fn attend(
     server: Server,
     to: &Address,
     resume: bool,
+    json: bool,
     mut look: impl FnMut(&Control) -> Result<bool, Failure>,
 ) -> Result<Report, Failure> {
     let control = server.control();
@@ -82,7 +83,7 @@ pub(crate) fn attend(
             me.unpark();
             served
         });
-        let mut bar: Option<ProgressBar> = None;
+        let mut bar: Option<screen::Progress> = None;
         let mut looked = Ok(true);
         while !serving.is_finished() {
             match looked {
@@ -91,25 +92,16 @@ pub(crate) fn attend(
             }
             let progress = control.progress();
             if progress.phase >= Phase::Started {
-                let bar = bar.get_or_insert_with(|| new_bar(image.stored_pages() * 4096));
+                let bar = bar.get_or_insert_with(|| screen::Progress::new(image.stored_pages() * 4096, json));
                 let done = progress.demand.0 + progress.background.0 + progress.received_before.0;
-                bar.set_position(done * 4096);
-                bar.set_message(format!("{} pages on demand", progress.demand.0));
+                bar.set(done * 4096);
+                bar.message(&format!("{} pages on demand", progress.demand.0));
             }
         }
-        if let Some(bar) = bar {
-            bar.finish_and_clear();
-        }
+        drop(bar);
         let served = serving.join().map_err(|_| Failure::from("the server failed in an unforeseen way"))?;
         looked.and(served.map_err(Failure::from))
     })
-}
-
-fn new_bar(total: u64) -> ProgressBar {
-    let bar = ProgressBar::new(total);
-    let template = "{bar:40} {bytes} of {total_bytes}, {bytes_per_sec}, {msg}";
-    bar.set_style(ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()));
-    bar
 }
 
 /// The first Ctrl-C, SIGTERM or SIGHUP sends the rest, if the guest may have been started; the second leaves.
@@ -202,12 +194,12 @@ pub(crate) fn micros(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
-/// The same figures for people.
-pub(crate) fn summary(report: &Report) -> String {
+/// The same figures for people. All was over `complete` after the program had begun.
+pub(crate) fn summary(report: &Report, complete: Duration) -> String {
     let progress = &report.progress;
     format!(
         "complete after {:.1} ms: {} pages on demand, {} in the background, {} zero pages asked for; {} sent\n",
-        report.to_complete.as_secs_f64() * 1e3,
+        complete.as_secs_f64() * 1e3,
         progress.demand.0,
         progress.background.0,
         progress.zero.0,
@@ -250,12 +242,6 @@ pub(crate) fn address(qmp: &QmpAddress) -> String {
         Some(path) => quoted(path),
         None => quoted(Path::new(&qmp.to_string())),
     }
-}
-
-/// Says something that people want to know in addition to the result. If nobody can hear it, as after a hangup, the work
-/// goes on.
-pub(crate) fn note(text: &str) {
-    let _ = writeln!(std::io::stderr(), "fastload: {text}");
 }
 
 #[cfg(test)]

@@ -10,8 +10,10 @@ use page_units::{ByteLen, FileOffset, Layout, LayoutError, PAGE_SIZE, PageCount,
 
 use crate::extents::{Extents, seek};
 use crate::feed::FileFeed;
+use crate::holes::Holes;
 use crate::mapped_file::MappedFile;
 use crate::places::{Extent, Places};
+use mapped_ram::Watch;
 
 /// A RAM block and where it lies in a flat file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,6 +42,23 @@ impl FlatBlock {
     }
 }
 
+/// How a flat file is opened.
+#[derive(Clone, Debug, Default)]
+#[non_exhaustive]
+pub struct FlatOptions {
+    /// By what a change of the file is noticed.
+    pub watch: Watch,
+}
+
+impl FlatOptions {
+    /// Sets by what a change of the file is noticed.
+    #[must_use]
+    pub fn with_watch(mut self, watch: Watch) -> FlatOptions {
+        self.watch = watch;
+        self
+    }
+}
+
 /// A source that is a flat memory file.
 ///
 /// Requests are answered on the calling thread, straight from a read-only mapping that only the kernel ever reads.
@@ -47,8 +66,12 @@ impl FlatBlock {
 /// in the parent" instead: such a file has to be merged first.)
 ///
 /// Where the file ends in the middle of the last page of a block, the rest of that page is zero. While pages are
-/// loaded the file must not be touched: inode, size, number of links, mtime and ctime are watched, and a change fails
-/// what is delivered from then on, and [`finish`](Feed::finish).
+/// loaded the file must not be written to: its size and its modification time are [watched](Watch), and a change fails
+/// what is delivered from then on, and [`finish`](Feed::finish). A link, a new name or other rights are no change,
+/// nor is the removal of its name.
+///
+/// What a file system says of holes is believed where that is known to be right (ext4, XFS, btrfs, tmpfs, F2FS,
+/// bcachefs); of a file elsewhere, as on FUSE or a network file system, every page is read, and looked at for zeros.
 ///
 /// A flow from it ends as [`End::Stopped`](page_source::End::Stopped): what was delivered is what was asked for.
 #[derive(Clone, Debug)]
@@ -63,6 +86,7 @@ struct Inner {
     layout: Layout,
     bases: Vec<FileOffset>,
     extents: Vec<Extents>,
+    holes: Holes,
 }
 
 impl FlatFile {
@@ -71,13 +95,25 @@ impl FlatFile {
     /// # Errors
     /// If it can't be opened or mapped, is not a regular file, or is too short.
     pub fn open(path: impl AsRef<Path>, blocks: Vec<FlatBlock>) -> Result<FlatFile, SourceError> {
+        FlatFile::open_with(path, blocks, &FlatOptions::default())
+    }
+
+    /// The same, as the options say.
+    ///
+    /// # Errors
+    /// As for [`open`](FlatFile::open).
+    pub fn open_with(
+        path: impl AsRef<Path>,
+        blocks: Vec<FlatBlock>,
+        options: &FlatOptions,
+    ) -> Result<FlatFile, SourceError> {
         let path = path.as_ref();
         // Without O_NONBLOCK, opening a pipe would wait for somebody to write into it.
         let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path);
         let file = file.map_err(|error| {
             SourceError::new(SourceErrorKind::Unreadable, Subject::file(path), "can't be opened").with_cause(error)
         })?;
-        FlatFile::from_file(file, path, blocks)
+        FlatFile::from_file_with(file, path, blocks, options)
     }
 
     /// The same for an open file. `path` is only for messages.
@@ -85,13 +121,26 @@ impl FlatFile {
     /// # Errors
     /// As for [`open`](FlatFile::open).
     pub fn from_file(file: File, path: impl Into<PathBuf>, blocks: Vec<FlatBlock>) -> Result<FlatFile, SourceError> {
+        FlatFile::from_file_with(file, path, blocks, &FlatOptions::default())
+    }
+
+    /// The same, as the options say.
+    ///
+    /// # Errors
+    /// As for [`open`](FlatFile::open).
+    pub fn from_file_with(
+        file: File,
+        path: impl Into<PathBuf>,
+        blocks: Vec<FlatBlock>,
+        options: &FlatOptions,
+    ) -> Result<FlatFile, SourceError> {
         let bases: Vec<FileOffset> = blocks.iter().map(|block| block.offset).collect();
         let layout = Layout::new(blocks.into_iter().map(|block| block.block).collect())?;
         let mut end = FileOffset(0);
         for (block, base) in layout.blocks().iter().zip(&bases) {
             end = end.max(base.checked_add(block.length()).ok_or(LayoutError::TooLarge)?);
         }
-        let mapped = MappedFile::new(file, path.into(), end)?;
+        let mapped = MappedFile::new(file, path.into(), end, options.watch)?;
         for ((block, whole), base) in layout.blocks().iter().zip(layout.runs()).zip(&bases) {
             let needed = *base + block.length();
             let last_page = needed.0 - PAGE_SIZE.min(block.length().0);
@@ -100,14 +149,17 @@ impl FlatFile {
             }
         }
         let extents = layout.blocks().iter().map(|_| Extents::default()).collect();
-        Ok(FlatFile { inner: Arc::new(Inner { mapped, layout, bases, extents }), scan_for_zeros: false })
+        let holes = Holes::of(mapped.file());
+        // Where holes are unknown, zeros are what they may be.
+        let scan_for_zeros = holes == Holes::Unknown;
+        Ok(FlatFile { inner: Arc::new(Inner { mapped, layout, bases, extents, holes }), scan_for_zeros })
     }
 
     /// Whether the feeds started from now on look through stored pages for zero pages, and deliver them as such. Off
-    /// at first: it reads every page once more, which is worth it where many are zero without being holes.
+    /// at first: it reads every page once more, which is worth it where many are zero without being holes. Always on where the file system is not believed.
     #[must_use]
     pub fn with_zero_scan(mut self, on: bool) -> FlatFile {
-        self.scan_for_zeros = on;
+        self.scan_for_zeros = on || self.inner.holes == Holes::Unknown;
         self
     }
 }
@@ -160,6 +212,9 @@ impl Places for Inner {
 impl Inner {
     /// Asks the file system whether the pages at `offset` are a hole.
     fn look(&self, run: PageRun, offset: FileOffset) -> Result<Span, SourceError> {
+        if self.holes != Holes::Told {
+            return Ok(Span::new(Content::Stored, run.pages));
+        }
         let name = || self.layout.get(run.block).map_or("?", RamBlock::name);
         let base = self.bases[run.block.0 as usize];
         let (content, end) = seek(self.mapped.file(), base, run.first, self.mapped.size())

@@ -31,7 +31,7 @@
 mod extents;
 mod feed;
 mod flat;
-mod identity;
+mod holes;
 mod mapped_file;
 mod mapped_ram;
 mod places;
@@ -39,6 +39,7 @@ mod readahead;
 mod sink;
 mod sys;
 
-pub use flat::{FlatBlock, FlatFile};
+pub use ::mapped_ram::Watch;
+pub use flat::{FlatBlock, FlatFile, FlatOptions};
 pub use mapped_ram::MappedRam;
 pub use sink::{FlatSink, MappedRamSink};

@@ -11,20 +11,21 @@ use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use page_source::{PageBytes, SourceError, SourceErrorKind, Subject, Urgency};
 use page_units::{ByteLen, FileOffset, PageRun};
 
-use crate::identity::Identity;
 use crate::sys::Mapping;
+use mapped_ram::{Identity, Watch};
 
 /// How old the latest check for changes may be when a page is served on demand: asking costs a good part of what serving
 /// the page costs.
 const CHECK_EVERY: Duration = Duration::from_micros(100);
 
-/// A read-only mapping of a file, and what the file looked like when it was made.
+/// A read-only mapping of a file, what the file looked like when it was made, and by what a change is noticed.
 #[derive(Debug)]
 pub(crate) struct MappedFile {
     file: File,
     path: PathBuf,
     map: Mapping,
     opened: Identity,
+    watch: Watch,
     /// Set once, when a change was seen: from then on nothing of the file is trusted.
     changed: OnceLock<&'static str>,
     mapped: Instant,
@@ -33,15 +34,20 @@ pub(crate) struct MappedFile {
 }
 
 impl MappedFile {
-    /// Maps the first `length` bytes of `file`, or all if it is shorter. `path` is for messages.
-    pub(crate) fn new(file: File, path: PathBuf, length: FileOffset) -> Result<MappedFile, SourceError> {
+    /// Maps the first `length` bytes of `file`, or all if it is shorter. `path` is for messages. Only a regular file has
+    /// a length that can be relied on.
+    pub(crate) fn new(file: File, path: PathBuf, length: FileOffset, watch: Watch) -> Result<MappedFile, SourceError> {
         let refuse = |what: &str| SourceError::new(SourceErrorKind::Unreadable, Subject::file(&path), what);
-        let opened = Identity::of(&file).map_err(|error| refuse("it can't be used").with_cause(error))?;
-        let length = usize::try_from(length.0.min(opened.size()))
+        let metadata = file.metadata().map_err(|error| refuse("it can't be used").with_cause(error))?;
+        if !metadata.is_file() {
+            return Err(refuse("not a regular file"));
+        }
+        let opened = Identity::from_metadata(&metadata);
+        let length = usize::try_from(length.0.min(opened.size))
             .map_err(|error| refuse("it can't be mapped").with_cause(error))?;
         let map = Mapping::of_file(&file, length).map_err(|error| refuse("mapping it failed").with_cause(error))?;
         let (changed, checked) = (OnceLock::new(), AtomicU64::new(0));
-        Ok(MappedFile { file, path, map, opened, changed, mapped: Instant::now(), checked })
+        Ok(MappedFile { file, path, map, opened, watch, changed, mapped: Instant::now(), checked })
     }
 
     pub(crate) fn file(&self) -> &File {
@@ -50,7 +56,7 @@ impl MappedFile {
 
     /// Length when it was opened.
     pub(crate) fn size(&self) -> u64 {
-        self.opened.size()
+        self.opened.size
     }
 
     /// `len` bytes at `offset`, to be lent to a sink. The caller has checked that they were inside the file when it
@@ -65,7 +71,7 @@ impl MappedFile {
             return Err(what);
         }
         let what = match Identity::of(&self.file) {
-            Ok(now) => self.opened.difference(&now),
+            Ok(now) => self.opened.difference(&now, self.watch),
             Err(_) => Some("its attributes (they can't be read any more)"),
         };
         what.map_or(Ok(()), |what| Err(*self.changed.get_or_init(|| what)))
@@ -94,7 +100,7 @@ impl MappedFile {
         self.changed.get().map(|what| changed(&self.path, what))
     }
 
-    /// Lets the kernel begin to read so much into its page cache, and does not wait for it.
+    /// Lets the kernel begin to read `len` bytes into its page cache, and does not wait for it.
     pub(crate) fn read_ahead(&self, offset: FileOffset, len: ByteLen) {
         /// The kernel reads no more for one call than the device's read-ahead size, 128 KiB by default
         /// (Linux, mm/readahead.c, `force_page_cache_ra`).
@@ -127,8 +133,8 @@ impl MappedFile {
     /// That the file is no longer what it was, seen while reading pages of the block named so at `offset`.
     pub(crate) fn change_error(&self, what: &str, block: &str, run: PageRun, offset: FileOffset) -> SourceError {
         let what = format!(
-            "{what} changed while pages were being loaded from it (RAM block \"{block}\", file offset {offset}): keep a \
-             snapshot file unchanged while a guest runs from it"
+            "{what} changed while pages were being loaded from it (RAM block \"{block}\", file offset {offset}): {}",
+            advice(what)
         );
         SourceError::new(SourceErrorKind::Changed, self.subject(block, run).at(offset), what)
     }
@@ -150,9 +156,17 @@ impl MappedFile {
 
 /// That a file is not what it was when it was opened.
 pub(crate) fn changed(path: &Path, what: &str) -> SourceError {
-    let what = format!(
-        "{what} changed since it was opened, so what was loaded from it can't be trusted: keep a snapshot file unchanged \
-         while a guest runs from it"
-    );
+    let what =
+        format!("{what} changed since it was opened, so what was loaded from it can't be trusted: {}", advice(what));
     SourceError::new(SourceErrorKind::Changed, Subject::file(path), what)
+}
+
+/// What to do against a change of a file: of its times, there may be another cause.
+fn advice(what: &str) -> &'static str {
+    if what.contains(" time") {
+        "keep a snapshot file unchanged while a guest runs from it (or, where a file system moves times by itself, as FUSE \
+         and network file systems may, watch its size only: `Watch::Size`, `fastload --watch size`)"
+    } else {
+        "keep a snapshot file unchanged while a guest runs from it"
+    }
 }

@@ -70,7 +70,7 @@ impl MappedRam {
             let block = snapshot.block(id).filter(|block| block.in_file)?;
             block.pages_offset.checked_add(ram.length())
         });
-        let mapped = MappedFile::new(file, path.clone(), ends.max().unwrap_or_default())?;
+        let mapped = MappedFile::new(file, path.clone(), ends.max().unwrap_or_default(), snapshot.watch())?;
         // After the mapping has noted what the file looks like: from then on, it watches.
         match snapshot.changed() {
             Ok(None) => Ok(MappedRam { inner: Arc::new(Inner { mapped, snapshot }) }),

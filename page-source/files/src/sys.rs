@@ -38,7 +38,7 @@ impl Mapping {
         Ok(mapping)
     }
 
-    /// Where the byte at `offset` of the file is. Only an address: of nothing, if so much is not mapped.
+    /// Where the byte at `offset` of the file is. Only an address: of nothing, if the mapping is shorter.
     pub(crate) fn address_of(&self, offset: FileOffset) -> *const u8 {
         let offset = usize::try_from(offset.0).unwrap_or(usize::MAX);
         match self.start {

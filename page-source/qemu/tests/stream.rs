@@ -106,7 +106,7 @@ fn devices() -> Vec<u8> {
 fn send(bytes: Vec<u8>) -> UnixStream {
     let (ours, mut theirs) = UnixStream::pair().unwrap();
     thread::spawn(move || {
-        // Whoever has seen enough hangs up.
+        // A reader that has seen enough hangs up.
         let _ = theirs.write_all(&bytes);
     });
     ours
@@ -397,10 +397,10 @@ fn plainly(bytes: &[u8]) -> Vec<(String, u64, Option<Vec<u8>>)> {
 }
 
 #[test]
-fn a_real_background_snapshot() {
+fn a_real_background_snapshot_is_read() {
     let samples = testkit::samples::full();
     if samples.is_empty() {
-        return testkit::require::without("samples", "no ../shared/samples beside the workspace");
+        return testkit::require::without("samples", "no ../shared/samples next to the workspace");
     }
     let samples: Vec<_> = samples.iter().filter(|sample| sample.name.ends_with("bg.stream")).collect();
     assert!(!samples.is_empty());

@@ -75,7 +75,7 @@ impl Relay {
         }
     }
 
-    /// The next run to be asked for, once there is room in the window for it. `None` at the end.
+    /// The next run to be asked for, once there is space in the window for it. `None` at the end.
     pub(super) fn next(&self, source: &dyn Pages) -> Option<PageRun> {
         let mut state = self.state.lock();
         loop {

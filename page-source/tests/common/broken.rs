@@ -386,7 +386,7 @@ impl PageSink for BrokenSink {
         self.take(run)
     }
 
-    fn absent(&self, run: PageRun) -> Reply {
+    fn absent(&self, _: PageRun) -> Reply {
         if self.flaw == SinkFlaw::AbsentIsZero { Reply::Taken } else { self.refuse("nothing below") }
     }
 

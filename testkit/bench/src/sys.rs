@@ -12,9 +12,19 @@ use kvm_bindings::{kvm_userspace_memory_region, kvm_xsave};
 use kvm_ioctls::{VcpuFd, VmFd};
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
+use page_units::{HostAddr, PageRun};
+use uffd_engine::{Backing, Region};
 
 /// Bytes in a page.
 pub const PAGE: usize = 4096;
+
+/// The first pages of a mapping, which has to outlive the engine.
+#[must_use]
+pub fn region(memory: &Map, run: PageRun) -> Region {
+    // SAFETY: private anonymous memory of at least that length (`run` was made for it); every access to it goes by value,
+    // and it is dropped after the engine.
+    unsafe { Region::from_raw(HostAddr(memory.address(0)), run, Backing::Anonymous) }
+}
 
 /// A mapping that is undone on drop.
 #[derive(Debug)]

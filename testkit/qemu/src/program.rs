@@ -51,14 +51,17 @@ pub struct Ended {
 }
 
 impl Ended {
-    /// Its figures (`--json`).
+    /// Its figures (`--json`): the event that ends the output, `complete`.
     ///
     /// # Panics
     /// If it failed, or printed none.
     #[must_use]
     pub fn figures(&self) -> Value {
         assert!(self.status.success(), "{self:?}");
-        serde_json::from_str(&self.stdout).unwrap_or_else(|error| panic!("{error}: {self:?}"))
+        let last = self.stdout.lines().last().unwrap_or_default();
+        let figures: Value = serde_json::from_str(last).unwrap_or_else(|error| panic!("{error}: {self:?}"));
+        assert_eq!(figures["event"], "complete", "{self:?}");
+        figures
     }
 
     /// Types the command that its last line tells the user to type: `fastload SUBCOMMAND ...`, with more arguments.

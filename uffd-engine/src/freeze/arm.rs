@@ -13,8 +13,8 @@ use super::freeze::Freeze;
 use super::owner::Owner;
 use super::zone::Zone;
 use crate::memory::Memory;
+use crate::memory::backing::Backing;
 use crate::memory::holder::Fetch;
-use crate::memory::region::Backing;
 use crate::sys::ops;
 
 /// How much is protected by one call, from one multiple to the next: what one entry of the second level of a page table
@@ -42,7 +42,9 @@ pub(super) fn arm(freeze: &Arc<Freeze>) -> Result<(), FreezeError> {
     loop {
         match alone(freeze) {
             // A discard waits for its event to be read, by our own handlers.
-            Err(FreezeError::Arm { errno: Errno::EAGAIN, .. }) if Instant::now() < deadline => std::thread::yield_now(),
+            Err(FreezeError::Arm { errno, .. }) if errno.is(Errno::EAGAIN) && Instant::now() < deadline => {
+                std::thread::yield_now()
+            }
             done => return done,
         }
     }
@@ -79,8 +81,8 @@ fn with_engine(
                 *gate = Some(Arc::<Freeze>::clone(freeze));
                 return Ok(true);
             }
-            // A discard waits for its event to be read, and whoever reads it for the gate.
-            Err(FreezeError::Arm { errno: Errno::EAGAIN, .. }) if Instant::now() < deadline => {}
+            // A discard waits for its event to be read, and the reader waits for the gate.
+            Err(FreezeError::Arm { errno, .. }) if errno.is(Errno::EAGAIN) && Instant::now() < deadline => {}
             Err(error) => return Err(error),
         }
         drop(gate);
@@ -122,13 +124,7 @@ fn loading(freeze: &Freeze, memory: &Memory) -> Result<(), FreezeError> {
 fn register(freeze: &Freeze, zone: &Zone, mode: RegisterMode) -> Result<(), FreezeError> {
     let (start, length) = (zone.region.start, zone.region.len());
     let registered = freeze.owner.descriptor().register(start, length, mode | RegisterMode::WRITE_PROTECT);
-    registered.map_err(|error| {
-        let errno = match error {
-            userfaultfd::Error::SystemError(errno) => Errno::from_raw(errno as i32),
-            _ => Errno::last(),
-        };
-        FreezeError::Arm { start, length, errno }
-    })?;
+    registered.map_err(|error| FreezeError::Arm { start, length, errno: crate::Errno::from_io(&error) })?;
     zone.registered.store(true, Ordering::Release);
     Ok(())
 }
@@ -137,7 +133,7 @@ fn once(freeze: &Freeze, start: HostAddr, length: ByteLen) -> Result<(), FreezeE
     ops::write_protect(freeze.owner.descriptor().fd(), start.0, length.0, true).map_err(|errno| FreezeError::Arm {
         start,
         length,
-        errno,
+        errno: crate::Errno::of(errno),
     })
 }
 

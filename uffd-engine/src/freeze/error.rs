@@ -59,7 +59,7 @@ pub enum FreezeError {
         /// How much.
         length: ByteLen,
         /// What the kernel said.
-        errno: Errno,
+        errno: crate::Errno,
     },
 }
 
@@ -101,7 +101,7 @@ pub enum FrozenError {
         /// Where.
         at: HostAddr,
         /// What the kernel said.
-        errno: Errno,
+        errno: crate::Errno,
     },
     /// The memory is still being loaded, and its source has no content for pages that are missing.
     #[error("{run}, still missing in memory: {error}")]
@@ -131,7 +131,7 @@ pub enum FrozenError {
 
 impl FrozenError {
     pub(crate) fn kernel(what: &'static str, at: HostAddr, errno: Errno) -> FrozenError {
-        FrozenError::Kernel { what, at, errno }
+        FrozenError::Kernel { what, at, errno: crate::Errno::of(errno) }
     }
 
     pub(crate) fn io(what: &'static str, at: HostAddr, error: &io::Error) -> FrozenError {

@@ -14,7 +14,7 @@ use super::owner::{By, Owner};
 use super::pool::Pool;
 use super::populate::Populated;
 use super::zone::Zone;
-use crate::PausePoint;
+use crate::pause::PausePoint;
 use crate::sys::ksm;
 use crate::sys::memory::Scratch;
 

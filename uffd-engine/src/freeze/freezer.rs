@@ -19,8 +19,9 @@ use super::saved::Saved;
 use super::writers;
 use super::zone::Zone;
 use crate::memory::Memory;
+use crate::memory::backing::Backing;
 use crate::memory::holder::Fetch;
-use crate::memory::region::{self, Backing, Region};
+use crate::memory::region::{self, Region};
 use crate::serve::placement::check_cores;
 use crate::sys::abi::Features;
 use crate::sys::ksm;
@@ -80,6 +81,9 @@ impl Freezer {
     /// If anything is missing. The memory is as it was then.
     pub fn prepare(regions: Vec<Region>, layout: Layout, options: &FreezeOptions) -> Result<Freezer, FreezeError> {
         region::check(&regions, &layout)?;
+        if regions.iter().any(|region| region.foreign) {
+            return Err(FreezeError::Foreign);
+        }
         check_cores(options.handlers.cores.iter().flatten())?;
         let own = Own::new(features(&regions), options.handlers.cores.len())?;
         Freezer::new(Owner::Freeze(own), regions, layout, options)
@@ -117,10 +121,10 @@ impl Freezer {
         Ok(freezer)
     }
 
-    /// Calls `at` at each [`PausePoint`](crate::PausePoint) of frozen memory, on the thread that reaches it. For tests.
+    /// Calls `at` at each [`PausePoint`](crate::pause::PausePoint) of frozen memory, on the thread that reaches it. For tests.
     #[cfg(feature = "pause-points")]
     #[must_use]
-    pub fn pauses(self, at: impl Fn(crate::PausePoint) + Send + Sync + 'static) -> Freezer {
+    pub fn pauses(self, at: impl Fn(crate::pause::PausePoint) + Send + Sync + 'static) -> Freezer {
         self.freeze.pauses.get_or_init(|| crate::pause::Pauses(Arc::new(at)));
         self
     }
@@ -235,6 +239,9 @@ impl Freezer {
             return Err(FreezeError::Foreign);
         }
         region::check(&regions, &layout)?;
+        if regions.iter().any(|region| region.foreign) {
+            return Err(FreezeError::Foreign);
+        }
         check_cores(options.handlers.cores.iter().flatten())?;
         let number = |region: &Region| view.areas.iter().position(|area| area.region.start == region.start);
         regions.sort_by_key(number);

@@ -11,10 +11,11 @@ use page_units::{FileOffset, HostAddr, PageRun};
 use super::file::{self, Inode, add, held};
 use super::huge_file::HugeFile;
 use super::page_table::PageTable;
-use crate::memory::region::{Backing, Region};
+use crate::memory::backing::Backing;
+use crate::memory::region::Region;
 
 /// Finds the pages of memory of this process that may be other than zero, region by region and in order: for shared memory
-/// those that its [file](Region::with_file) holds, whoever has filled them; for private memory those of the page table.
+/// those that its [file](Region::with_file) holds; for private memory those of the page table.
 /// Nothing is touched.
 ///
 /// Memory that is still being loaded has content besides, which this does not tell.
@@ -182,7 +183,7 @@ mod tests {
         touch(1, 1023);
         let region = |map: &MmapRegion<()>, run, offset| {
             let start = HostAddr(map.as_ptr().addr() as u64);
-            Region::new(start, run, Backing::Memfd).with_file(Arc::clone(&file), FileOffset(offset))
+            Region::foreign(start, run, Backing::Memfd).with_file(Arc::clone(&file), FileOffset(offset))
         };
         let regions = [region(&maps[0], run(0, 2304), 0), region(&maps[1], run(2304, 1024), 9 << 20)];
         let found = Populated::new(&regions).unwrap();

@@ -13,11 +13,11 @@ use super::owner::{self, By};
 use super::pool::Copied;
 use super::zone::Zone;
 use crate::EngineError;
-use crate::PausePoint;
 use crate::memory::Place;
+use crate::memory::backing::Backing;
 use crate::memory::holder::Holder;
-use crate::memory::region::Backing;
 use crate::memory::states::State;
+use crate::pause::PausePoint;
 use crate::serve::placement::bind;
 use crate::sys::abi::{Message, UFFD_EVENT_PAGEFAULT, UFFD_EVENT_REMOVE, UFFD_EVENT_UNMAP, UFFD_PAGEFAULT_FLAG_WP};
 use crate::sys::ops::{self, Done};
@@ -63,12 +63,12 @@ pub(crate) fn run(freeze: &Freeze, handler: usize, cpu: Option<usize>) {
 
 fn fail(freeze: &Freeze, what: &'static str, at: HostAddr, errno: Errno) {
     if !freeze.has_ended() {
-        freeze.end(Err(FrozenError::Kernel { what, at, errno }));
+        freeze.end(Err(FrozenError::kernel(what, at, errno)));
     }
 }
 
 impl Freeze {
-    /// Memory was given back. What of it was not saved is lost to the snapshot.
+    /// Memory was given back. The part that was not saved is lost to the snapshot.
     pub(crate) fn given_back(&self, start: HostAddr, end: HostAddr) {
         if let Some((start, end)) = self.unsaved(start, end) {
             self.end(Err(FrozenError::Discarded { start, end }));

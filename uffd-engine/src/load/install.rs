@@ -8,8 +8,8 @@ use page_units::ByteLen;
 
 use super::intake::{Flow, Intake, stopped};
 use crate::EngineError;
+use crate::memory::backing::Backing;
 use crate::memory::gate::{Gate, holder};
-use crate::memory::region::Backing;
 use crate::memory::states::State;
 use crate::memory::{Area, Place};
 use crate::pause::PausePoint;
@@ -185,7 +185,12 @@ impl Intake {
             }
             _ => {
                 let block = Arc::clone(&area.name);
-                self.status.fail(EngineError::Install { block, run, at: area.addr(at.granule), errno });
+                self.status.fail(EngineError::Install {
+                    block,
+                    run,
+                    at: area.addr(at.granule),
+                    errno: crate::Errno::of(errno),
+                });
                 Step::Stop(stopped())
             }
         }
@@ -246,7 +251,7 @@ impl Intake {
 }
 
 /// Claimed granules that are not installed yet. However the install ends, by a panic too, they are given back: they are
-/// what they were before, and whoever has been left to us faults again.
+/// what they were before, and faults that were left to us are taken again.
 pub(crate) struct Claim<'a> {
     intake: &'a Intake,
     place: Place,

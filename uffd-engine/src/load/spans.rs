@@ -45,7 +45,8 @@ mod tests {
     use page_units::{BlockId, HostAddr, Layout, PageIndex, PageRun, PageSize, RamBlock};
 
     use super::*;
-    use crate::memory::region::{Backing, Region};
+    use crate::memory::backing::Backing;
+    use crate::memory::region::Region;
 
     const PAGES: u64 = 2000;
 
@@ -69,7 +70,7 @@ mod tests {
         let block = RamBlock::new("ram", ByteLen(PAGES * 4096), PageSize::SMALL).unwrap();
         let source = Slow(Layout::new(vec![block]).unwrap());
         let run = PageRun::new(BlockId(0), PageIndex(0), PageCount(PAGES));
-        let region = Region::new(HostAddr(1 << 30), run, Backing::Anonymous);
+        let region = Region::foreign(HostAddr(1 << 30), run, Backing::Anonymous);
         let area = Area::new(region, "ram".into());
         let spans: Vec<_> = stored(&area, &source).collect();
         assert_eq!(spans, [(0, 512), (512, 488), (1100, 512), (1612, 388)]);

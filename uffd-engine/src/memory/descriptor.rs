@@ -1,5 +1,6 @@
 //! The userfaultfd that an engine serves.
 
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, IntoRawFd, OwnedFd};
 use std::os::raw::c_void;
 
@@ -74,16 +75,16 @@ impl Descriptor {
         self.foreign
     }
 
-    pub(crate) fn register(&self, start: HostAddr, len: ByteLen, mode: RegisterMode) -> userfaultfd::Result<()> {
-        self.uffd.register_with_mode(pointer(start), len.get(), mode).map(drop)
+    pub(crate) fn register(&self, start: HostAddr, len: ByteLen, mode: RegisterMode) -> io::Result<()> {
+        self.uffd.register_with_mode(pointer(start), len.get(), mode).map(drop).map_err(system)
     }
 
-    pub(crate) fn unregister(&self, start: HostAddr, len: ByteLen) -> userfaultfd::Result<()> {
-        self.uffd.unregister(pointer(start), len.get())
+    pub(crate) fn unregister(&self, start: HostAddr, len: ByteLen) -> io::Result<()> {
+        self.uffd.unregister(pointer(start), len.get()).map_err(system)
     }
 
-    pub(crate) fn wake(&self, start: HostAddr, len: ByteLen) -> userfaultfd::Result<()> {
-        self.uffd.wake(pointer(start), len.get())
+    pub(crate) fn wake(&self, start: HostAddr, len: ByteLen) -> io::Result<()> {
+        self.uffd.wake(pointer(start), len.get()).map_err(system)
     }
 }
 
@@ -105,6 +106,13 @@ impl Descriptor {
     /// Whether a read waits for a message. Not to be changed while somebody else reads.
     pub(crate) fn set_blocking(&self, blocking: bool) -> nix::Result<()> {
         set_blocking(self.fd(), blocking)
+    }
+}
+
+fn system(error: userfaultfd::Error) -> io::Error {
+    match error {
+        userfaultfd::Error::SystemError(errno) => io::Error::from_raw_os_error(errno as i32),
+        other => io::Error::other(other),
     }
 }
 

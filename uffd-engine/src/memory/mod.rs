@@ -4,10 +4,12 @@
 //! freeze must ask of a load is [`Fetch`](holder::Fetch).
 
 pub(crate) mod area;
+pub(crate) mod backing;
 pub(crate) mod descriptor;
 pub(crate) mod fill;
 pub(crate) mod gate;
 pub(crate) mod holder;
+pub(crate) mod mapping;
 pub(crate) mod memory;
 pub(crate) mod own_pages;
 pub(crate) mod place;

@@ -22,7 +22,7 @@ pub(crate) struct OwnPages {
 impl OwnPages {
     pub(crate) fn new(descriptor: &Descriptor, pages: PageCount) -> io::Result<OwnPages> {
         let memory = Scratch::missing(pages.to_bytes())?;
-        descriptor.register(memory.addr(), pages.to_bytes(), RegisterMode::MISSING).map_err(io::Error::other)?;
+        descriptor.register(memory.addr(), pages.to_bytes(), RegisterMode::MISSING)?;
         Ok(OwnPages { memory, pages })
     }
 

@@ -1,47 +1,18 @@
 //! Pieces of guest memory, and what they are made of.
 
+use std::any::Any;
 use std::fs::File;
 use std::ops::Range;
 use std::sync::Arc;
 
-use page_units::{ByteLen, FileOffset, HostAddr, Layout, PAGE_SIZE, PageCount, PageIndex, PageRun, PageSize};
+use page_units::{ByteLen, FileOffset, HostAddr, Layout, PAGE_SIZE, PageCount, PageIndex, PageRun};
 
 use userfaultfd::RegisterMode;
 
+use super::backing::Backing;
+use super::mapping::Mapping;
 use crate::StartError;
-use crate::sys::abi::Features;
 use crate::sys::memory::resident;
-
-/// What a region is made of: it decides which install operations work.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Backing {
-    /// `MAP_PRIVATE | MAP_ANONYMOUS`. Missing faults, `UFFDIO_COPY` and `UFFDIO_ZEROPAGE`.
-    Anonymous,
-    /// A memfd or tmpfs file, shared or private. Missing and minor faults: `UFFDIO_COPY` fills holes,
-    /// `UFFDIO_CONTINUE` maps what the file holds already.
-    Memfd,
-    /// Huge pages of 2 MiB, shared or private. No `UFFDIO_ZEROPAGE`: zeros are copied.
-    Hugetlb,
-}
-
-impl Backing {
-    /// What one install covers.
-    #[must_use]
-    pub const fn granule(self) -> PageSize {
-        match self {
-            Backing::Anonymous | Backing::Memfd => PageSize::SMALL,
-            Backing::Hugetlb => PageSize::HUGE,
-        }
-    }
-
-    pub(crate) const fn features(self) -> Features {
-        match self {
-            Backing::Anonymous => Features::empty(),
-            Backing::Memfd => Features::MISSING_SHMEM.union(Features::MINOR_SHMEM),
-            Backing::Hugetlb => Features::MISSING_HUGETLBFS.union(Features::MINOR_HUGETLBFS),
-        }
-    }
-}
 
 /// A range of virtual memory that holds (a part of) a RAM block.
 #[derive(Clone, Debug)]
@@ -51,18 +22,57 @@ pub struct Region {
     pub(crate) backing: Backing,
     pub(crate) shared: bool,
     pub(crate) alias: Option<HostAddr>,
+    /// Memory of another process: its address means nothing here.
+    pub(crate) foreign: bool,
+    /// The file behind it, and where in the file it begins.
     pub(crate) file: Option<(Arc<File>, FileOffset)>,
+    /// What there is of it, where that is known.
+    limit: Option<ByteLen>,
+    /// What keeps it mapped.
+    owner: Option<Arc<dyn Any + Send + Sync>>,
 }
 
 impl Region {
-    /// The memory at `start` (in the process that owns it) holds the pages `run`.
-    ///
-    /// For memory of this process the caller promises, for as long as the engine lives: it is mapped, of this backing
-    /// and of at least this length, and nobody else maps over it. The engine changes it only through the kernel, and
-    /// only pages that nobody has seen yet: what is there when it starts stays as it is.
+    /// The beginning of a mapping holds the pages `run`. The region keeps it mapped.
     #[must_use]
-    pub fn new(start: HostAddr, run: PageRun, backing: Backing) -> Region {
-        Region { start, run, backing, shared: backing == Backing::Memfd, alias: None, file: None }
+    pub fn of(mapping: &Arc<Mapping>, run: PageRun) -> Region {
+        let owner: Arc<dyn Any + Send + Sync> = Arc::<Mapping>::clone(mapping);
+        let backing = mapping.backing();
+        let region = Region::at(mapping.addr(), run, backing).with_owner(owner);
+        let file = mapping.file().map(|file| (Arc::clone(file), FileOffset(0)));
+        Region { shared: backing != Backing::Anonymous, limit: Some(mapping.len()), file, ..region }
+    }
+
+    /// The memory at `start` of this process holds the pages `run`.
+    ///
+    /// # Safety
+    /// For as long as the region or an engine or a freeze of it exists (or its [owner](Region::with_owner) is kept): from
+    /// `start` on the length of `run` is mapped, readable and writable, and of this backing, nothing else is mapped over
+    /// it, and no Rust reference to it exists: the engine changes it (pages that nobody has seen yet, and those that are
+    /// given back with [`Engine::discard`](crate::Engine::discard)), and a freeze reads it.
+    #[expect(unsafe_code, reason = "the caller vouches for raw memory")]
+    #[must_use]
+    pub unsafe fn from_raw(start: HostAddr, run: PageRun, backing: Backing) -> Region {
+        Region::at(start, run, backing)
+    }
+
+    /// The memory at `start` of another process holds the pages `run`. Nothing here ever accesses that address: only a
+    /// descriptor that was [handed over](crate::Descriptor::handed_over) can serve it.
+    #[must_use]
+    pub fn foreign(start: HostAddr, run: PageRun, backing: Backing) -> Region {
+        Region { foreign: true, ..Region::at(start, run, backing) }
+    }
+
+    fn at(start: HostAddr, run: PageRun, backing: Backing) -> Region {
+        let shared = backing == Backing::Memfd;
+        Region { start, run, backing, shared, alias: None, foreign: false, file: None, limit: None, owner: None }
+    }
+
+    /// Keeps something, usually what owns the mapping, for as long as the region exists, and what serves or freezes it.
+    #[must_use]
+    pub fn with_owner(mut self, owner: Arc<dyn Any + Send + Sync>) -> Region {
+        self.owner = Some(owner);
+        self
     }
 
     /// Whether the mapping is `MAP_SHARED`: a memfd by default, nothing else.
@@ -72,18 +82,21 @@ impl Region {
         self
     }
 
-    /// A second, writable and never registered mapping in this process of the same shared memory, as long as the
-    /// region. Huge pages are then filled through it and become visible when they are whole, with no copy between.
+    /// Names a second, never registered mapping of the same shared memory. Huge pages are then filled through it and
+    /// become visible when they are whole, with no copy between.
     ///
-    /// The caller promises that it stays mapped while the engine lives.
+    /// # Safety
+    /// For as long as the region or an engine of it exists (or its [owner](Region::with_owner) is kept): from `alias` on the
+    /// length of the region is mapped, and writable, and no Rust reference to it exists.
+    #[expect(unsafe_code, reason = "the caller vouches for raw memory")]
     #[must_use]
-    pub fn with_alias(mut self, alias: HostAddr) -> Region {
+    pub unsafe fn with_alias(mut self, alias: HostAddr) -> Region {
         self.alias = Some(alias);
         self
     }
 
     /// The file behind it, and where in the file it begins. Shared memory needs it to be frozen: the file tells which pages
-    /// exist, whoever has filled them.
+    /// exist, including those that other processes have filled.
     ///
     /// The promise that a snapshot ends if the file is punched or written to past the memory covers files that hold these
     /// regions and nothing else; of other files it is not noticed what happens to pages in the first moments, which have
@@ -141,6 +154,9 @@ impl Region {
         if self.start.checked_add(self.len()).is_none() {
             return Some("it wraps around the address space".into());
         }
+        if self.limit.is_some_and(|limit| self.len() > limit) {
+            return Some("the mapping is shorter than its pages".into());
+        }
         if self.alias.is_some_and(|alias| !alias.0.is_multiple_of(PAGE_SIZE)) {
             return Some("its alias is not aligned to a page".into());
         }
@@ -169,6 +185,17 @@ pub(crate) fn check(regions: &[Region], layout: &Layout) -> Result<(), StartErro
     Ok(())
 }
 
+/// Refuses memory of another process, where only memory of this one will do.
+pub(crate) fn check_local(regions: &[Region]) -> Result<(), StartError> {
+    match regions.iter().find(|region| region.foreign) {
+        None => Ok(()),
+        Some(region) => {
+            let reason = "it is in another process: that process has to hand its userfaultfd over".into();
+            Err(StartError::Region { start: region.start, length: region.len(), reason })
+        }
+    }
+}
+
 /// Refuses private memory of this process that is there already, all of it by the look of both ends: nothing of the
 /// source would ever get into it. (Of shared memory it may be right what is there.)
 pub(crate) fn check_unseen(regions: &[Region]) -> Result<(), StartError> {
@@ -191,7 +218,7 @@ pub(crate) fn granule_of(region: &Region, page: PageIndex) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use page_units::{BlockId, RamBlock};
+    use page_units::{BlockId, PageSize, RamBlock};
 
     use super::*;
 
@@ -199,7 +226,7 @@ mod tests {
     fn impossible_regions_are_refused() {
         let layout = Layout::new(vec![RamBlock::new("a", ByteLen(4 << 20), PageSize::SMALL).unwrap()]).unwrap();
         let run = |first, pages| PageRun::new(BlockId(0), PageIndex(first), PageCount(pages));
-        let small = |start, run| Region::new(HostAddr(start), run, Backing::Anonymous);
+        let small = |start, run| Region::foreign(HostAddr(start), run, Backing::Anonymous);
         let ok = |regions: &[Region]| check(regions, &layout).is_ok();
         assert!(ok(&[small(0x10000, run(0, 512)), small(0x400_0000, run(512, 512))]));
         assert!(!ok(&[small(0x10000, run(0, 1025))]), "outside the block");
@@ -208,7 +235,7 @@ mod tests {
         assert!(!ok(&[small(0x10000, run(0, 2)), small(0x11000, run(2, 2))]), "overlaps in memory");
         assert!(!ok(&[small(0x10000, run(0, 2)), small(0x90000, run(1, 2))]), "overlaps in content");
         assert!(!ok(&[small(u64::MAX - 0xfff, run(0, 2))]), "wraps");
-        let huge = |start, run| Region::new(HostAddr(start), run, Backing::Hugetlb);
+        let huge = |start, run| Region::foreign(HostAddr(start), run, Backing::Hugetlb);
         assert!(ok(&[huge(2 << 20, run(0, 512))]) && !ok(&[huge(0x1000, run(0, 512))]));
     }
 }

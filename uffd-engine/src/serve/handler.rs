@@ -9,10 +9,10 @@ use super::events::{self, BATCH};
 use super::placement::bind;
 use super::served::{Fault, Served};
 use super::wait::{Patience, Waiter, Woken};
-use crate::EngineError;
 use crate::sys::abi::{Message, UFFD_EVENT_PAGEFAULT, UFFD_PAGEFAULT_FLAG_MINOR, UFFD_PAGEFAULT_FLAG_WP};
+use crate::{EngineError, Errno};
 
-/// After how many reads that brought one message there is another that takes all: a read that has room looks for more
+/// After how many reads that brought one message there is another that takes all: a read with space for more looks for more
 /// before it returns, and the faulting thread waits for that. Not where events are read: a discard is read together with
 /// the faults that came before it, so as to come first.
 const READS_OF_ONE: usize = 8;
@@ -56,7 +56,7 @@ pub(crate) fn run(served: &dyn Served, waiter: &Arc<Waiter>, cpu: Option<usize>,
         let count = match waiter.next(served, &mut patience, &mut messages[..room], again) {
             Ok(Woken::Messages(count)) => count,
             Ok(Woken::Stop) => return,
-            Err(errno) => return served.fail(EngineError::Events(errno)),
+            Err(errno) => return served.fail(EngineError::Events(Errno::of(errno))),
         };
         let since = Instant::now();
         singles = if count > 1 { 0 } else { singles + 1 };

@@ -8,6 +8,7 @@
 //! - [`memory`]: zeroed tables, scratch mappings, discards;
 //! - [`mapping`]: a second mapping of a file;
 //! - [`read`]: reading guest memory without a SIGBUS;
+//! - [`owned`]: memory of its own for somebody else to use;
 //! - [`scan`]: where in a page table there is something.
 #![expect(unsafe_code, reason = "system calls on raw addresses")]
 
@@ -17,6 +18,7 @@ pub(crate) mod mapping;
 pub(crate) mod memory;
 pub(crate) mod open;
 pub(crate) mod ops;
+pub(crate) mod owned;
 pub(crate) mod read;
 pub(crate) mod scan;
 

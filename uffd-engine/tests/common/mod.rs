@@ -67,6 +67,18 @@ fn map(len: usize, flags: i32, file: Option<FileOffset>) -> MmapRegion {
     builder.build().expect("memory for a test")
 }
 
+/// Of a mapping that lives longer than the engine: the tests see to that.
+#[expect(unsafe_code, reason = "mappings of another crate")]
+fn region(map: &MmapRegion, alias: Option<&MmapRegion>, run: PageRun, backing: Backing) -> Region {
+    // SAFETY: the mapping is as long as its block, and outlives the engine; nobody has a reference into it.
+    let region = unsafe { Region::from_raw(HostAddr(map.as_ptr() as u64), run, backing) };
+    match alias {
+        // SAFETY: a second mapping of the same file, for which the same holds.
+        Some(alias) => unsafe { region.with_alias(HostAddr(alias.as_ptr() as u64)) },
+        None => region,
+    }
+}
+
 impl Memory {
     pub(crate) fn new(kind: Kind, layout: &Layout) -> Memory {
         let mut aliases = Vec::new();
@@ -104,6 +116,15 @@ impl Memory {
     }
 
     pub(crate) fn regions(&self) -> Vec<Region> {
+        let maps = self.layout.runs().filter(|run| !run.is_empty()).map(|run| &self.maps[run.block.0 as usize]);
+        let with_file = |(region, map): (Region, &MmapRegion)| match map.file_offset() {
+            Some(file) => region.with_file(Arc::clone(file.arc()), page_units::FileOffset(file.start())),
+            None => region,
+        };
+        self.regions_without_file().into_iter().zip(maps).map(with_file).collect()
+    }
+
+    pub(crate) fn regions_without_file(&self) -> Vec<Region> {
         self.layout
             .runs()
             .filter(|run| !run.is_empty())
@@ -115,15 +136,8 @@ impl Memory {
                     Kind::HugetlbPrivate => (Backing::Hugetlb, false),
                     Kind::HugetlbShared | Kind::HugetlbAlias => (Backing::Hugetlb, true),
                 };
-                let region = Region::new(self.addr(run.block), run, backing).with_shared(shared);
-                let region = match self.maps[run.block.0 as usize].file_offset() {
-                    Some(file) => region.with_file(Arc::clone(file.arc()), page_units::FileOffset(file.start())),
-                    None => region,
-                };
-                match &self.aliases[run.block.0 as usize] {
-                    Some(alias) => region.with_alias(HostAddr(alias.as_ptr() as u64)),
-                    None => region,
-                }
+                let number = run.block.0 as usize;
+                region(&self.maps[number], self.aliases[number].as_ref(), run, backing).with_shared(shared)
             })
             .collect()
     }

@@ -11,7 +11,7 @@ use page_units::{
 };
 use uffd_engine::{Backing, Region};
 use vm_memory::bitmap::Bitmap;
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
 
 use super::bitmap::OwnersBitmap;
 use super::discard::Frozen;
@@ -51,7 +51,7 @@ pub struct GuestRam {
     layout: Layout,
     pub(super) pieces: Vec<Piece>,
     /// Second mappings of shared huge pages, by piece.
-    aliases: Vec<Option<MmapRegion<OwnersBitmap>>>,
+    aliases: Vec<Option<Arc<MmapRegion<OwnersBitmap>>>>,
     /// A live snapshot has it write-protected.
     pub(super) frozen: Frozen,
 }
@@ -96,9 +96,9 @@ impl GuestRam {
         regions.sort_by_key(|(guest, ..)| *guest);
         for (guest, run, region, alias) in regions {
             pieces.push(Piece { guest, host: HostAddr(region.as_ptr().addr() as u64), run, backing, shared });
-            let region = GuestRegionMmap::new(region, GuestAddress(guest.0));
+            let region = GuestRegionMmap::new(region, guest.into());
             mapped.push(region.ok_or_else(|| MemoryError::Collection(format!("{guest} is too high")))?);
-            aliases.push(alias);
+            aliases.push(alias.map(Arc::new));
         }
         let memory = Memory::from_regions(mapped).map_err(|error| MemoryError::Collection(error.to_string()))?;
         Ok(GuestRam { memory, layout, pieces, aliases, frozen: Frozen::default() })
@@ -121,7 +121,7 @@ impl GuestRam {
         let mut pieces = Vec::new();
         let mut regions = Vec::new();
         for (region, id) in memory.iter().zip(0..) {
-            let guest = GuestAddr(region.start_addr().0);
+            let guest = GuestAddr::from(region.start_addr());
             let shared = region.flags() & libc::MAP_SHARED != 0;
             let (name, length) = (name(guest), ByteLen(region.len()));
             let backing = map::backing_of(region)
@@ -184,13 +184,9 @@ impl GuestRam {
         let regions = self.pieces.iter().zip(mapped).map(|(piece, (alias, memory))| {
             let number = usize::try_from(piece.run.block.0).ok().and_then(|at| numbers.get(at)).copied();
             let run = PageRun { block: number.unwrap_or(piece.run.block), ..piece.run };
-            let region = Region::new(piece.host, run, piece.backing).with_shared(piece.shared);
-            let region = match memory.file_offset() {
+            let region = sys::region(self.memory.clone(), alias.clone(), piece, run);
+            match memory.file_offset() {
                 Some(file) => region.with_file(Arc::clone(file.arc()), FileOffset(file.start())),
-                None => region,
-            };
-            match alias {
-                Some(alias) => region.with_alias(HostAddr(alias.as_ptr().addr() as u64)),
                 None => region,
             }
         });
@@ -281,7 +277,7 @@ impl GuestRam {
             let (now, later) = rest.split_at(length.get());
             rest = later;
             sys::write_memory(now.as_ptr(), host, length)?;
-            if let Some((region, offset)) = self.memory.to_region_addr(GuestAddress(at.0)) {
+            if let Some((region, offset)) = self.memory.to_region_addr(at.into()) {
                 region.bitmap().mark_dirty(usize::try_from(offset.0).unwrap_or(usize::MAX), length.get());
             }
             Ok(())

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
+use mapped_ram::Watch;
 use uffd_engine::{Backing, Event};
 
 use crate::VcpuOptions;
@@ -22,6 +23,8 @@ pub struct RestoreOptions {
     pub clock: ClockPolicy,
     /// Told what the engine tells.
     pub observer: Option<Observer>,
+    /// By what a change of the file is noticed, where this opens it ([`resume_on_demand`](crate::resume_on_demand)).
+    pub watch: Watch,
 }
 
 /// Is told of an engine's events, on its supervising thread.
@@ -43,6 +46,7 @@ impl Default for RestoreOptions {
             eager_threads: 1,
             clock: ClockPolicy::GoOn,
             observer: None,
+            watch: Watch::default(),
         }
     }
 }
@@ -52,6 +56,13 @@ impl RestoreOptions {
     #[must_use]
     pub fn with_backing(mut self, backing: Backing) -> RestoreOptions {
         self.backing = backing;
+        self
+    }
+
+    /// A change of the file is noticed by that.
+    #[must_use]
+    pub fn with_watch(mut self, watch: Watch) -> RestoreOptions {
+        self.watch = watch;
         self
     }
 
@@ -76,7 +87,7 @@ impl RestoreOptions {
         self
     }
 
-    /// The guest waits for [`Vm::resume`].
+    /// The guest waits for [`Vm::resume`](crate::Vm::resume).
     #[must_use]
     pub fn paused(mut self) -> RestoreOptions {
         self.vcpus.paused = true;

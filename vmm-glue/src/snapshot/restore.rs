@@ -46,7 +46,7 @@ impl SavedVm {
     ///
     /// The engine serves before any device state is loaded, since that touches guest memory.
     ///
-    /// Where vCPUs are bound to cores ([`VcpuOptions::cores`]) there is a handler on each of these at first, otherwise one
+    /// Where vCPUs are bound to cores ([`VcpuOptions::cores`](crate::VcpuOptions::cores)) there is a handler on each of these at first, otherwise one
     /// that is not bound: measured, a fault that is served on its own core takes a tenth or less of one for which another
     /// core has to be woken (`cargo xtask bench fault`); `Handlers::measure` tries it on your machine.
     ///
@@ -132,7 +132,7 @@ impl SavedVm {
             steps,
             source,
         };
-        Ok(Vm::new(vcpus, engine, report, self.snapshot().identity().inode))
+        Ok(Vm::new(vcpus, engine, report, *self.snapshot().identity()))
     }
 }
 
@@ -154,7 +154,7 @@ fn on_cores_of(cores: &[usize]) -> Handlers {
 /// Opens a snapshot and lets its guest run at once, its memory coming on demand: [`SavedVm::open`] and
 /// [`SavedVm::restore_on_demand`] in one, and faster, since the VM is being made while the file is read.
 ///
-/// With the first vCPU bound to a core ([`VcpuOptions::cores`]), the calling thread leaves that core to it.
+/// With the first vCPU bound to a core ([`VcpuOptions::cores`](crate::VcpuOptions::cores)), the calling thread leaves that core to it.
 ///
 /// # Errors
 /// If anything fails: nothing runs then.
@@ -167,7 +167,8 @@ pub fn resume_on_demand(
     configure: impl FnOnce(Builder) -> Builder,
 ) -> Result<Vm, RestoreError> {
     let launch = Launch::begin(kvm, host, bus, options.vcpus.clone())?;
-    let (saved, ram) = SavedVm::read(path.as_ref(), kvm, host, |_, _| false, |specs| memory(&launch, specs, options))?;
+    let (saved, ram) =
+        SavedVm::read(path.as_ref(), kvm, host, |_, _| false, options.watch, |specs| memory(&launch, specs, options))?;
     let clock = Clock::going_on(&saved.steps);
     saved.on_demand(launch, ram, options, configure, clock)
 }

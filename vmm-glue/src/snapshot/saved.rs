@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kvm_ioctls::Kvm;
-use mapped_ram::{OpenError, Snapshot};
+use mapped_ram::{OpenError, Options, Snapshot, Watch};
 use page_files::MappedRam;
 use page_source::{PageSource, PumpError, PumpOptions, SourceError, pump};
 use page_units::PageCount;
@@ -81,7 +81,21 @@ impl SavedVm {
         host: &Host,
         own: impl Fn(&str, u32) -> bool,
     ) -> Result<SavedVm, RestoreError> {
-        SavedVm::read(path.as_ref(), kvm, host, own, |_| Ok(())).map(|(saved, ())| saved)
+        SavedVm::open_watching(path, kvm, host, own, Watch::default())
+    }
+
+    /// The same, with what a change of the file is noticed by while it is in use.
+    ///
+    /// # Errors
+    /// As [`open_with_devices`](SavedVm::open_with_devices).
+    pub fn open_watching(
+        path: impl AsRef<Path>,
+        kvm: &Kvm,
+        host: &Host,
+        own: impl Fn(&str, u32) -> bool,
+        watch: Watch,
+    ) -> Result<SavedVm, RestoreError> {
+        SavedVm::read(path.as_ref(), kvm, host, own, watch, |_| Ok(())).map(|(saved, ())| saved)
     }
 
     /// As soon as it is known what memory the guest has, `with_memory` is called.
@@ -90,10 +104,11 @@ impl SavedVm {
         kvm: &Kvm,
         host: &Host,
         own: impl Fn(&str, u32) -> bool,
+        watch: Watch,
         with_memory: impl FnOnce(&[RamSpec]) -> Result<T, RestoreError>,
     ) -> Result<(SavedVm, T), RestoreError> {
         let mut clock = Clock::going_on(&[]);
-        let snapshot = Arc::new(Snapshot::open(path)?);
+        let snapshot = Arc::new(Snapshot::open_with(path, &Options::default().with_watch(watch))?);
         clock.done(Step::Open);
         let memory = blueprint::load(&snapshot)?;
         clock.done(Step::State);

@@ -4,12 +4,13 @@
 use std::io;
 use std::sync::Arc;
 
-use page_units::{ByteLen, HostAddr};
+use page_units::{ByteLen, HostAddr, PageRun};
+use uffd_engine::Region;
 use vm_memory::MmapRegion;
 use vm_memory::bitmap::Bitmap;
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 
-use crate::ram::OwnersBitmap;
+use crate::ram::{Memory, OwnersBitmap, Piece};
 
 /// A mapping as this crate has it, of one with a bitmap of another type, which it keeps.
 pub(crate) fn view_of<B: Bitmap + Send + Sync + 'static>(
@@ -27,6 +28,25 @@ pub(crate) fn view_of<B: Bitmap + Send + Sync + 'static>(
     };
     // SAFETY: a mapping of that size, which stays as long as the bitmap does: a part of the new one.
     unsafe { builder.with_raw_mmap_pointer(region.as_ptr()) }.build()
+}
+
+/// A piece of guest memory, with the second mapping of its file if there is one, for an engine or a freeze, which keeps both
+/// mapped.
+pub(crate) fn region(
+    memory: Memory,
+    alias: Option<Arc<MmapRegion<OwnersBitmap>>>,
+    piece: &Piece,
+    run: PageRun,
+) -> Region {
+    // SAFETY: the piece was made of a region of `memory`, which stays mapped as long as its owner, kept below; `vm-memory`
+    // hands out no references into it.
+    let region = unsafe { Region::from_raw(piece.host, run, piece.backing) }.with_shared(piece.shared);
+    let region = match &alias {
+        // SAFETY: a writable mapping of the same length, also kept below, which nobody else uses.
+        Some(alias) => unsafe { region.with_alias(HostAddr(alias.as_ptr().addr() as u64)) },
+        None => region,
+    };
+    region.with_owner(Arc::new((memory, alias)))
 }
 
 /// Gives a range back: `MADV_DONTNEED` drops private pages, `MADV_REMOVE` punches the file behind shared ones.

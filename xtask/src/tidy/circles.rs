@@ -85,7 +85,7 @@ fn name(module: &[String]) -> String {
 
 fn layer(module: &[String]) -> usize {
     let is_in = |layer: &&[&str]| module.first().is_some_and(|first| layer.contains(&first.as_str()));
-    LAYERS.iter().position(|layer| is_in(&layer)).unwrap_or(LAYERS.len() - 1)
+    LAYERS.iter().position(is_in).unwrap_or(LAYERS.len() - 1)
 }
 
 /// The modules of which a file uses something, where it is defined: not in tests, comments or re-exports.

@@ -38,6 +38,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "page-units",
             "qemu-pages",
             "uffd-engine",
+            "vmm-glue",
             "vmstate",
             "whole-file",
         ],

@@ -10,6 +10,7 @@ use crate::run::{Done, cargo, show, succeeded};
 #[derive(Debug)]
 pub(crate) struct Member {
     pub(crate) name: String,
+    version: String,
     /// Where its `Cargo.toml` is.
     pub(crate) directory: PathBuf,
     /// Whether it is going to a registry.
@@ -27,6 +28,11 @@ pub(crate) struct Dependency {
 }
 
 impl Member {
+    /// The name of its package, and of the directory in it.
+    pub(crate) fn package(&self) -> String {
+        format!("{}-{}", self.name, self.version)
+    }
+
     /// Whether a field of `[package]` has something in it.
     pub(super) fn has(&self, field: &str) -> bool {
         match &self.manifest[field] {
@@ -58,6 +64,7 @@ pub(crate) fn members(root: &Path) -> Done<Vec<Member>> {
 fn member(package: &Value) -> Done<Member> {
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     let name = text(&package["name"]);
+    let version = text(&package["version"]);
     let manifest = PathBuf::from(text(&package["manifest_path"]));
     let directory = manifest.parent().ok_or_else(|| format!("{name}: no manifest"))?.to_owned();
     let dependencies = package["dependencies"].as_array().into_iter().flatten();
@@ -67,21 +74,28 @@ fn member(package: &Value) -> Done<Member> {
     });
     // `publish = false` is an empty list of registries.
     let published = package["publish"].as_array().is_none_or(|registries| !registries.is_empty());
-    Ok(Member { name, directory, published, dependencies: dependencies.collect(), manifest: package.clone() })
+    Ok(Member { name, version, directory, published, dependencies: dependencies.collect(), manifest: package.clone() })
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     use super::*;
 
     /// A member with normal dependencies, and with some for tests alone.
-    pub(in super::super) fn example(name: &str, normal: &[&str], for_tests: &[&str]) -> Member {
+    pub(crate) fn example(name: &str, normal: &[&str], for_tests: &[&str]) -> Member {
         let kind = |names: &[&str], for_tests| {
             names.iter().map(move |name| Dependency { name: (*name).into(), for_tests }).collect::<Vec<_>>()
         };
         let dependencies = kind(normal, false).into_iter().chain(kind(for_tests, true)).collect();
         let directory = PathBuf::from("/nonexistent");
-        Member { name: name.into(), directory, published: true, dependencies, manifest: Value::Null }
+        Member {
+            name: name.into(),
+            version: "0.1.0".into(),
+            directory,
+            published: true,
+            dependencies,
+            manifest: Value::Null,
+        }
     }
 
     #[test]

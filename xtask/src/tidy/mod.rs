@@ -5,6 +5,7 @@ mod crates;
 mod dependencies;
 mod manifests;
 pub(crate) mod metadata;
+mod paths;
 mod promised;
 mod prose;
 mod test_names;
@@ -18,7 +19,7 @@ use std::process::Command;
 use crate::run::{Done, root};
 
 /// Where the rules for names and words are not kept yet.
-const LATER: &[&str] = &["page-source", "uffd-engine"];
+const LATER: &[&str] = &[];
 
 /// Checks all files under version control, and the manifests.
 ///
@@ -31,6 +32,7 @@ pub(crate) fn run() -> Done {
         // A file that was deleted but not yet committed is no problem; one that is not text has no lines.
         let Ok(text) = fs::read_to_string(root().join(file)) else { continue };
         problems.extend(text::check(file, &text));
+        problems.extend(paths::check(root(), file, &text));
         if !LATER.iter().any(|directory| file.starts_with(directory)) {
             problems.extend(test_names::check(file, &text));
             problems.extend(words::check(file, &text));

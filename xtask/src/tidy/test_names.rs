@@ -52,8 +52,9 @@ fn may_be_a_verb(word: &str) -> bool {
         "keep", "leave", "look", "make", "may", "mean", "must", "need", "read", "run", "say", "see", "stay", "survive",
         "take", "tell", "wait", "was", "were", "win", "work", "write", "agree", "bite", "cancel", "change", "cross",
         "fit", "follow", "free", "grow", "hang", "know", "lose", "match", "meet", "move", "overtake", "pass", "put",
-        "reach", "remain", "return", "share", "show", "stand", "start", "stop", "went", "will", "found", "became",
-        "kept", "left",
+        "reach", "remain", "return", "share", "show", "stand", "start", "stop", "went", "will", "arrive", "choose",
+        "hear", "load", "save", "serve", "use", "want", "appear", "become", "differ", "open", "close", "bring",
+        "belong", "found", "became", "kept", "left",
     ];
     const NO_VERBS: &[&str] = &["its", "this", "less", "always", "as", "us", "vcpus", "pages", "bytes", "guests"];
     let ends = word.len() > 2 && (word.ends_with('s') || word.ends_with("ed")) && !word.ends_with("ss");

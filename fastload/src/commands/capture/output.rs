@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use indicatif::{ProgressBar, ProgressStyle};
 use page_units::ByteLen;
 use serde_json::{Value, json};
 
@@ -10,6 +9,7 @@ use super::note;
 use super::session::Freeze;
 use crate::commands::Failure;
 use crate::commands::serving::micros;
+use crate::event::Event;
 use crate::output;
 
 /// Tells of the freeze point, at once.
@@ -17,32 +17,35 @@ pub(super) fn frozen(freeze: Freeze, json: bool) -> Result<(), Failure> {
     if freeze.held {
         let blackout = micros(freeze.blackout);
         if json {
-            let event = json!({"event": "resumed", "frozen_at_us": micros(freeze.at), "blackout_us": blackout});
-            return Ok(output::print(&format!("{event}\n"))?);
+            let event = Event::new("resumed").with(json!({
+                "frozen_at": when(freeze.at),
+                "frozen_at_us": micros(freeze.at),
+                "blackout_us": blackout,
+            }));
+            return Ok(event.print()?);
         }
         note(&format!("running again after {blackout} us, the command included"));
         return Ok(());
     }
     if json {
-        let event = json!({
-            "event": "frozen",
+        let event = Event::new("frozen").with(json!({
+            "frozen_at": when(freeze.at),
             "frozen_at_us": micros(freeze.at),
             "blackout_us": micros(freeze.blackout),
-        });
-        return Ok(output::print(&format!("{event}\n"))?);
+        }));
+        return Ok(event.print()?);
     }
-    let at = freeze.at.as_secs_f64();
-    note(&format!("frozen at {at:.6} (seconds since 1970), running again after {} us", micros(freeze.blackout)));
+    note(&format!("frozen at {}, running again after {} us", when(freeze.at), micros(freeze.blackout)));
     Ok(())
 }
 
 /// Tells that the guest stands still, and that the command is run now.
 pub(super) fn held(at: Duration, json: bool) -> Result<(), Failure> {
     if json {
-        let event = json!({"event": "frozen", "frozen_at_us": micros(at)});
-        return Ok(output::print(&format!("{event}\n"))?);
+        let event = Event::new("frozen").with(json!({ "frozen_at": when(at), "frozen_at_us": micros(at) }));
+        return Ok(event.print()?);
     }
-    note(&format!("frozen at {:.6} (seconds since 1970), and the command runs", at.as_secs_f64()));
+    note(&format!("frozen at {}, and the command runs", when(at)));
     Ok(())
 }
 
@@ -70,7 +73,7 @@ pub(super) struct Captured {
 impl Captured {
     pub(super) fn print(&self, json: bool) -> Result<(), Failure> {
         if json {
-            return Ok(output::print(&format!("{}\n", self.figures()))?);
+            return Ok(Event::new("complete").path("output", &self.output).with(self.figures()).print()?);
         }
         let (file, ram) = (self.output.display(), output::size(self.ram.0));
         Ok(output::print(&format!(
@@ -88,14 +91,13 @@ impl Captured {
 
     fn figures(&self) -> Value {
         json!({
-            "event": "captured",
-            "output": self.output,
             "machine": self.machine,
             "ram_bytes": self.ram.0,
             "stored_pages": self.stored,
             "zero_pages": self.zero,
             "device_state_bytes": self.device_state,
             "allocated_bytes": self.allocated,
+            "frozen_at": self.freeze.map(|freeze| when(freeze.at)),
             "frozen_at_us": self.freeze.map(|freeze| micros(freeze.at)),
             "blackout_us": self.freeze.map(|freeze| micros(freeze.blackout)),
             "sent_us": micros(self.sent),
@@ -106,10 +108,8 @@ impl Captured {
     }
 }
 
-/// How far it is, for people.
-pub(super) fn progress_bar(total: ByteLen, json: bool) -> ProgressBar {
-    let bar = if json { ProgressBar::hidden() } else { ProgressBar::new(total.0) };
-    let template = "{bar:40} {bytes} of {total_bytes}, {bytes_per_sec}";
-    bar.set_style(ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()));
-    bar
+/// A time since 1970 as people read it (RFC 3339, UTC).
+fn when(at: Duration) -> String {
+    let time = std::time::UNIX_EPOCH.checked_add(at).unwrap_or(std::time::UNIX_EPOCH);
+    humantime::format_rfc3339_micros(time).to_string()
 }

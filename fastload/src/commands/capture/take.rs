@@ -20,6 +20,7 @@ use super::output::{self, Captured};
 use super::run_state;
 use super::session::{Freeze, Session, Stage};
 use crate::commands::Failure;
+use crate::screen;
 
 /// What the other side is called.
 const PEER: &str = "the snapshot that QEMU sends";
@@ -150,7 +151,7 @@ impl Watch<'_, '_> {
 
     /// Waits for the end of the stream.
     fn pages(&mut self, sink: &MappedRamSink) -> Result<(), Failure> {
-        let bar = output::progress_bar(sink.writer().layout().total(), self.json);
+        let bar = screen::Progress::new(sink.writer().layout().total().0, self.json);
         let ended = loop {
             match sink.ended() {
                 Some(End::Complete) => break Ok(()),
@@ -159,14 +160,14 @@ impl Watch<'_, '_> {
                 None => {}
             }
             let (stored, zero) = sink.received();
-            bar.set_position(stored.to_bytes().0.saturating_add(zero.to_bytes().0));
+            bar.set(stored.to_bytes().0.saturating_add(zero.to_bytes().0));
             // With the first page QEMU protects them all, and has saved the devices.
             let protected = stored.0 > 0 || zero.0 > 0;
             if let Err(failure) = self.release(protected).and_then(|()| self.look()) {
                 break Err(failure);
             }
         };
-        bar.finish_and_clear();
+        drop(bar);
         // If it is we who can't go on, QEMU only knows that we hung up.
         ended.map_err(|failure| sink.refused().map_or(failure, Failure::from))
     }

@@ -26,7 +26,7 @@ pub(super) struct Pages {
 }
 
 /// Reads the page areas of a file whose bitmaps can be used.
-pub(super) fn check(snapshot: &Snapshot, findings: &mut Findings, quiet: bool) {
+pub(super) fn check(snapshot: &Snapshot, findings: &mut Findings, json: bool) {
     let in_file: Vec<(BlockId, FlatBlock)> = snapshot
         .layout()
         .iter()
@@ -43,7 +43,7 @@ pub(super) fn check(snapshot: &Snapshot, findings: &mut Findings, quiet: bool) {
         // That is a problem, and was said.
         return;
     }
-    match read(snapshot, ids, in_file.into_iter().map(|(_, block)| block).collect(), quiet) {
+    match read(snapshot, ids, in_file.into_iter().map(|(_, block)| block).collect(), json) {
         Ok(pages) => findings.pages = Some(pages),
         Err(problem) => {
             // A truncated file, which was said as well, has pages that can't be read.
@@ -54,7 +54,7 @@ pub(super) fn check(snapshot: &Snapshot, findings: &mut Findings, quiet: bool) {
     }
 }
 
-fn read(snapshot: &Snapshot, ids: Vec<BlockId>, blocks: Vec<FlatBlock>, quiet: bool) -> Result<Pages, String> {
+fn read(snapshot: &Snapshot, ids: Vec<BlockId>, blocks: Vec<FlatBlock>, json: bool) -> Result<Pages, String> {
     // The sink outlives this borrow; a second look at the same file does not cost much.
     let options = Options::default().with_base(snapshot.base()).with_damaged(true);
     let again = Snapshot::open_with(snapshot.path(), &options).map_err(|error| error.to_string())?;
@@ -66,8 +66,7 @@ fn read(snapshot: &Snapshot, ids: Vec<BlockId>, blocks: Vec<FlatBlock>, quiet: b
     let file = snapshot.file().try_clone().map_err(|error| error.to_string())?;
     let source = FlatFile::from_file(file, snapshot.path(), blocks).map_err(|error| error.to_string())?;
     let sink = Arc::new(Judge { snapshot: again, ids, stored_but_zero: AtomicU64::new(0), stale: AtomicU64::new(0) });
-    pump_with_bar(Arc::new(source), Arc::clone(&sink) as Arc<dyn PageSink>, quiet)
-        .map_err(|error| error.to_string())?;
+    pump_with_bar(Arc::new(source), Arc::clone(&sink) as Arc<dyn PageSink>, json).map_err(|error| error.to_string())?;
     Ok(Pages {
         stored,
         zero: total - stored,

@@ -9,7 +9,7 @@ use vmstate::{RawCommand, SectionKind};
 
 use crate::commands::Failure;
 use crate::contents;
-use crate::output::size;
+use crate::output::{HEAD, WARN, size};
 
 #[derive(Debug, Serialize)]
 pub(super) struct Report {
@@ -86,10 +86,6 @@ impl Report {
         })
     }
 
-    pub(super) fn json(&self) -> Result<String, Failure> {
-        Ok(serde_json::to_string_pretty(self)? + "\n")
-    }
-
     pub(super) fn text(&self) -> String {
         let mut out = String::new();
         // Writing into a string does not fail.
@@ -103,7 +99,7 @@ impl Report {
         if self.base != 0 {
             writeln!(out, "begins at     {:#x}", self.base)?;
         }
-        writeln!(out, "\nRAM blocks")?;
+        writeln!(out, "\n{HEAD}RAM blocks{HEAD:#}")?;
         let wide = self.blocks.iter().map(|block| block.name.len()).max().unwrap_or(0).max(4);
         writeln!(
             out,
@@ -126,7 +122,7 @@ impl Report {
                 block.pages_offset
             )?;
         }
-        writeln!(out, "\nSections")?;
+        writeln!(out, "\n{HEAD}Sections{HEAD:#}")?;
         let wide = self.sections.iter().map(|section| section.name.len()).max().unwrap_or(0).max(16);
         writeln!(
             out,
@@ -147,7 +143,7 @@ impl Report {
             )?;
         }
         for warning in &self.warnings {
-            writeln!(out, "\nwarning: {warning}")?;
+            writeln!(out, "\n{WARN}warning{WARN:#}: {warning}")?;
         }
         Ok(())
     }

@@ -5,7 +5,7 @@ use std::fmt::Write;
 
 use mapped_ram::Snapshot;
 use serde_json::json;
-use vmstate::{Content, SectionKind, Value};
+use vmstate::{Content, SectionEntry, SectionKind, Value};
 
 use crate::commands::Failure;
 use crate::contents;
@@ -16,38 +16,51 @@ const SHOWN: usize = 32;
 /// A longer array is shown as bytes: a number in JSON takes many times the memory of one.
 const MOST_NUMBERS: u64 = 1 << 20;
 
-/// All sections of that name, as text or as a JSON array.
-pub(super) fn show(snapshot: &Snapshot, name: &str, as_json: bool) -> Result<String, Failure> {
-    let full = || snapshot.sections().iter().filter(|entry| entry.kind == SectionKind::Full);
+/// All sections of that name, for people.
+pub(super) fn text(snapshot: &Snapshot, name: &str) -> Result<String, Failure> {
     let mut text = String::new();
+    each(snapshot, name, |entry, value| {
+        writeln!(text, "{name} instance {} version {} at {}", entry.instance, entry.version, entry.range.start)?;
+        write_members(&mut text, value, 1)
+    })?;
+    Ok(text)
+}
+
+/// The same for programs.
+pub(super) fn values(snapshot: &Snapshot, name: &str) -> Result<Vec<serde_json::Value>, Failure> {
     let mut all = Vec::new();
+    each(snapshot, name, |entry, value| {
+        all.push(json!({ "name": name, "instance": entry.instance, "version": entry.version,
+            "start": entry.range.start.0, "end": entry.range.end.0, "fields": members(value) }));
+        Ok(())
+    })?;
+    Ok(all)
+}
+
+/// Decodes the sections of a name, of which there must be one.
+fn each(
+    snapshot: &Snapshot,
+    name: &str,
+    mut show: impl FnMut(&SectionEntry, &Value<'_>) -> std::fmt::Result,
+) -> Result<(), Failure> {
+    let full = || snapshot.sections().iter().filter(|entry| entry.kind == SectionKind::Full);
     let mut seen = HashSet::new();
     // A second state of the same device is one that nobody would load.
     let wanted: Vec<_> = full().filter(|entry| entry.name == name && seen.insert(entry.instance)).collect();
+    let path = snapshot.path().display();
+    if wanted.is_empty() {
+        let mut names: Vec<&str> = full().map(|entry| entry.name.as_str()).collect();
+        names.dedup();
+        return Err(format!("{path}: no device section \"{name}\"; there are: {}", names.join(", ")).into());
+    }
     contents::check_total(snapshot, &wanted)?;
     for entry in wanted {
         let Some(device) = contents::device(snapshot, entry)? else {
-            return Err(format!("{}: the state of \"{name}\" is not described", snapshot.path().display()).into());
+            return Err(format!("{path}: the state of \"{name}\" is not described").into());
         };
-        let value = device.decode().map_err(|error| format!("{}: {error}", snapshot.path().display()))?;
-        if as_json {
-            all.push(json!({ "name": name, "instance": entry.instance, "version": entry.version,
-                "start": entry.range.start.0, "end": entry.range.end.0, "fields": members(&value) }));
-        } else {
-            writeln!(text, "{name} instance {} version {} at {}", entry.instance, entry.version, entry.range.start)?;
-            write_members(&mut text, &value, 1)?;
-        }
+        show(entry, &device.decode().map_err(|error| format!("{path}: {error}"))?)?;
     }
-    if as_json && !all.is_empty() {
-        return Ok(serde_json::to_string_pretty(&all)? + "\n");
-    }
-    if text.is_empty() {
-        let mut names: Vec<&str> = full().map(|entry| entry.name.as_str()).collect();
-        names.dedup();
-        let path = snapshot.path().display();
-        return Err(format!("{path}: no device section \"{name}\"; there are: {}", names.join(", ")).into());
-    }
-    Ok(text)
+    Ok(())
 }
 
 fn write_members(out: &mut String, value: &Value<'_>, depth: usize) -> std::fmt::Result {
@@ -74,7 +87,7 @@ fn write_members(out: &mut String, value: &Value<'_>, depth: usize) -> std::fmt:
     Ok(())
 }
 
-fn plain(value: &Value<'_>) -> String {
+pub(super) fn plain(value: &Value<'_>) -> String {
     if let Some((numbers, signed)) = numbers(value) {
         let many = if numbers.len() > SHOWN { ", ..." } else { "" };
         let shown = numbers.iter().zip(&signed).take(SHOWN).map(|(number, signed)| match signed {

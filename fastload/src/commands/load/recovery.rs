@@ -114,7 +114,7 @@ impl Load {
         let connecting = Instant::now();
         let address = Address::Unix(beside.socket.clone());
         let (mut answering, mut keeper, mut mute) = (None, None, false);
-        let served = serving::attend(image, server, &address, true, |control| {
+        let served = serving::attend(image, server, &address, true, self.json, |control| {
             let Ok(mut qmp) = Qmp::connect(&self.qmp, TRIED) else {
                 mute = control.progress().phase < Phase::Started && connecting.elapsed() > NOTICE;
                 if mute {

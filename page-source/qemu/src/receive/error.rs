@@ -84,7 +84,7 @@ pub enum ReadError {
         #[source]
         error: WalkError,
     },
-    /// Whoever takes the pages takes no more.
+    /// The sink takes no more.
     #[error(transparent)]
     Sink(SinkError),
 }

@@ -17,7 +17,7 @@ pub(super) struct Bits {
 }
 
 impl Bits {
-    /// So many bits, all clear.
+    /// Makes a number of bits, all clear.
     pub(super) fn new(bits: u64) -> Bits {
         Bits { chunks: (0..bits.div_ceil(CHUNK_BITS)).map(|_| OnceLock::new()).collect(), bits }
     }

@@ -14,11 +14,11 @@ use super::message::Message;
 use super::sys;
 use page_source::PageBytes;
 
-/// The most bytes of pages kept for a peer that does not take them, or, if those are more, so many of its largest pages.
+/// The most bytes of pages kept for a peer that does not take them, or, if those are more, this number of its largest pages.
 /// Each of its threads waits for one page at a time, so one that asks for more without taking any means no good.
 const MOST_KEPT: u64 = 256 << 20;
 const MOST_PAGES_KEPT: u64 = 1024;
-/// Bytes that went are thrown away when they are so many.
+/// How many bytes that went are kept at most before they are thrown away.
 const GONE: usize = 1 << 20;
 
 /// A message of which a part can't be read. The rest of it was not sent.
@@ -37,7 +37,7 @@ pub(super) struct Channel {
     broken: AtomicBool,
 }
 
-/// What the kernel had no room for.
+/// What did not fit into the kernel's buffer.
 #[derive(Debug, Default)]
 struct Queue {
     bytes: Vec<u8>,
@@ -151,7 +151,7 @@ impl Channel {
         (done, Ok(()))
     }
 
-    /// How many bytes went; `None` if there was no room.
+    /// How many bytes went; `None` if the buffer was full.
     fn sent(&self, queue: &mut Queue, sent: io::Result<usize>) -> Option<usize> {
         match sent {
             Ok(0) => self.fail(queue, ErrorKind::WriteZero.into()),

@@ -19,7 +19,7 @@ use nix::sys::socket::{
 use super::address::{Address, Socket};
 use super::options::Shared;
 
-/// How often it is looked whether there is room in the queue of a unix socket, or a name is known: neither wakes a
+/// How often a full queue of a unix socket, or a name that is not known yet, is tried again: neither wakes a
 /// `poll`.
 const AGAIN: Duration = Duration::from_millis(10);
 
@@ -29,7 +29,7 @@ const IDLE: Duration = Duration::from_secs(10);
 const ASKED_AGAIN: Duration = Duration::from_secs(5);
 const ASKED: u32 = 10;
 
-/// How long a TCP peer may leave unconfirmed what was sent to it, or have no room for more (Linux `tcp(7)`,
+/// How long a TCP peer may leave unconfirmed what was sent to it, or take no more (Linux `tcp(7)`,
 /// `TCP_USER_TIMEOUT`). Without, the system waits for a quarter of an hour. It applies to an idle connection as well, so
 /// the three above come to the same.
 const UNCONFIRMED: Duration = Duration::from_secs(60);

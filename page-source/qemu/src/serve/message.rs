@@ -14,7 +14,7 @@ const ROOM: usize = 1024;
 #[derive(Debug, Default)]
 pub(super) struct Message<'a> {
     own: Vec<u8>,
-    /// Pages, each behind so many bytes of our own.
+    /// Pages, each with the number of our own bytes before it.
     lent: Vec<(usize, PageBytes<'a>)>,
     lent_bytes: usize,
 }

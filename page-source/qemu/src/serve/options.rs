@@ -25,7 +25,7 @@ pub struct Options {
     /// How long the destination may be silent where it has nothing to do but answer (default: 60 s): while it is
     /// connected to, while it loads its devices and waits for no page, and when it was told that it has everything.
     /// What moves counts, however slowly. A guest that runs may be silent, and even take nothing, for as long as it
-    /// likes; over TCP its system has to answer, and to have room for something, once a minute.
+    /// likes; over TCP its system has to answer, and to take something, once a minute.
     pub patience: Duration,
 }
 
@@ -196,7 +196,7 @@ impl Bell {
 
     /// The owner has waited.
     pub(super) fn hush(&self) {
-        // Whoever has rung may come to write only after this: that is read the next time, rung or not, or else each wait
+        // A thread that has rung may come to write only after this: that is read the next time, rung or not, or else each wait
         // from then on would end at once. Nothing to read is all right.
         self.waiting.store(false, Ordering::SeqCst);
         let _ = self.event.read();

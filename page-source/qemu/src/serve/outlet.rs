@@ -236,7 +236,7 @@ impl Outlet {
         let wanted = block.wanted.get(granule);
         let fast = wanted && self.fast.get().is_some();
         if (assembly.is_zero() && !wanted) || (*ended && !fast) || !block.sent.set(granule) {
-            // Whoever waits for this answer goes on.
+            // The pusher, which waits for this answer, goes on.
             self.shared.pusher.ring();
             return Ok(());
         }

@@ -21,7 +21,7 @@ const ASKED: u64 = 64;
 /// What to do.
 enum Step {
     Push(PageRun),
-    /// Wait for room in the socket.
+    /// Wait for space in the socket.
     Room,
     Wait,
 }

@@ -16,7 +16,7 @@ const ROOM: usize = 128;
 /// Sends the parts, one behind the other, as far as the kernel takes them. How many bytes it took.
 ///
 /// # Errors
-/// What `sendmsg` says: [`WouldBlock`](io::ErrorKind::WouldBlock) if there is no room; EFAULT if a page of a file is
+/// What `sendmsg` says: [`WouldBlock`](io::ErrorKind::WouldBlock) if there is no space; EFAULT if a page of a file is
 /// gone, in which case nothing was taken.
 pub(super) fn send<'a>(socket: BorrowedFd<'_>, parts: impl Iterator<Item = PageBytes<'a>>) -> io::Result<usize> {
     let vector = |part: PageBytes<'_>| libc::iovec {

@@ -20,7 +20,7 @@ use super::message::Message;
 const LOW: u64 = 2;
 /// On TCP a piece is such a part of the window.
 const PIECES: u64 = 4;
-/// More than what a message has beside its pages and their headers.
+/// More than what a message has around its pages and their headers.
 const AROUND: u64 = 512;
 /// The header of a page.
 const HEADER: u64 = 8;
@@ -66,7 +66,7 @@ impl Window {
         if self.narrow.load(Ordering::SeqCst) { self.limit / 4 } else { self.limit }
     }
 
-    /// How many pages make a piece: on a unix socket as many as fit beside what may be under way already, on TCP so few
+    /// How many pages make a piece: on a unix socket as many as fit in addition to what may be under way already, on TCP so few
     /// that some are confirmed while others are under way.
     pub(super) fn piece(&self) -> PageCount {
         let part = if self.credit.is_none() { self.size() - self.size() / LOW } else { self.size() / PIECES };
@@ -81,7 +81,7 @@ impl Window {
         }
     }
 
-    /// Whether so many pages may be added to what is under way, and to so many that will come.
+    /// Whether `pages` may be added to what is under way, and to the `coming` ones.
     pub(super) fn has_room(&self, main: &Channel, pages: PageCount, coming: PageCount) -> bool {
         let more = (pages + coming).0 * (PAGE_SIZE + HEADER) + AROUND;
         let under_way = self.under_way(main);
@@ -89,12 +89,12 @@ impl Window {
         under_way + more <= self.size() || (coming.0 == 0 && under_way <= self.low.load(Ordering::SeqCst))
     }
 
-    /// Whether the socket is writable when there is room again.
+    /// Whether the socket is writable when there is space again.
     pub(super) fn is_room_writable(&self) -> bool {
         self.credit.is_none()
     }
 
-    /// Waits, at most for a moment, for room.
+    /// Waits, at most for a moment, for space.
     pub(super) fn wait(&self, main: &Channel) {
         const MOMENT: Duration = Duration::from_millis(100);
         match &self.credit {
@@ -163,7 +163,7 @@ mod tests {
                     pieces += 1;
                     assert!(main.unreceived() <= limit + 2 * AROUND && main.kept() == 0, "{}", main.unreceived());
                 }
-                // Or else whoever waits for room would not wait.
+                // Or else a thread that waits for space would not wait.
                 assert!(!writable(&main));
                 while !writable(&main) {
                     far.read_exact(&mut bytes).unwrap();

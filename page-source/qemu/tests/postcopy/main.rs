@@ -140,7 +140,7 @@ fn serves(seed: u64, source: Arc<dyn PageSource>, oracle: &Oracle, preempt: bool
 }
 
 #[test]
-fn every_page_once_from_memory() {
+fn every_page_of_memory_is_sent_once() {
     for (number, seed) in seeds(8) {
         let oracle = oracle(seed);
         let source = MemorySource::new(Arc::clone(&oracle));

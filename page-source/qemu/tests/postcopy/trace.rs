@@ -20,7 +20,7 @@ pub(crate) struct Trace {
     pub(crate) back: HashMap<u8, Vec<u8>>,
 }
 
-/// The traces beside the workspace by name; none if there is nothing beside it.
+/// The traces next to the workspace by name; none if there is nothing next to it.
 pub(crate) fn all() -> Option<Vec<(String, Trace)>> {
     let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../../shared/samples");
     if !dir.exists() {
@@ -68,7 +68,7 @@ const TRACES: [(&str, [u64; 5]); 4] = [
 #[test]
 fn recorded_conversations_go_through_both_sides() {
     let Some(traces) = all() else {
-        return testkit::require::without("traces", "no ../shared/samples beside the workspace");
+        return testkit::require::without("traces", "no ../shared/samples next to the workspace");
     };
     // Where there are some, those that are known are all there.
     let names: Vec<&str> = traces.iter().map(|(name, _)| name.as_str()).collect();

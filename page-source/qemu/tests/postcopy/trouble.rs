@@ -38,7 +38,7 @@ fn source() -> Arc<dyn PageSource> {
     Arc::new(MemorySource::new(oracle(1)))
 }
 
-/// A listener with a full queue: whoever else connects waits.
+/// A listener with a full queue: the next client waits.
 fn full(path: &Path) -> (UnixListener, Vec<UnixStream>) {
     let listener = UnixListener::bind(path).unwrap();
     listen(&listener, Backlog::new(0).unwrap()).unwrap();
@@ -97,7 +97,7 @@ fn connecting_has_a_time_limit_and_can_be_stopped() {
     assert!(matches!(server.finish(), Err(ServeError::Stopped { started: Started::No })));
     assert!(begun.elapsed() < LIMIT);
 
-    // It goes on as soon as there is room.
+    // It goes on as soon as there is space.
     let oracle = oracle(3);
     let memory = Arc::new(MemorySource::new(Arc::clone(&oracle)));
     let server = Running::start(memory, Options::default(), Address::Unix(path));

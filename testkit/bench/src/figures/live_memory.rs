@@ -1,7 +1,7 @@
 //! `live.fault`: how long a writer to frozen memory waits.
 
-use page_units::{BlockId, ByteLen, HostAddr, Layout, PageSize, RamBlock};
-use uffd_engine::{Backing, FreezeOptions, Freezer, Handlers, Region};
+use page_units::{BlockId, ByteLen, Layout, PageSize, RamBlock};
+use uffd_engine::{FreezeOptions, Freezer, Handlers};
 
 use super::{Bench, Measured};
 use crate::figure::{Figure, Goal};
@@ -26,7 +26,7 @@ pub(super) fn faults(bench: &Bench) -> Measured {
             let memory = populated()?;
             let layout = Layout::new(vec![RamBlock::new("memory", ByteLen::of(LEN), PageSize::SMALL)?])?;
             let run = layout.run_of(BlockId(0)).ok_or("an empty block")?;
-            let region = Region::new(HostAddr(memory.address(0)), run, Backing::Anonymous);
+            let region = crate::sys::region(&memory, run);
             // The pool takes all, as the floor's does: nothing is written out meanwhile.
             let options =
                 FreezeOptions::default().with_pool(ByteLen::of(LEN)).with_handlers(Handlers::on_cores([handler]));

@@ -5,8 +5,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use page_files::{FlatBlock, FlatFile};
-use page_units::{BlockId, ByteLen, HostAddr, Layout, PageSize, RamBlock};
-use uffd_engine::{Backing, Builder, Engine, Region};
+use page_units::{BlockId, ByteLen, Layout, PageSize, RamBlock};
+use uffd_engine::{Builder, Engine};
 
 use crate::sys::Map;
 
@@ -43,7 +43,7 @@ pub fn serve_in(
     let block = RamBlock::new("memory", ByteLen::of(memory.len()), PageSize::SMALL)?;
     let source = FlatFile::open(path, FlatBlock::concatenated(vec![block.clone()])?)?;
     let run = Layout::new(vec![block])?.run_of(BlockId(0)).ok_or("an empty block")?;
-    let region = Region::new(HostAddr(memory.address(0)), run, Backing::Anonymous);
+    let region = crate::sys::region(&memory, run);
     let engine = options(Engine::builder()).region(region).source(Arc::new(source)).start()?;
     Ok(Served { engine, memory })
 }

@@ -63,7 +63,7 @@ fn memory_and_disk_agree(setup: &Setup) {
     let ended = capture(&qemu, &place.file(), &["--json", "--exec-frozen", &command]);
     let events = events(&ended);
     let names: Vec<&Value> = events.iter().map(|event| &event["event"]).collect();
-    assert_eq!(names, ["frozen", "resumed", "captured"], "{ended:?}");
+    assert_eq!(names, ["frozen", "resumed", "complete"], "{ended:?}");
     let (frozen, resumed, captured) = (&events[0], &events[1], &events[2]);
     assert_eq!(frozen["frozen_at_us"], captured["frozen_at_us"]);
     assert_eq!(resumed["blackout_us"], captured["blackout_us"]);
@@ -167,7 +167,7 @@ fn the_command_finds_its_environment() {
     qemu.execute("stop", json!({})).unwrap();
     let ended = capture(&qemu, &place.file(), &["--json", "--exec-frozen", "true"]);
     let names: Vec<Value> = events(&ended).iter().map(|event| event["event"].clone()).collect();
-    assert_eq!(names, ["captured"], "{ended:?}");
+    assert_eq!(names, ["complete"], "{ended:?}");
     assert_eq!(qemu.qmp().run_state().unwrap(), "paused");
     let state = Fastload::start(["inspect", "--device", "globalstate", &place.file().display().to_string()]).unwrap();
     let state = state.finish().unwrap();

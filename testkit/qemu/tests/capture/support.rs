@@ -73,8 +73,9 @@ pub(crate) fn capture(qemu: &Qemu, file: &Path, more: &[&str]) -> Ended {
 pub(crate) fn figures(ended: &Ended) -> (Option<Value>, Value) {
     assert!(ended.status.success(), "{ended:?}");
     let mut lines: Vec<Value> = ended.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    lines.retain(|line| line["event"] != "progress");
     let captured = lines.pop().unwrap();
-    assert_eq!(captured["event"], "captured", "{ended:?}");
+    assert_eq!(captured["event"], "complete", "{ended:?}");
     let frozen = lines.pop().inspect(|line| assert_eq!(line["event"], "frozen", "{ended:?}"));
     assert!(lines.is_empty(), "{ended:?}");
     (frozen, captured)

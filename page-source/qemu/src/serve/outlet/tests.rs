@@ -52,7 +52,7 @@ fn run(first: u64, pages: u64) -> PageRun {
     PageRun::new(BlockId(0), PageIndex(first), PageCount(pages))
 }
 
-/// The pages that came, each after a head of so many bytes, before an end mark or the end.
+/// The pages that came, each after a head of `head` bytes, before an end mark or the end.
 fn received(mut far: UnixStream, head: usize) -> Vec<u64> {
     far.set_nonblocking(true).unwrap();
     let mut bytes = Vec::new();

@@ -24,8 +24,8 @@ pub use self::error::LiveError;
 pub use self::handle::{LiveProgress, LiveReport, LiveSnapshot};
 pub use self::options::{LiveEvent, LiveOptions};
 use self::sink::LiveSink;
+use super::FIRST_DEVICE;
 use crate::ram::FreezeClaim;
-use crate::snapshot::FIRST_DEVICE;
 use crate::state::Host;
 use crate::sys::WritesFail;
 use crate::{GuestRam, Machine};
@@ -82,8 +82,29 @@ pub fn snapshot_live(
     take(machine, host, path, options, None)
 }
 
+/// As [`snapshot_live`], of a guest whose memory `engine` has loaded or is still loading: what is missing is taken straight
+/// from the engine's source, and is not brought into the memory for it. The engine goes on serving and loading, and becomes
+/// complete only after the snapshot has its pages.
+///
+/// `path` must not be the file that the memory is still being loaded from: replacing that would take away what is missing.
+///
+/// # Errors
+/// As [`snapshot_live`]; and if some of the memory could not be loaded.
+pub fn snapshot_live_loading(
+    machine: &dyn Machine,
+    engine: &Engine,
+    host: &Host,
+    path: &Path,
+    options: &LiveOptions,
+) -> Result<LiveSnapshot, LiveError> {
+    match PageCount(engine.stats().poisoned_pages) {
+        PageCount(0) => take(machine, host, path, options, Some(engine)),
+        poisoned => Err(LiveError::Poisoned(poisoned)),
+    }
+}
+
 /// As [`snapshot_live`], with the engine that loads the memory, if one does.
-pub(crate) fn take(
+fn take(
     machine: &dyn Machine,
     host: &Host,
     path: &Path,
