@@ -32,10 +32,17 @@ pub(crate) struct Intake {
     pub(crate) latencies: Latencies,
     pub(crate) staging: Staging,
     pub(crate) policy: FailurePolicy,
+    /// Whether what files hold of missing pages is content: see [`Builder::prefilled`](crate::Builder::prefilled).
+    pub(crate) prefilled: bool,
 }
 
 impl Intake {
-    pub(crate) fn new(memory: Arc<Memory>, staging: Staging, policy: FailurePolicy, window: PageCount) -> Intake {
+    pub(crate) fn new(
+        memory: Arc<Memory>,
+        staging: Staging,
+        (policy, prefilled): (FailurePolicy, bool),
+        window: PageCount,
+    ) -> Intake {
         Intake {
             memory,
             status: Status::default(),
@@ -44,6 +51,7 @@ impl Intake {
             latencies: Latencies::default(),
             staging,
             policy,
+            prefilled,
         }
     }
 
