@@ -170,7 +170,8 @@ impl Load {
     /// Makes sure that it fits, and lets QEMU listen.
     fn ready<'a>(&self, qmp: &'a mut Qmp, image: &Image) -> Result<(Server, Waiting<'a>), Failure> {
         let beside = Beside::of(&self.qmp)?;
-        qemu::waits(qmp, beside.read().as_ref(), &self.recovery())?;
+        let snapshot = format!("{}{}", serving::quoted(&self.snapshot), self.offset.words());
+        qemu::waits(qmp, beside.read().as_ref(), &self.recovery(), &snapshot)?;
         let beside = beside.reached_by(qmp)?;
         // While it is made there is much to ask.
         let keeper = Coming::new(qmp, &beside.uri());
