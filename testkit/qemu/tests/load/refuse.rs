@@ -93,7 +93,7 @@ fn a_qemu_without_the_right_to_userfaultfd_is_refused_by_name() {
 
 /// QEMU says itself why, and no right of its would help.
 #[test]
-fn memory_in_a_file_on_a_disk() {
+fn memory_in_a_file_on_a_disk_gets_qemus_own_reason() {
     testkit::require!(Qemu, Userfaultfd);
     let setup = Setup::new(Machine::Pc, 32);
     let saved = Saved::new(&setup, &Plan::check(16 * MIB), How::default());
