@@ -16,7 +16,7 @@ use crate::sys;
 /// How much is copied at a time.
 const CHUNK: PageCount = PageCount(256);
 
-/// Guest memory that nobody writes to. Pages that do not exist are zero without being touched, and a page that can't be
+/// Guest memory that does not change. Pages that do not exist are zero without being touched, and a page that can't be
 /// read (its content could not be loaded) is a failure, not a signal.
 #[derive(Clone)]
 pub struct RamSource {
