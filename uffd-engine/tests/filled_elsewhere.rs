@@ -100,7 +100,7 @@ fn a_page_that_is_zero_in_the_snapshot_may_be_touched_elsewhere() {
         .background(Background::default().paused())
         .start()
         .unwrap();
-    // The engine has heard that it is zero, and has not made it: it is served with a neighbour.
+    // The engine has heard that it is zero, and has not made it: it is served next to a neighbour.
     other.as_volatile_slice().write_slice(&[0xcc; PAGE], first.byte_offset().get()).unwrap();
     engine.resume_background();
     engine.wait().unwrap();

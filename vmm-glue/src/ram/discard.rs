@@ -1,13 +1,11 @@
 //! Giving guest memory back: at once, or, while a live snapshot has it frozen, when that is over.
 
-use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
 use page_units::{ByteLen, GuestAddr};
 use parking_lot::Mutex;
 
-use super::guest_ram::Piece;
 use super::{GuestRam, MemoryError};
 use crate::sys;
 
@@ -28,49 +26,54 @@ pub(super) struct Frozen(Mutex<State>);
 #[derive(Debug, Default)]
 struct State {
     claimed: bool,
-    /// The snapshot is over, and what was held off is being given back.
-    over: bool,
-    /// By piece: a bit for each granule that is to be given back, however often a guest says so.
-    held_off: Vec<Vec<u64>>,
+    /// By piece, as many as needed. A guest can ask again and again: the same page is held off once.
+    held_off: Vec<Granules>,
 }
 
-impl State {
-    fn hold_off(&mut self, number: usize, piece: &Piece, granules: Range<usize>) {
-        if self.held_off.len() <= number {
-            self.held_off.resize(number + 1, Vec::new());
+/// Granules of a piece, a bit for each: 32 KiB for a GiB of small pages, whatever a guest asks for.
+#[derive(Clone, Debug, Default)]
+struct Granules(Vec<u64>);
+
+impl Granules {
+    fn insert(&mut self, granules: Range<usize>) {
+        if self.0.len() * 64 < granules.end {
+            self.0.resize(granules.end.div_ceil(64), 0);
         }
-        let bits = &mut self.held_off[number];
-        if bits.is_empty() {
-            bits.resize(granules_of(piece, piece.len()).div_ceil(64), 0);
+        for granule in granules {
+            self.0[granule / 64] |= 1 << (granule % 64);
         }
-        granules.for_each(|granule| bits[granule / 64] |= 1 << (granule % 64));
+    }
+
+    /// The first run at `from` or behind it.
+    fn next(&self, from: usize) -> Option<Range<usize>> {
+        let bits = self.0.len() * 64;
+        let is_set = |granule: &usize| self.0[granule / 64] >> (granule % 64) & 1 == 1;
+        let mut first = from;
+        while first < bits && !is_set(&first) {
+            // A whole word of none at once.
+            first = if self.0[first / 64] == 0 { (first / 64 + 1) * 64 } else { first + 1 };
+        }
+        (first < bits).then(|| first..(first..bits).find(|granule| !is_set(granule)).unwrap_or(bits))
     }
 }
 
-fn granules_of(piece: &Piece, length: ByteLen) -> usize {
-    ByteLen(length.0 / piece.backing.granule().bytes().0).get()
-}
-
-fn give_back(piece: &Piece, granules: Range<usize>) -> io::Result<()> {
-    let bytes = |granules: usize| ByteLen(ByteLen::of(granules).0 * piece.backing.granule().bytes().0);
-    sys::give_back(piece.host + bytes(granules.start), bytes(granules.len()), piece.shared)
-}
-
-/// The runs of bits that are set.
-fn runs(bits: &[u64]) -> impl Iterator<Item = Range<usize>> {
-    let (mut at, end) = (0, bits.len() * 64);
-    let set = |bit: usize| bits[bit / 64] >> (bit % 64) & 1 == 1;
-    std::iter::from_fn(move || {
-        while at < end && !set(at) {
-            // A word at a time, where there is nothing.
-            at += if bits[at / 64] >> (at % 64) == 0 { 64 - at % 64 } else { 1 };
+impl GuestRam {
+    fn give_back(&self, held_off: &[Granules]) {
+        for (piece, granules) in self.pieces.iter().zip(held_off) {
+            let granule = piece.backing.granule().bytes().0;
+            let mut at = 0;
+            while let Some(run) = granules.next(at) {
+                at = run.end;
+                let [start, length] = [run.start, run.len()].map(|granules| ByteLen(granules as u64 * granule));
+                if let Err(error) = sys::give_back(piece.host + start, length, piece.shared) {
+                    log::error!(
+                        "giving back {length} bytes at {} after a snapshot failed: {error}",
+                        piece.guest + start
+                    );
+                }
+            }
         }
-        let first = at;
-        while at < end && set(at) {
-            at += 1;
-        }
-        (first < at).then_some(first..at)
-    })
+    }
 }
 
 /// The right to freeze some memory, which one snapshot at a time has.
@@ -78,7 +81,7 @@ fn runs(bits: &[u64]) -> impl Iterator<Item = Range<usize>> {
 pub(crate) struct FreezeClaim(Arc<GuestRam>);
 
 impl FreezeClaim {
-    /// `None` if another snapshot has it.
+    /// `None` if somebody else has it.
     pub(crate) fn new(ram: &Arc<GuestRam>) -> Option<FreezeClaim> {
         let mut state = ram.frozen.0.lock();
         (!std::mem::replace(&mut state.claimed, true)).then(|| FreezeClaim(Arc::clone(ram)))
@@ -86,28 +89,13 @@ impl FreezeClaim {
 }
 
 impl Drop for FreezeClaim {
-    /// The lock is not held while memory is given back: device models go on. No snapshot begins before it is done.
     fn drop(&mut self) {
-        let frozen = &self.0.frozen.0;
-        let held_off = {
-            let mut state = frozen.lock();
-            state.over = true;
-            std::mem::take(&mut state.held_off)
-        };
-        for (piece, bits) in self.0.pieces.iter().zip(&held_off) {
-            for granules in runs(bits) {
-                if let Err(error) = give_back(piece, granules.clone()) {
-                    log::error!(
-                        "giving back {} granules of the piece at {} after a snapshot failed: {error}",
-                        granules.len(),
-                        piece.guest
-                    );
-                }
-            }
-        }
-        let mut state = frozen.lock();
+        // What takes long holds up no device; what is discarded meanwhile is held off once more.
+        let held_off = std::mem::take(&mut self.0.frozen.0.lock().held_off);
+        self.0.give_back(&held_off);
+        let mut state = self.0.frozen.0.lock();
+        self.0.give_back(&std::mem::take(&mut state.held_off));
         state.claimed = false;
-        state.over = false;
     }
 }
 
@@ -128,98 +116,91 @@ impl GuestRam {
             piece.guest <= guest && guest - piece.guest < piece.len() && length <= piece.len() - (guest - piece.guest)
         });
         let (number, piece) = inside.ok_or_else(|| failed("that is not inside of one piece of the RAM".into()))?;
-        let start = piece.host + (guest - piece.guest);
-        if length.0 == 0 || !(start.0 | length.0).is_multiple_of(piece.backing.granule().bytes().0) {
-            return Err(failed(format!("that is not whole pages of {}", piece.backing.granule().bytes())));
+        let (offset, granule) = (guest - piece.guest, piece.backing.granule().bytes());
+        if length.0 == 0 || !(offset.0 | length.0).is_multiple_of(granule.0) {
+            return Err(failed(format!("that is not whole pages of {granule}")));
         }
-        let first = granules_of(piece, guest - piece.guest);
-        let granules = first..first + granules_of(piece, length);
         // Held until it is done: a snapshot does not begin in the middle of it.
         let mut state = self.frozen.0.lock();
-        if state.claimed && !state.over {
-            state.hold_off(number, piece, granules);
+        if state.claimed {
+            if state.held_off.len() <= number {
+                state.held_off.resize_with(number + 1, Granules::default);
+            }
+            let [first, count] = [offset, length].map(|bytes| bytes.get() / granule.get());
+            state.held_off[number].insert(first..first + count);
             return Ok(Discard::HeldOff);
         }
-        give_back(piece, granules).map_err(|error| failed(error.to_string()))?;
+        sys::give_back(piece.host + offset, length, piece.shared).map_err(|error| failed(error.to_string()))?;
         Ok(Discard::Done)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use rand::rngs::StdRng;
-    use rand::{RngExt as _, SeedableRng};
+    use proptest::prelude::*;
     use uffd_engine::Backing;
-    use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
     use crate::RamSpec;
 
-    const PAGES: usize = 1000;
+    const PAGES: u64 = 300;
 
+    /// Two pieces, every page of which has content.
     fn ram(backing: Backing) -> Arc<GuestRam> {
-        let half = ByteLen(PAGES as u64 / 2 * 4096);
+        let half = ByteLen(PAGES / 2 * 4096);
         let spec = RamSpec::new("ram").at(GuestAddr(0), half).at(GuestAddr(1 << 32), half);
-        Arc::new(GuestRam::allocate(&[spec], backing).unwrap())
+        let ram = GuestRam::allocate(&[spec], backing).unwrap();
+        (0..PAGES).for_each(|page| ram.write(at(page), &[0x5a; 4096]).unwrap());
+        Arc::new(ram)
     }
 
-    fn guest(page: usize) -> GuestAddr {
-        let high = page >= PAGES / 2;
-        let page = (page - if high { PAGES / 2 } else { 0 }) as u64;
-        GuestAddr(page * 4096 + if high { 1 << 32 } else { 0 })
+    fn at(page: u64) -> GuestAddr {
+        let half = PAGES / 2;
+        if page < half { GuestAddr(page * 4096) } else { GuestAddr((1 << 32) + (page - half) * 4096) }
     }
 
-    /// A guest gives all kinds of ranges back, again and again: each page of them is zero at the end, and no other.
-    #[test]
-    fn what_was_held_off_is_given_back_once_the_snapshot_is_over() {
-        let mut random = StdRng::seed_from_u64(testkit::seed::seed());
-        for backing in [Backing::Anonymous, Backing::Memfd] {
-            let ram = ram(backing);
-            let write = |page| ram.memory().write_slice(&[7; 4096], GuestAddress(guest(page).0)).unwrap();
-            (0..PAGES).for_each(write);
+    fn is_zero(ram: &GuestRam, page: u64) -> bool {
+        let mut bytes = [1; 4096];
+        ram.read(at(page), &mut bytes).unwrap();
+        assert!([0, 0x5a].iter().any(|&byte| bytes == [byte; 4096]), "page {page} is whole");
+        bytes[0] == 0
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn exactly_what_was_held_off_is_given_back_in_the_end(
+            discards in prop::collection::vec((0..PAGES, 1..80u64), 0..40),
+            shared: bool,
+        ) {
+            let ram = ram(if shared { Backing::Memfd } else { Backing::Anonymous });
             let claim = FreezeClaim::new(&ram).unwrap();
-            let mut gone = vec![false; PAGES];
-            for _ in 0..200 {
-                let half = random.random_range(0..2) * (PAGES / 2);
-                let first = random.random_range(0..PAGES / 2);
-                let count = random.random_range(1..=(PAGES / 2 - first).min(9));
-                let length = ByteLen(count as u64 * 4096);
-                assert_eq!(ram.discard(guest(half + first), length).unwrap(), Discard::HeldOff);
-                gone[half + first..half + first + count].fill(true);
+            let mut expected = vec![false; PAGES.try_into().unwrap()];
+            for (first, count) in discards {
+                let half = PAGES / 2;
+                let count = count.min(if first < half { half } else { PAGES } - first);
+                prop_assert_eq!(ram.discard(at(first), ByteLen(count * 4096)).unwrap(), Discard::HeldOff);
+                (first..first + count).for_each(|page| expected[usize::try_from(page).unwrap()] = true);
             }
-            let read = |page| {
-                let mut bytes = [1; 4096];
-                ram.memory().read_slice(&mut bytes, GuestAddress(guest(page).0)).unwrap();
-                bytes
-            };
-            assert!((0..PAGES).all(|page| read(page) == [7; 4096]), "the snapshot needs it");
-            assert!(FreezeClaim::new(&ram).is_none());
+            prop_assert!((0..PAGES).all(|page| !is_zero(&ram, page)), "the snapshot still needs it");
             drop(claim);
-            for page in 0..PAGES {
-                assert_eq!(read(page) == [0; 4096], gone[page], "{backing:?}, page {page}");
-            }
-            assert_eq!(ram.discard(guest(0), ByteLen(4096)).unwrap(), Discard::Done);
-            drop(FreezeClaim::new(&ram).unwrap());
+            let found: Vec<bool> = (0..PAGES).map(|page| is_zero(&ram, page)).collect();
+            prop_assert_eq!(found, expected);
+            prop_assert_eq!(ram.discard(at(0), ByteLen(4096)).unwrap(), Discard::Done);
         }
     }
 
-    /// A guest that gives one page back without pause costs a bit for each of its pages, and no more.
     #[test]
-    fn a_guest_that_floods_discards_costs_no_memory() {
+    fn a_guest_that_floods_discards_costs_no_more_memory_than_its_pages_have_bits() {
         let ram = ram(Backing::Anonymous);
         let claim = FreezeClaim::new(&ram).unwrap();
-        for turn in 0..1_000_000 {
-            ram.discard(guest(turn % 3), ByteLen(4096)).unwrap();
+        for page in (0..PAGES).cycle().take(200_000) {
+            ram.discard(at(page), ByteLen(4096)).unwrap();
         }
-        let words: usize = ram.frozen.0.lock().held_off.iter().map(Vec::capacity).sum();
-        assert!(words <= PAGES.div_ceil(64), "{words} words");
+        let words: usize = ram.frozen.0.lock().held_off.iter().map(|granules| granules.0.capacity()).sum();
+        assert!(words <= 16, "{words} words for {PAGES} pages");
         drop(claim);
-    }
-
-    #[test]
-    fn runs_of_bits_are_found_across_words() {
-        assert_eq!(runs(&[0, 0]).count(), 0);
-        assert_eq!(runs(&[u64::MAX, 1]).collect::<Vec<_>>(), [0..65]);
-        assert_eq!(runs(&[0b1011, 1 << 63, u64::MAX]).collect::<Vec<_>>(), [0..2, 3..4, 127..192]);
+        assert!((0..PAGES).all(|page| is_zero(&ram, page)));
     }
 }

@@ -125,16 +125,12 @@ impl RamFeed {
             let most = if span.content == Content::Zero { span.pages } else { span.pages.min(CHUNK) };
             let (now, later) = rest.split_at(most);
             rest = later;
-            let reply = if span.content == Content::Zero {
-                sink.zero(now)
+            if span.content == Content::Zero {
+                sink.zero(now).branch()?;
             } else if self.read(now, &mut buffer) {
-                sink.data(now, PageBytes::from_slice(&buffer))
+                page_source::deliver(sink, now, PageBytes::from_slice(&buffer), unreadable)?;
             } else {
-                sink.failed(now, unreadable(now))
-            };
-            match reply {
-                Reply::Unreadable(_) => sink.failed(now, unreadable(now)).branch()?,
-                reply => reply.branch()?,
+                sink.failed(now, unreadable(now)).branch()?;
             }
         }
         ControlFlow::Continue(())
