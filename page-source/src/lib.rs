@@ -35,3 +35,8 @@ pub use sink::{End, PageSink, Reply};
 pub use source::{Content, OneShot, PageSource, Pages, Source, Span};
 pub use threaded::Threaded;
 pub use zeros::{deliver_without_zeros, is_zero};
+
+/// The examples of the README.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+mod readme {}

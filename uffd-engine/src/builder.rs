@@ -132,14 +132,14 @@ impl Builder {
         self
     }
 
-    /// What happens when content can't be had. Default: everything missing is poisoned.
+    /// What happens when content is unavailable. Default: everything missing is poisoned.
     #[must_use]
     pub fn on_failure(mut self, policy: FailurePolicy) -> Builder {
         self.policy = policy;
         self
     }
 
-    /// On a fault, so many pages are brought: those of its aligned window that are missing right around it. Default:
+    /// How many pages a fault brings: those of its aligned window that are missing right around it. Default:
     /// 1. More costs more for each fault, and saves faults where the guest goes through its memory in order.
     #[must_use]
     pub fn pages_per_fault(mut self, pages: PageCount) -> Builder {
@@ -149,7 +149,7 @@ impl Builder {
 
     /// Called on the engine's supervising thread with each [`Event`]. It can't wait for the engine there; see
     /// [`Engine::wait`] and [`Engine::cancel`]. Until it returns the engine does not end, and neither does its drop: it must
-    /// not wait for whoever may drop the engine (a channel that is full, a lock held there).
+    /// not wait for a thread that may drop the engine (a channel that is full, a lock held there).
     #[must_use]
     pub fn observer(mut self, observer: impl Fn(&Event) + Send + 'static) -> Builder {
         self.observer = Some(Observer(Box::new(observer)));
@@ -193,7 +193,7 @@ impl Builder {
         self
     }
 
-    /// So many huge pages of private memory may be incomplete at a time (their content came in part). Default: 16, but
+    /// How many huge pages of private memory may be incomplete at a time (their content came in part). Default: 16, but
     /// never less than what the background asks for at a time (its window) and 16 for faults. A source that scatters the
     /// pages of more huge pages than that fails the engine.
     #[must_use]
@@ -285,7 +285,7 @@ impl Builder {
     }
 }
 
-/// So many huge pages may be asked for at a time, and have come in part: in the window of the background, of which every
+/// How many huge pages may be asked for at a time, and have come in part: in the window of the background, of which every
 /// loader may overdraw one piece, and for faults.
 fn asked_for(background: &Background) -> usize {
     const FAULTS: usize = 16;

@@ -75,7 +75,7 @@ impl Engine {
         self.finished(self.intake.status.outcome())
     }
 
-    /// Why the first of the pages could not be had that are poisoned while the engine goes on
+    /// Why the first of the pages is unavailable that are poisoned while the engine goes on
     /// ([`FailurePolicy::PoisonFailed`](crate::FailurePolicy::PoisonFailed)), if there are any.
     #[must_use]
     pub fn failed_pages(&self) -> Option<EngineError> {

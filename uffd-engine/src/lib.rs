@@ -25,8 +25,8 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! A page of the source is never replaced by zeros or by stale bytes. When content can't be had, what is missing is
-//! poisoned, so that any access to it is an error, before anything is closed.
+//! A page of the source is never replaced by zeros or by stale bytes. When content is unavailable, what is missing
+//! is poisoned, so that any access to it is an error, before anything is closed.
 
 #[cfg(feature = "bench")]
 #[doc(hidden)]

@@ -11,7 +11,7 @@ use page_units::{BlockId, ByteLen, Layout, PageCount, PageIndex, PageRun};
 use crate::serve::placement::{affinity, bind, check_cores, set_affinity};
 use crate::{Background, Discards, Engine, Handlers, Mapping, Region, StartError, Wait};
 
-/// So many faults are timed for each arrangement.
+/// How many faults are timed for each arrangement.
 const FAULTS: u64 = 200;
 
 /// An arrangement of handlers with the median time that a fault of this process took with it.

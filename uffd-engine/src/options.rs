@@ -33,7 +33,7 @@ impl Default for Handlers {
 }
 
 impl Handlers {
-    /// So many threads (at least one), on whatever core the scheduler picks.
+    /// A number of threads (at least one), on whatever core the scheduler picks.
     #[must_use]
     pub fn threads(count: usize) -> Handlers {
         Handlers { cores: vec![None; count.max(1)], wait: Wait::Block }
@@ -88,7 +88,7 @@ impl Background {
         Background { threads: 0, ..Background::default() }
     }
 
-    /// So many threads.
+    /// A number of threads.
     #[must_use]
     pub fn with_threads(mut self, threads: usize) -> Background {
         self.threads = threads;
@@ -109,21 +109,21 @@ impl Background {
         self
     }
 
-    /// At most so many bytes of content per second, all threads together.
+    /// Limits the bytes of content per second, of all threads together.
     #[must_use]
     pub fn with_rate(mut self, per_second: ByteLen) -> Background {
         self.rate = Some(per_second);
         self
     }
 
-    /// Requests of so many pages (at least 1, at most 512).
+    /// How many pages a request has (at least 1, at most 512).
     #[must_use]
     pub fn with_piece(mut self, pages: PageCount) -> Background {
         self.piece = pages.clamp(PageCount(1), PageCount(512));
         self
     }
 
-    /// At most so many pages requested and not yet answered: it matters for sources that answer late.
+    /// How many pages may be requested and not yet answered: it matters for sources that answer late.
     #[must_use]
     pub fn with_window(mut self, pages: PageCount) -> Background {
         self.window = pages.max(PageCount(1));
@@ -134,8 +134,8 @@ impl Background {
 /// How the engine learns that the guest gives memory back (balloon, free page reporting, `madvise`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Discards {
-    /// The kernel reports each discard in any thread (`UFFD_FEATURE_EVENT_REMOVE`), and whoever discards waits until
-    /// the engine has read it. No install may be under way at that moment, so reading faults waits for the install of
+    /// The kernel reports each discard in any thread (`UFFD_FEATURE_EVENT_REMOVE`), and the discarding thread waits
+    /// until the engine has read it. No install may be under way at that moment, so reading faults waits for the install of
     /// the background that is in progress (of at most 128 KiB then, and of 16 KiB while there are faults): correct for
     /// every discard, and a demand fault waits a little longer while the background runs.
     Events,
@@ -156,18 +156,18 @@ pub enum WhenComplete {
     StayArmed,
 }
 
-/// What happens when content can't be had.
+/// What happens when content is unavailable.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum FailurePolicy {
     /// Everything that is missing is poisoned (any access is an error from then on), the VMM is told, and the engine
     /// ends.
     #[default]
     PoisonMissing,
-    /// Only the pages whose content can't be had are poisoned, the VMM is told, and the engine goes on. A source that
+    /// Only the pages whose content is unavailable are poisoned, the VMM is told, and the engine goes on. A source that
     /// breaks as a whole ends the engine all the same.
     ///
-    /// Where a page table of a guest is among them, KVM makes page faults of the guest's own of that: whoever wants the
-    /// guest to stop then has to see to it when it is told.
+    /// Where a page table of a guest is among them, KVM makes page faults of the guest's own of that: a VMM that
+    /// wants the guest to stop then has to see to it when it is told.
     PoisonFailed,
 }
 

@@ -22,11 +22,11 @@ pub enum PausePoint {
     Completing,
     /// While memory is frozen: a page was copied for its writer, and is neither in the pool's queue nor called saved yet.
     Copied,
-    /// While memory is frozen: a page is claimed for its writer, and the pool has no room for it.
+    /// While memory is frozen: a page is claimed for its writer, and the pool has no space for it.
     PoolFull,
     /// While memory is frozen: that claim was given back, and the writer waits.
     WriterWaits,
-    /// While memory is frozen: whoever saves came to a page that somebody else has claimed or saved.
+    /// While memory is frozen: the saver came to a page that another thread has claimed or saved.
     NothingGathered,
 }
 

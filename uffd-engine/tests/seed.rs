@@ -127,14 +127,14 @@ fn an_engine_with_nothing_to_do_wakes_no_thread() {
     // They come to rest.
     let mut before = context_switches();
     loop {
-        std::thread::sleep(Duration::from_millis(50));
+        assert!(late.wait_for(Duration::from_millis(50)).is_none());
         let now = context_switches();
         if std::mem::replace(&mut before, now) == now {
             break;
         }
     }
-    // Nothing is waited for here: it is how long nothing may happen.
-    std::thread::sleep(Duration::from_millis(500));
+    // The end does not come: for so long nothing may happen.
+    assert!(late.wait_for(Duration::from_millis(500)).is_none());
     assert_eq!(context_switches(), before);
     drop((complete, waits, late));
 }

@@ -23,7 +23,7 @@ const BELIEVED: [i64; 7] = [
 pub(crate) enum Holes {
     /// Holes are where the file system says.
     Told,
-    /// There is none: the file takes as much room as it is long.
+    /// There is none: the file takes as much space as it is long.
     None,
     /// Nobody knows: all of it is read.
     Unknown,

@@ -81,7 +81,7 @@ fn with_engine(
                 *gate = Some(Arc::<Freeze>::clone(freeze));
                 return Ok(true);
             }
-            // A discard waits for its event to be read, and whoever reads it for the gate.
+            // A discard waits for its event to be read, and the reader waits for the gate.
             Err(FreezeError::Arm { errno, .. }) if errno.is(Errno::EAGAIN) && Instant::now() < deadline => {}
             Err(error) => return Err(error),
         }

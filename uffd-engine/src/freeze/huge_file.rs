@@ -1,4 +1,4 @@
-//! Which huge pages a file holds, whoever has filled them.
+//! Which huge pages a file holds, including those that other processes have filled.
 
 use std::fs::File;
 use std::io;
@@ -39,7 +39,7 @@ impl HugeFile {
         Ok(HugeFile { mapping, descriptor })
     }
 
-    /// Whether the file holds the huge page `at` so many bytes behind the offset. Takes about a microsecond.
+    /// Whether the file holds the huge page `at` bytes behind the offset. Takes about a microsecond.
     ///
     /// # Errors
     /// If that is outside, no multiple of 2 MiB, or the kernel does not say.

@@ -6,7 +6,7 @@ use page_units::ByteLen;
 
 use super::zone::Zone;
 
-/// So much is copied, released and delivered at a time.
+/// How much is copied, released and delivered at a time.
 pub(crate) const PIECE: ByteLen = ByteLen(2 << 20);
 
 /// All pieces of all zones, each once.

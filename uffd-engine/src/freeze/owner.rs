@@ -107,10 +107,10 @@ impl Owner {
 
     /// Waits until every discard that may have taken effect is known, or `stopping`. The kernel lets memory go as soon
     /// as a handler has read of it: what was copied, or found missing, after that is not what it was at the freeze
-    /// point. So whoever has claimed a granule calls this after looking at it and before declaring it saved; a discard
+    /// point. So a thread that has claimed a granule calls this after looking at it and before declaring it saved; a discard
     /// that is noticed until then fails the snapshot.
     ///
-    /// Whoever holds the engine's gate needs it not: no discard is read meanwhile.
+    /// A thread that holds the engine's gate need not call it: no discard is read meanwhile.
     pub(crate) fn settle(&self, stopping: impl Fn() -> bool) {
         fence(Ordering::SeqCst);
         match self.by() {
@@ -133,7 +133,7 @@ impl Owner {
         }
     }
 
-    /// Takes the protection off everything that is not released, wakes whoever waits, and lets an engine go on to its
+    /// Takes the protection off everything that is not released, wakes its waiters, and lets an engine go on to its
     /// completion.
     pub(crate) fn let_go(&self, freeze: &Freeze, all_released: bool) {
         match self.by() {

@@ -13,9 +13,9 @@ use crate::sys::scan::{Found, PRESENT, SWAPPED, scan};
 /// Bits of an entry of `/proc/self/pagemap` (Linux Documentation/admin-guide/mm/pagemap.rst).
 const ENTRY_PRESENT: u64 = 1 << 63;
 const ENTRY_SWAPPED: u64 = 1 << 62;
-/// So many entries are read at a time.
+/// How many entries are read at a time.
 const ENTRIES: u64 = 8192;
-/// So many ranges are asked for at a time.
+/// How many ranges are asked for at a time.
 const RANGES: usize = 256;
 
 /// This process's page table, as the kernel shows it. Nothing is touched to look something up: touching a page would
@@ -120,7 +120,7 @@ impl PageTable {
         Ok(some.first().map(|found| found.range().start))
     }
 
-    /// For each of so many pages from `start` on: whether there is one.
+    /// Whether there is a page, for each of `pages` from `start` on.
     pub(crate) fn exist(&self, start: HostAddr, pages: usize) -> io::Result<Vec<bool>> {
         Ok(self.entries(start, pages)?.map(|entry| Wanted::Existing.has(entry)).collect())
     }

@@ -25,7 +25,7 @@ pub(crate) struct Pool {
 }
 
 impl Pool {
-    /// So many buffers of one granule each, all of them touched: nothing is allocated while a writer waits.
+    /// Makes buffers of one granule each and touches them: nothing is allocated while a writer waits.
     pub(crate) fn new(count: usize, granule: ByteLen) -> io::Result<Pool> {
         let count = count.max(1);
         let len = granule.0.checked_mul(count as u64).ok_or(io::ErrorKind::OutOfMemory)?;

@@ -15,7 +15,7 @@ use crate::memory::backing::Backing;
 use crate::memory::region::Region;
 
 /// Finds the pages of memory of this process that may be other than zero, region by region and in order: for shared memory
-/// those that its [file](Region::with_file) holds, whoever has filled them; for private memory those of the page table.
+/// those that its [file](Region::with_file) holds; for private memory those of the page table.
 /// Nothing is touched.
 ///
 /// Memory that is still being loaded has content besides, which this does not tell.

@@ -116,8 +116,8 @@ impl Saver<'_> {
         Ok(())
     }
 
-    /// Saves what of some granules is not saved, and what of them is in the pool: copies, releases, and then delivers, so
-    /// that no writer waits for the sink. `false` if the content of some is not to be had yet.
+    /// Saves those of some granules that are not saved, and those that are in the pool: copies, releases, and then
+    /// delivers, so that no writer waits for the sink. `false` if the content of some has not come yet.
     fn sweep(&mut self, number: usize, granules: Range<usize>) -> Result<bool, FrozenError> {
         let freeze = self.freeze;
         let zone = &freeze.zones[number];

@@ -68,7 +68,7 @@ fn fail(freeze: &Freeze, what: &'static str, at: HostAddr, errno: Errno) {
 }
 
 impl Freeze {
-    /// Memory was given back. What of it was not saved is lost to the snapshot.
+    /// Memory was given back. The part that was not saved is lost to the snapshot.
     pub(crate) fn given_back(&self, start: HostAddr, end: HostAddr) {
         if let Some((start, end)) = self.unsaved(start, end) {
             self.end(Err(FrozenError::Discarded { start, end }));

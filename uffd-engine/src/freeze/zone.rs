@@ -1,4 +1,4 @@
-//! A region of frozen memory, and what of it is saved.
+//! A region of frozen memory, and which part of it is saved.
 
 use std::sync::atomic::AtomicBool;
 
@@ -8,7 +8,7 @@ use super::saved::Saved;
 use crate::memory::region::Region;
 use crate::sys::read::Reading;
 
-/// A region with what of it is saved.
+/// A region, and which part of it is saved.
 #[derive(Debug)]
 pub(crate) struct Zone {
     pub(crate) region: Region,

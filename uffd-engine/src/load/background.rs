@@ -13,7 +13,7 @@ use crate::memory::Place;
 use crate::serve::placement::bind;
 use crate::stats::bump;
 
-/// After a fault, so many pages from there on come next, and at least so many granules.
+/// How many pages from a fault on come next, and at least how many granules.
 const AFTER_FAULT: PageCount = PageCount(512);
 const GRANULES_AFTER_FAULT: u64 = 8;
 
@@ -58,12 +58,12 @@ impl Load {
         }
     }
 
-    /// Requests what of a run is Missing, and counts it against the rate.
+    /// Requests the pages of a run that are Missing, and counts it against the rate.
     fn request_counted(&self, area: usize, run: PageRun) {
         self.plan.asked(self.request(area, run, self.plan.piece));
     }
 
-    /// Requests what of a run is Missing, in runs of at most `piece` pages.
+    /// Requests the pages of a run that are Missing, in runs of at most `piece` pages.
     fn request(&self, number: usize, run: PageRun, piece: PageCount) -> ByteLen {
         let (area, states) = (self.intake.memory.area(number), self.intake.memory.states(number));
         let end = area.granule_of(run.first) + ByteLen(run.pages.0 / area.granule.0).get();

@@ -104,7 +104,7 @@ impl Load {
         PageCount(memory.view.areas.iter().enumerate().map(granules).sum())
     }
 
-    /// What of an area's content is still missing, by its page states. Where that is an install, the installer has the
+    /// The part of an area's content that is still missing, by its page states. Where that is an install, the installer has the
     /// engine checked again.
     fn lack(&self, number: usize) -> Lack {
         let (area, states) = (self.intake.memory.area(number), self.intake.memory.states(number));

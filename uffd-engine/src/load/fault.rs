@@ -72,7 +72,7 @@ impl Load {
         self.intake.memory.states(place.area)
     }
 
-    /// Brings what a fault needs. `true` if whoever waited goes on already.
+    /// Brings what a fault needs. `true` if its waiters go on already.
     fn serve(&self, place: Place, minor: bool, again: bool) -> bool {
         let (area, states) = (self.area(place), self.states(place));
         // A granule whose pages are being gathered in the file is as good as missing until they are all there.
@@ -83,7 +83,7 @@ impl Load {
         loop {
             let entry = states.get_to_change(place.granule);
             return match entry.state {
-                // Whoever installs it wakes its waiters, ours among them.
+                // The installer wakes its waiters, ours among them.
                 State::InFlight if states.meet(place.granule) => true,
                 State::InFlight => continue,
                 // A fault on a page that is there is real: what was installed may have been dropped by a discard that
@@ -120,7 +120,7 @@ impl Load {
     fn mark_zero(&self, place: Place) {
         let area = self.area(place);
         let was = self.states(place).mark_zero(place.granule);
-        // (If it is not Missing any more, whoever was faster answers.)
+        // (If it is not Missing any more, the faster thread answers.)
         if was.state == State::Missing && was.requested {
             self.intake.answered(area.granule.0);
         }

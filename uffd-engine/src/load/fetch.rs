@@ -173,7 +173,7 @@ impl Refetch {
 }
 
 impl Tap {
-    /// Takes what of `run` is wanted and has not come yet.
+    /// Takes the pages of `run` that are wanted and have not come yet.
     fn take(&self, run: PageRun, bytes: Option<PageBytes<'_>>) -> Reply {
         let mut wanted = self.wanted.lock();
         let here = run.intersect(wanted.run);

@@ -94,7 +94,7 @@ pub(crate) struct Staging {
     zeros: Scratch,
 }
 
-/// So many buffers are kept for the next granules.
+/// How many buffers are kept for the next granules.
 const SPARE: usize = 4;
 
 impl Staging {

@@ -254,7 +254,7 @@ impl Intake {
 }
 
 /// Claimed granules that are not installed yet. However the install ends, by a panic too, they are given back: they are
-/// what they were before, and whoever has been left to us faults again.
+/// what they were before, and faults that were left to us are taken again.
 pub(crate) struct Claim<'a> {
     intake: &'a Intake,
     place: Place,

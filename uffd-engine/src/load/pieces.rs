@@ -70,13 +70,13 @@ impl Intake {
         let alias = area.region.alias.map(|alias| alias + area.len_of(granule));
         let first = here.first - area.page(granule);
         self.memory.pauses.at(PausePoint::Piece);
-        // What is put together in the file is written there: only by whoever has claimed it, as any install.
+        // What is put together in the file is written there: only by the thread that has claimed it, as any install.
         let added = loop {
             let gate = alias.is_some().then(|| self.memory.view.installing());
             let take = || match (&gate, self.memory.states(number).get(granule).state) {
                 (None, State::Missing | State::Zero) => Ok(None),
                 (Some(_), _) if self.memory.states(number).claim(granule) => Ok(Some(Claim::of(self, place))),
-                // Whoever reads events may be waited for.
+                // A thread that reads events may be waited for.
                 (Some(_), State::InFlight) if self.status.running() && !self.memory.view.on_reader_thread() => {
                     Err(Added::Busy)
                 }

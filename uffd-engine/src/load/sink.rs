@@ -113,7 +113,7 @@ impl Intake {
         Flow::Continue(())
     }
 
-    /// Poisons what of a range is Missing, without waiting for what is under way.
+    /// Poisons the part of a range that is Missing, without waiting for what is under way.
     ///
     /// A granule is InFlight until the kernel knows: unregistering waits for that, or a page would be let go that only the
     /// map calls poisoned.

@@ -61,7 +61,7 @@ pub(crate) struct Status {
     source_finishes: AtomicBool,
 }
 
-/// So many errors of single pages are kept until the observer has seen them.
+/// How many errors of single pages are kept until the observer has seen them.
 const MAX_FAILED_PAGES: usize = 64;
 
 impl Status {
@@ -98,7 +98,7 @@ impl Status {
         self.failed_pages.get()
     }
 
-    /// To be said before an install is met that is under way: whoever settles it tells.
+    /// Called before an install in flight is left to its installer, which tells when it settles.
     pub(crate) fn be_interested(&self) {
         self.interested.store(true, Ordering::SeqCst);
     }

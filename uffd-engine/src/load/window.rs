@@ -9,7 +9,7 @@ use parking_lot::{Condvar, Mutex};
 pub(crate) struct Window {
     pages: AtomicU64,
     window: u64,
-    /// Loaders that wait for room, for the end of a pause, or for time to pass.
+    /// Loaders that wait for space in the window, for the end of a pause, or for time to pass.
     asleep: AtomicU64,
     lock: Mutex<()>,
     change: Condvar,

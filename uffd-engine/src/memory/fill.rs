@@ -1,4 +1,4 @@
-//! What is known of the content: the state of each granule, whoever sees it.
+//! What is known of the content: the state of each granule, for all who see it.
 //!
 //! The other half of a [`Memory`](super::Memory) is its [`View`](super::View): the descriptor, the addresses and the
 //! gate. Today one view shows one fill.

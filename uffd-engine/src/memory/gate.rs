@@ -47,7 +47,7 @@ pub(crate) struct GateLock {
 }
 
 impl GateLock {
-    /// Enters beside others, after a thread with priority.
+    /// Enters together with others, after a thread with priority.
     pub(crate) fn shared(&self) -> Gate<'_> {
         let enter = || if self.priority.load(Ordering::Relaxed) == 0 { self.lock.try_read() } else { None };
         // A parked handler leaves only when it is interrupted.

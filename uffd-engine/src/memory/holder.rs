@@ -28,7 +28,7 @@ pub(crate) trait Holder: Debug + Send + Sync {
     /// Whether something between two addresses is not saved yet.
     fn needs(&self, start: HostAddr, end: HostAddr) -> bool;
 
-    /// A range was given back. What of it was not saved is lost to the snapshot.
+    /// A range was given back. The part that was not saved is lost to the snapshot.
     fn given_back(&self, start: HostAddr, end: HostAddr);
 
     /// The engine that loads the memory has failed. The gate need not be held.

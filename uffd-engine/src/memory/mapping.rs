@@ -35,7 +35,7 @@ impl Mapping {
     /// Private anonymous memory. The kernel rounds the length up to whole pages.
     ///
     /// # Errors
-    /// If the length is 0, or there is no room for it.
+    /// If the length is 0, or there is no space for it.
     pub fn anonymous(len: ByteLen) -> io::Result<Mapping> {
         Ok(Mapping { map: Map::anonymous(len)?, backing: Backing::Anonymous, file: None })
     }
@@ -43,7 +43,7 @@ impl Mapping {
     /// A shared mapping of a file without a name (memfd).
     ///
     /// # Errors
-    /// If the length is 0, or there is no room for it.
+    /// If the length is 0, or there is no space for it.
     pub fn memfd(len: ByteLen) -> io::Result<Mapping> {
         Mapping::shared(len, MFdFlags::MFD_CLOEXEC, Backing::Memfd)
     }
@@ -51,7 +51,7 @@ impl Mapping {
     /// The same, of huge pages (2 MiB), of which it takes as many from the system's pool as are touched.
     ///
     /// # Errors
-    /// If the length is 0 or no multiple of 2 MiB, or there is no room for it.
+    /// If the length is 0 or no multiple of 2 MiB, or there is no space for it.
     pub fn hugetlb(len: ByteLen) -> io::Result<Mapping> {
         let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB;
         Mapping::shared(len, flags, Backing::Hugetlb)

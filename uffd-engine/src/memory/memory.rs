@@ -1,4 +1,4 @@
-//! The memory that is served, whoever fills it or freezes it: it outlives its load.
+//! The memory that is served, filled and frozen: it outlives its load.
 
 use std::io;
 use std::sync::atomic::AtomicBool;

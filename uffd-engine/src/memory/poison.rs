@@ -1,4 +1,4 @@
-//! Making sure that nobody reads what could not be had: page by page, everything that is missing, and memory that was
+//! Making sure that nobody reads unavailable pages: page by page, everything that is missing, and memory that was
 //! handed over for which no engine could be made.
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -54,7 +54,7 @@ impl Memory {
         }
     }
 
-    /// Poisons what of some spans is Missing, and waits for what is being installed. No install begins any more.
+    /// Poisons the parts of some spans that are Missing, and waits for what is being installed. No install begins any more.
     pub(crate) fn poison_missing(
         &self,
         number: usize,
@@ -143,7 +143,7 @@ impl Memory {
 }
 
 /// A second hold on a descriptor that was handed over, while an engine is being made of it. Dropped before there is one,
-/// also by a panic of the source, it poisons what is not there: nobody knows any more what of it is zero.
+/// also by a panic of the source, it poisons what is not there: nobody knows any more which pages are zero.
 #[derive(Debug)]
 pub(crate) struct PoisonOnAbort {
     descriptor: Arc<OwnedFd>,
@@ -157,7 +157,7 @@ impl PoisonOnAbort {
         match descriptor.fd().try_clone_to_owned() {
             Ok(descriptor) => Some(PoisonOnAbort { descriptor: Arc::new(descriptor), regions: regions.to_vec() }),
             Err(error) => {
-                log::warn!("a second descriptor of memory that was handed over can't be had: {error}");
+                log::warn!("a second descriptor of memory that was handed over is unavailable: {error}");
                 None
             }
         }

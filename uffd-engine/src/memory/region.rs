@@ -96,7 +96,7 @@ impl Region {
     }
 
     /// The file behind it, and where in the file it begins. Shared memory needs it to be frozen: the file tells which pages
-    /// exist, whoever has filled them.
+    /// exist, including those that other processes have filled.
     ///
     /// The promise that a snapshot ends if the file is punched or written to past the memory covers files that hold these
     /// regions and nothing else; of other files it is not noticed what happens to pages in the first moments, which have

@@ -26,7 +26,7 @@ pub(crate) enum State {
     Zero,
     /// The guest gave it back: it reads as zero.
     Removed,
-    /// Its content can't be had: any access is an error.
+    /// Its content is unavailable: any access is an error.
     Poisoned,
 }
 
@@ -45,7 +45,7 @@ const STATE: u8 = 0b111;
 const REQUESTED: u8 = 1 << 3;
 /// Somebody stands still until it comes.
 const WANTED: u8 = 1 << 4;
-/// Of an InFlight granule: a fault, or whoever looks whether all is there, has been left to who installs it.
+/// Set on an InFlight granule when a fault, or the check for completion, relies on the installer to finish the job.
 const MET: u8 = 1 << 5;
 /// Of an InFlight granule: the state it was claimed in, Missing if it is neither of these.
 const WAS: u8 = WAS_ZERO | WAS_REMOVED;
@@ -138,7 +138,7 @@ impl StateMap {
     }
 
     /// A granule that the caller has claimed becomes what it was before. `true` if something was left to the caller
-    /// meanwhile: whoever waits there has to be woken, to fault again, and told.
+    /// meanwhile: waiters have to be woken, to fault again, and the check for completion has to be repeated.
     pub(crate) fn give_back(&self, granule: usize) -> bool {
         let old = self.replace(granule, |old| {
             let state = match old & WAS {
@@ -158,7 +158,7 @@ impl StateMap {
         }
     }
 
-    /// Leaves something to whoever has claimed the granule; `false` if it is not InFlight any more.
+    /// Leaves something to the thread that has claimed the granule; `false` if it is not InFlight any more.
     pub(crate) fn meet(&self, granule: usize) -> bool {
         let there = self.byte(granule);
         let met = |old| (decode(old).state == State::InFlight).then_some(old | MET);

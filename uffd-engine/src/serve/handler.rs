@@ -12,7 +12,7 @@ use super::wait::{Patience, Waiter, Woken};
 use crate::sys::abi::{Message, UFFD_EVENT_PAGEFAULT, UFFD_PAGEFAULT_FLAG_MINOR, UFFD_PAGEFAULT_FLAG_WP};
 use crate::{EngineError, Errno};
 
-/// After how many reads that brought one message there is another that takes all: a read that has room looks for more
+/// After how many reads that brought one message there is another that takes all: a read with space for more looks for more
 /// before it returns, and the faulting thread waits for that. Not where events are read: a discard is read together with
 /// the faults that came before it, so as to come first.
 const READS_OF_ONE: usize = 8;

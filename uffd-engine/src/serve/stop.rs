@@ -97,7 +97,7 @@ mod tests {
             while std::fs::read_to_string(&place).unwrap() != "handle_userfault" {
                 std::thread::yield_now();
             }
-            // Faults are read before events: the stop alone, if there is room for one message.
+            // Faults are read before events: the stop alone, if there is space for one message.
             assert_eq!(ops::read(descriptor.fd(), &mut messages[..1]), Ok(1));
             assert!(pages.answer(&descriptor, HostAddr(messages[0].word1)));
             let stopped = heard.recv_timeout(Duration::from_secs(20));

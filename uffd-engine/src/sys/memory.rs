@@ -118,7 +118,7 @@ impl Scratch {
         }
     }
 
-    /// As many pieces of so many bytes as there are in it.
+    /// As many whole pieces as there are in it.
     ///
     /// # Panics
     /// If a piece is to have no bytes.

@@ -16,7 +16,7 @@ const HUGE: u64 = page_units::PageSize::HUGE.bytes().0;
 pub(crate) enum Done {
     /// All of it.
     All,
-    /// The first so many bytes; try again with the rest.
+    /// The first bytes, this many; try again with the rest.
     Part(u64),
     /// Nothing, and why.
     Failed(Errno),

@@ -56,7 +56,7 @@ const _: () = {
     assert!(PAGEMAP_SCAN == 0xC060_6610);
 };
 
-/// Ranges of pages between two addresses that are of one of `categories`, as many as fit, of at most so many pages (0:
+/// Ranges of pages between two addresses that are of one of `categories`, as many as fit, of at most `most` pages (0:
 /// any number), and where the search has ended; `pagemap` is `/proc/self/pagemap`.
 ///
 /// # Errors
