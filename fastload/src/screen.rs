@@ -110,7 +110,7 @@ impl Write for Lines {
     }
 }
 
-/// Says something that people want to know in addition to the result.
+/// Something that people want to know, in addition to the result.
 pub(crate) fn note(text: &str) {
     log::info!(target: NOTE, "{text}");
 }
@@ -131,7 +131,7 @@ pub(crate) struct Progress {
 }
 
 impl Progress {
-    /// Begins a bar for `total` bytes of work. `json`: for programs.
+    /// Of `total` bytes of work. `json`: for programs.
     pub(crate) fn new(total: u64, json: bool) -> Progress {
         let bar = BARS.add(ProgressBar::new(total));
         let narrow = console::Term::stderr().size_checked().is_some_and(|(_, width)| width < 80);
@@ -145,7 +145,7 @@ impl Progress {
         Progress { bar, told: told.then(|| AtomicU64::new(micros(event::now()))) }
     }
 
-    /// Shows that `done` bytes are done.
+    /// `done` bytes are done.
     pub(crate) fn set(&self, done: u64) {
         self.bar.set_position(done);
         let Some(told) = &self.told else { return };

@@ -160,7 +160,7 @@ fn a_path_of_any_bytes_is_no_failure() {
 }
 
 #[test]
-fn people_choose_how_much_they_hear() {
+fn quiet_and_verbose_say_less_and_more() {
     let dir = tempfile::tempdir().unwrap();
     let one = sample("q10-pc-32-plain.mr", dir.path());
     let said = |words: &[&str], log: Option<&str>| {

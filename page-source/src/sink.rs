@@ -43,7 +43,8 @@ pub enum Reply {
     /// file was truncated. What lies before it was taken, and what lies behind it was not looked at. The source answers
     /// all that was not taken with [`PageSink::failed`] and an error that names the file, and goes on.
     Unreadable(PageRun),
-    /// No more is taken, and why. The source delivers nothing more.
+    /// No more is taken, and why. The source gives up what it is delivering; what is requested in spite of that may be
+    /// delivered, and is refused again.
     Stop(SinkError),
 }
 
@@ -60,6 +61,25 @@ impl Reply {
             Reply::Taken => ControlFlow::Continue(()),
             other => ControlFlow::Break(other),
         }
+    }
+}
+
+/// Gives pages to a sink as every source has to: what the sink could not read fails, with the error that `unreadable` makes
+/// for these pages, and the source goes on. Breaks if the sink takes no more.
+pub fn deliver(
+    sink: &dyn PageSink,
+    run: PageRun,
+    bytes: PageBytes<'_>,
+    unreadable: impl FnOnce(PageRun) -> SourceError,
+) -> ControlFlow<Reply> {
+    match sink.data(run, bytes) {
+        Reply::Unreadable(gone) => {
+            // And what comes behind it: nobody has looked at that.
+            let first = run.intersect(gone).first.max(run.first);
+            let (_, rest) = run.split_at(first - run.first);
+            sink.failed(rest, unreadable(rest)).branch()
+        }
+        reply => reply.branch(),
     }
 }
 

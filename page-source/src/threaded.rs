@@ -7,10 +7,9 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
 use page_units::{BlockId, Layout, PageIndex, PageRun};
-use parking_lot::RwLock;
 
 use self::queue::Queue;
-use crate::{Answer, End, Feed, PageBytes, PageSink, PageSource, Pages, Reply, SinkError, SourceError, Span, Urgency};
+use crate::{Answer, End, Feed, OneEnd, PageBytes, PageSink, PageSource, Pages, Reply, SourceError, Span, Urgency};
 
 /// Any source, whose requests are answered from threads of its own: for storage that may block (NFS, a slow disk, a
 /// decompressor), so that [`Feed::request`] does not.
@@ -55,7 +54,7 @@ impl<S: PageSource> Pages for Threaded<S> {
 
 impl<S: PageSource> PageSource for Threaded<S> {
     fn start(&self, sink: Arc<dyn PageSink>) -> Result<Box<dyn Feed>, SourceError> {
-        let ends = Arc::new(Ends { sink, queue: Queue::default(), told: RwLock::default() });
+        let ends = Arc::new(Ends { sink: OneEnd::new(sink), queue: Queue::default() });
         let inner = Arc::new(self.source.start(Arc::clone(&ends) as Arc<dyn PageSink>)?);
         let mut feed = ThreadedFeed { ends, inner: Some(inner), threads: Vec::new() };
         for number in 0..=self.background {
@@ -63,7 +62,7 @@ impl<S: PageSource> PageSource for Threaded<S> {
                 Ok(thread) => feed.threads.push(thread),
                 Err(error) => {
                     // Not started, so that no end is told. Those threads that run are joined by the drop.
-                    *feed.ends.told.write() = true;
+                    feed.ends.sink.never_started();
                     return Err(SourceError::stopped("no thread can be started").with_cause(error));
                 }
             }
@@ -72,19 +71,15 @@ impl<S: PageSource> PageSource for Threaded<S> {
     }
 }
 
-/// The sink as the inner source sees it: nothing passes after the end, and the end once.
+/// The sink as the inner source sees it: what ends the flow ends the threads, too.
 #[derive(Debug)]
 struct Ends {
-    sink: Arc<dyn PageSink>,
+    sink: OneEnd,
     queue: Queue,
-    /// Whether the sink was told the end. Held for reading during every call into it.
-    told: RwLock<bool>,
 }
 
 impl Ends {
-    fn pass(&self, pass: impl FnOnce(&dyn PageSink) -> Reply) -> Reply {
-        let told = self.told.read();
-        let reply = if *told { SinkError::stopped("the flow has ended").into() } else { pass(&*self.sink) };
+    fn seen(&self, reply: Reply) -> Reply {
         if matches!(reply, Reply::Stop(_)) {
             self.queue.stop();
         }
@@ -94,26 +89,24 @@ impl Ends {
 
 impl PageSink for Ends {
     fn data(&self, run: PageRun, bytes: PageBytes<'_>) -> Reply {
-        self.pass(|sink| sink.data(run, bytes))
+        self.seen(self.sink.data(run, bytes))
     }
 
     fn zero(&self, run: PageRun) -> Reply {
-        self.pass(|sink| sink.zero(run))
+        self.seen(self.sink.zero(run))
     }
 
     fn absent(&self, run: PageRun) -> Reply {
-        self.pass(|sink| sink.absent(run))
+        self.seen(self.sink.absent(run))
     }
 
     fn failed(&self, run: PageRun, error: SourceError) -> Reply {
-        self.pass(|sink| sink.failed(run, error))
+        self.seen(self.sink.failed(run, error))
     }
 
     fn end(&self, end: End) {
         self.queue.stop();
-        if !std::mem::replace(&mut *self.told.write(), true) {
-            self.sink.end(end);
-        }
+        self.sink.end(end);
     }
 }
 

@@ -46,6 +46,10 @@ pub enum Prerequisite {
     Zstd,
     /// The program `lz4` runs.
     Lz4,
+    /// The program `zsh` runs.
+    Zsh,
+    /// The program `mandoc` runs.
+    Mandoc,
     /// Missing pages can be poisoned (`UFFDIO_POISON`): Linux 6.6.
     Poison,
     /// Pages of shared memory can be mapped write-protected (`UFFDIO_CONTINUE_MODE_WP`): Linux 6.4.
@@ -78,6 +82,12 @@ impl Prerequisite {
             Prerequisite::QemuTools => ["qemu-img", "qemu-io", "qemu-storage-daemon"].into_iter().try_for_each(runs),
             Prerequisite::Zstd => runs("zstd"),
             Prerequisite::Lz4 => runs("lz4"),
+            Prerequisite::Zsh => runs("zsh"),
+            // It has no option that only tells its version.
+            Prerequisite::Mandoc => match Command::new("mandoc").stdin(Stdio::null()).stdout(Stdio::null()).status() {
+                Ok(_) => Ok(()),
+                Err(error) => Err(format!("mandoc: {error}")),
+            },
             Prerequisite::Hugepages => {
                 let _one_more = hugepages::Overcommit::reserve(1)
                     .map_err(|error| format!("nr_overcommit_hugepages can't be raised: {error}"))?;

@@ -87,7 +87,8 @@ pub(crate) fn deliver(oracle: &Oracle, sink: &dyn PageSink, run: PageRun) -> Con
         if zero {
             sink.zero(piece).branch()?;
         } else {
-            sink.data(piece, PageBytes::from_slice(oracle.run(piece))).branch()?;
+            let unreadable = |_| SourceError::stopped("the sink could not read memory of our own");
+            page_source::deliver(sink, piece, PageBytes::from_slice(oracle.run(piece)), unreadable)?;
         }
     }
     ControlFlow::Continue(())

@@ -34,7 +34,7 @@ macro_rules! examples {
 examples! {
     copy needs[] {
         let said = run("copy", NOTHING);
-        let readme = std::fs::read_to_string(root().join("page-source/README.md")).unwrap();
+        let readme = std::fs::read_to_string(root().join("page-source/files/README.md")).unwrap();
         let (_, shown) = readme.split_once("--example copy\n").unwrap();
         for line in shown.lines().take(2) {
             assert!(said.contains(line), "{line:?} is not in {said}");
@@ -58,6 +58,10 @@ examples! {
         let counts = said.lines().find(|line| line.contains("pages on demand")).unwrap_or_else(|| panic!("{said}"));
         let counts: Vec<u64> = counts.split(' ').filter_map(|word| word.parse().ok()).collect();
         assert_eq!((counts[0], counts[0] + counts[1]), (1, 4096), "{said}");
+    }
+
+    network needs[] {
+        says(&run("network", NOTHING), &["64 pages came over the socket, each as it should be\n"]);
     }
 
     restore needs[Kvm, Userfaultfd] {

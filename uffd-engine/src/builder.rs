@@ -41,6 +41,7 @@ pub struct Builder {
     policy: FailurePolicy,
     around: PageCount,
     staging: usize,
+    prefilled: bool,
     observer: Option<Observer>,
     serving: Option<Serving>,
     present: Vec<PageRun>,
@@ -70,6 +71,7 @@ impl Default for Builder {
             policy: FailurePolicy::default(),
             around: PageCount(1),
             staging: 16,
+            prefilled: false,
             observer: None,
             serving: None,
             present: Vec::new(),
@@ -202,6 +204,18 @@ impl Builder {
         self
     }
 
+    /// The files behind shared memory are filled past the engine on purpose, before it is started or while it runs: a page
+    /// that a file holds is content, and is mapped instead of fetched.
+    ///
+    /// Without it such a page fails the engine ([`EngineError::FilledElsewhere`](crate::EngineError::FilledElsewhere)): most
+    /// likely another mapping of the file (of a device process, say) has touched a page that was still missing, which made
+    /// it a page of zeros.
+    #[must_use]
+    pub fn prefilled(mut self) -> Builder {
+        self.prefilled = true;
+        self
+    }
+
     /// Calls `at` at each [`PausePoint`](crate::pause::PausePoint), on the thread that reaches it. For tests.
     #[cfg(feature = "pause-points")]
     #[must_use]
@@ -250,7 +264,8 @@ impl Builder {
         let memory = Arc::new(memory.map_err(system("memory for the page states"))?);
         self.present.iter().try_for_each(|&run| memory.is_present(run))?;
         let waiter = waiter(&memory, &self.handlers)?;
-        let intake = Arc::new(Intake::new(memory, staging, self.policy, window, self.wait_limit));
+        let policy = (self.policy, self.prefilled);
+        let intake = Arc::new(Intake::new(memory, staging, policy, window, self.wait_limit));
         // First of all: a source may begin to push at once.
         if made_here {
             register(&intake.memory)?;

@@ -150,8 +150,11 @@ pub enum EngineError {
     /// The source ended before it had delivered everything, or can't vouch for what it delivered.
     #[error("the source of the pages broke: {0}")]
     Broken(#[source] SourceError),
-    /// The kernel refused to install pages.
-    #[error("installing pages {}..{} of RAM block \"{block}\" at {at} failed: {errno}", run.first, run.end())]
+    /// The kernel refused to install pages. `ENOENT`: the memory there is not the engine's any more. `ENOMEM`: the machine,
+    /// or the memory cgroup of this process, has no memory left.
+    #[error(
+        "installing pages {}..{} of RAM block \"{block}\" at {at} failed: {errno}{}", run.first, run.end(), hint(*errno)
+    )]
     Install {
         /// The name of their RAM block.
         block: Arc<str>,
@@ -161,6 +164,34 @@ pub enum EngineError {
         at: HostAddr,
         /// What the kernel said.
         errno: Errno,
+    },
+    /// There is no huge page for some content.
+    #[error(
+        "no huge page is left for pages {}..{} of RAM block \"{block}\" at {at}: the pool is empty (vm.nr_hugepages, \
+         vm.nr_overcommit_hugepages), or the hugetlb cgroup allows no more", run.first, run.end()
+    )]
+    NoHugePage {
+        /// The name of their RAM block.
+        block: Arc<str>,
+        /// The pages.
+        run: PageRun,
+        /// Where.
+        at: HostAddr,
+    },
+    /// The file behind shared memory holds a page that was still missing, and that the engine has not put there: what it holds
+    /// is not the content.
+    #[error(
+        "pages {}..{} of RAM block \"{block}\" at {at} were touched through another mapping of the memory's file before \
+         their content came: let device processes use the memory when the engine is complete, or say that its file is \
+         filled on purpose (Builder::prefilled)", run.first, run.end()
+    )]
+    FilledElsewhere {
+        /// The name of their RAM block.
+        block: Arc<str>,
+        /// The pages.
+        run: PageRun,
+        /// Where.
+        at: HostAddr,
     },
     /// Pages of a huge granule could not be put together.
     #[error(
@@ -193,6 +224,15 @@ pub enum EngineError {
     /// The engine was cancelled or dropped before it was complete.
     #[error("the engine was cancelled before all pages were there")]
     Cancelled,
+}
+
+/// What an error of an install means to the owner of the memory.
+fn hint(errno: Errno) -> &'static str {
+    match errno.number() {
+        libc::ENOENT => " (it was unmapped, or something else is mapped there)",
+        libc::ENOMEM => " (no memory is left, or the memory cgroup allows no more)",
+        _ => "",
+    }
 }
 
 /// Why a range could not be given back.

@@ -42,7 +42,7 @@ fn what_the_file_holds_is_mapped() {
         fill(&memory, page, 0xcc);
     }
     let source = Arc::new(MemorySource::new(Arc::clone(&oracle)));
-    let engine = memory.engine(source).background(Background::default().paused()).start().unwrap();
+    let engine = memory.engine(source).prefilled().background(Background::default().paused()).start().unwrap();
     for page in 4..12 {
         let held = [0xcc; PAGE];
         let right = if page < 8 { oracle.run(one(page)) } else { &held };
@@ -69,7 +69,7 @@ fn a_cached_page_that_is_given_back_is_zero() {
         fill(&memory, 5, 0xcc);
         fill(&memory, 6, 0xcc);
         let source = Arc::new(MemorySource::new(Arc::clone(&oracle)));
-        let builder = memory.engine(source).background(Background::default().paused());
+        let builder = memory.engine(source).prefilled().background(Background::default().paused());
         let engine = builder.discards(way.discards()).start().unwrap();
         discard(way, &engine, &memory, one(5));
         assert!(memory.load(BlockId(0), PageIndex(5)).iter().all(|&byte| byte == 0), "{way:?}");
@@ -99,6 +99,7 @@ fn a_cached_page_that_is_gone_is_fetched() {
     let at_gate = gate.clone();
     let engine = memory
         .engine(Arc::new(MemorySource::new(Arc::clone(&oracle))))
+        .prefilled()
         .background(Background::default().paused())
         .pauses(move |point| {
             if point == PausePoint::FaultRead {
@@ -133,6 +134,7 @@ fn a_page_that_was_given_back_stays_so_while_its_mapping_is_tried_again() {
     let gates = (claimed.clone(), applied.clone());
     let engine = memory
         .engine(Arc::new(MemorySource::new(Arc::clone(&oracle))))
+        .prefilled()
         .handlers(Handlers::threads(1))
         .background(Background::default().paused())
         .pauses(move |point| match point {

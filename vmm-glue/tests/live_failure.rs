@@ -204,7 +204,7 @@ fn memory_whose_writes_can_not_be_caught_is_refused_by_name() {
         let memory = GuestMemoryMmap::from_regions((0..mappings).map(region).collect()).unwrap();
         let ram = Arc::new(GuestRam::adopt(memory, |guest| format!("ram{guest}")).unwrap());
         let machine = vmm_glue::NewVm::new(&Kvm::new().unwrap(), ram, MachineConfig::bare(1)).unwrap();
-        let options = vmm_glue::VcpuOptions { paused: true, ..vmm_glue::VcpuOptions::default() };
+        let options = vmm_glue::VcpuOptions::default().paused();
         let vcpus = Vcpus::start(machine, Arc::new(Signals::default()), options).unwrap();
         let error = snapshot_live(&vcpus, &host(), &dir.path().join("live.mr"), &LiveOptions::default()).unwrap_err();
         assert!(matches!(error, LiveError::Memory { what: found, .. } if found == what), "{error}");

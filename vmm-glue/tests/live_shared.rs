@@ -59,7 +59,7 @@ fn adopted(memory: Memory) -> GuestRam {
 /// vCPUs that do not run, with this memory.
 fn standing(ram: GuestRam) -> Vcpus {
     let machine = NewVm::new(&Kvm::new().unwrap(), Arc::new(ram), MachineConfig::bare(1)).unwrap();
-    let options = VcpuOptions { paused: true, ..VcpuOptions::default() };
+    let options = VcpuOptions::default().paused();
     Vcpus::start(machine, Arc::new(Signals::default()), options).unwrap()
 }
 

@@ -9,8 +9,9 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, fork};
 use page_files::{FlatBlock, FlatSink};
+use page_source::conformance::{Page, Suite};
 use page_source::{PumpOptions, pump};
-use page_units::{BlockId, ByteLen, GuestAddr, HostAddr, Layout, PageIndex, PageSize, RamBlock};
+use page_units::{BlockId, ByteLen, GuestAddr, HostAddr, Layout, PageIndex, PageRun, PageSize, RamBlock};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 use vmm_glue::{Backing, GuestRam, Memory, RamSource, RamSpec};
@@ -174,6 +175,9 @@ fn what_was_never_touched_here_is_saved() {
             expected[9 * 4096] = 0x77;
         }
         let source = RamSource::new(ram).unwrap();
+        let truth = expected.clone();
+        let page = move |one: PageRun| Page::Content(truth[one.first.byte_offset().get()..][..4096].to_vec());
+        Suite::new(page).source(Arc::new(source.clone())).unwrap();
         let path = dir.path().join("saved");
         let block = RamBlock::new("ram", ByteLen(LEN as u64), PageSize::SMALL).unwrap();
         let blocks = FlatBlock::concatenated(vec![block]).unwrap();

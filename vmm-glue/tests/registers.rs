@@ -197,7 +197,7 @@ fn survives_in_a_file(machine: NewVm, state: &MachineState, kvm: &Kvm, host: &Ho
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("guest.mr");
     let bus = || Arc::new(Signals::default());
-    let paused = VcpuOptions { paused: true, ..VcpuOptions::default() };
+    let paused = VcpuOptions::default().paused();
     let vcpus = Vcpus::start(machine, bus(), paused).unwrap();
     vmm_glue::save(&vcpus, host, &path, &SaveOptions::default()).unwrap();
     let saved = SavedVm::open(&path, kvm, host).unwrap();

@@ -47,7 +47,7 @@ fn restore(rig: &Rig, path: &Path, backing: Backing, how: How) -> Restored {
         How::AtOnce => {
             let options = RestoreOptions::default().with_backing(backing);
             let cores = std::thread::available_parallelism().unwrap().get();
-            let options = options.with_vcpus(VcpuOptions { cores: vec![0, cores - 1], ..VcpuOptions::default() });
+            let options = options.with_vcpus(VcpuOptions::default().with_cores(vec![0, cores - 1]));
             resume_on_demand(path, &kvm, &host, Arc::clone(&bus) as _, &options, |engine| engine)
         }
         _ => saved.restore_on_demand(&kvm, &host, Arc::clone(&bus) as _, &options, |engine: Builder| {
@@ -151,7 +151,7 @@ fn a_resume_that_fails_leaves_nothing_behind() {
     let options = RestoreOptions::default();
     let missing = resume(&dir.path().join("missing"), &options);
     assert!(matches!(missing, Err(RestoreError::Open(_))), "{missing:?}");
-    let unbound = VcpuOptions { cores: vec![1000], ..VcpuOptions::default() };
+    let unbound = VcpuOptions::default().with_cores(vec![1000]);
     let nowhere = resume(&path, &options.clone().with_vcpus(unbound));
     assert!(matches!(nowhere, Err(RestoreError::Threads(_))), "{nowhere:?}");
     let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();

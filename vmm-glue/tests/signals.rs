@@ -80,7 +80,7 @@ const WAYS: [&str; 3] = ["saved", "saved by three threads", "saved live"];
 
 fn write(way: &str, vcpus: &Vcpus, host: &Host, path: &Path) -> Result<(), String> {
     let threads = if way == WAYS[1] { 3 } else { 1 };
-    let options = SaveOptions { threads, ..SaveOptions::default() };
+    let options = SaveOptions::default().with_threads(threads);
     match way == WAYS[2] {
         true => {
             let live = snapshot_live(vcpus, host, path, &LiveOptions::default()).map_err(|error| error.to_string())?;
@@ -145,7 +145,7 @@ fn cut_off(path: &Path) {
             ram.write(GuestAddr(page), &[0x77; 4096]).unwrap();
         }
         let machine = NewVm::new(&Kvm::new().unwrap(), Arc::clone(&ram), MachineConfig::bare(1)).unwrap();
-        let paused = VcpuOptions { paused: true, ..VcpuOptions::default() };
+        let paused = VcpuOptions::default().paused();
         let vcpus = Vcpus::start(machine, Arc::new(Signals::default()), paused).unwrap();
         vmm_glue::save(&vcpus, &host, path, &SaveOptions::default()).unwrap();
         let bytes = std::fs::read(path).unwrap();

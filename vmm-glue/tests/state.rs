@@ -23,7 +23,7 @@ fn clone_of(rig: &Rig, state: &MachineState, host: &Host) -> Rig {
     }
     let machine = NewVm::new(&Kvm::new().unwrap(), Arc::clone(&ram), MachineConfig::of(state)).unwrap();
     let bus = Arc::new(common::Signals::default());
-    let options = VcpuOptions { paused: true, ..VcpuOptions::default() };
+    let options = VcpuOptions::default().paused();
     let vcpus = Vcpus::start(machine, Arc::clone(&bus) as Arc<dyn Bus>, options).unwrap();
     vcpus.restore_state(state, host).unwrap();
     let image = GuestImage::found(ram.memory(), rig.image.config());

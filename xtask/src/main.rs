@@ -12,6 +12,7 @@ macro_rules! say {
 
 mod bench;
 mod demo;
+mod dist;
 mod e2e;
 mod hung;
 mod kernels;
@@ -48,6 +49,8 @@ enum Task {
     InGuest(kernels::GuestArgs),
     /// Measure, each figure as a ratio to the floor measured in the same run
     Bench(bench::Args),
+    /// Build what a release has: a static program, man pages, completions, a Debian package
+    Dist(dist::Args),
     /// Install what is missing on this machine (as root on Debian), or print the command that does
     Setup(setup::Args),
     /// Pack every published crate, and build each from its package
@@ -64,6 +67,7 @@ fn main() -> ExitCode {
         Task::Kernels(args) => kernels::run(&args),
         Task::InGuest(args) => kernels::run_guest(&args),
         Task::Bench(args) => bench::run(&args),
+        Task::Dist(args) => dist::run(&args),
         Task::Setup(args) => setup::run(&args),
         Task::Package => package::run(run::root()),
         Task::Tidy => tidy::run(),

@@ -35,6 +35,7 @@ pub(crate) struct Args {
 /// If a step failed, or something is missing that the tests can't do without.
 pub(crate) fn run(args: &Args) -> Done {
     setup::ensure(&[Need::Libclang, Need::Cxx, Need::Rustfmt, Need::Clippy, Need::Compressors])?;
+    setup::ensure_or_skip(Need::Readers)?;
     let mut gate = Gate::new(args.full)?;
     gate.step("format", |_| run_command(cargo("fmt").args(["--all", "--check"])));
     gate.step("source rules", |_| tidy::run());

@@ -39,17 +39,9 @@ use crate::parse;
   fastload capture --qmp /run/vm.qmp vm.snap
   fastload capture --qmp /run/vm.qmp vm.snap --exec-frozen 'cp --reflink=auto vm.qcow2 vm-copy.qcow2'
 
-The command of --exec-frozen is run by sh. It finds FASTLOAD_QMP (the QMP socket, which it can't use), FASTLOAD_OUT (the
-file to come) and FASTLOAD_DISKS (the images that the guest writes to, one a line). The guest stands still until it has
-ended; if it fails, or takes too long, nothing is captured and the guest goes on.
-
-If it is killed (SIGKILL) the guest goes on as well, but QEMU's capability background-snapshot
-stays on until the next capture of it through the same QMP socket; the capability events, which
-does no harm, stays on.
-
-With --json there is an event `frozen` right after the freeze point (not if the guest was paused), and one \
-`complete` when the file is there. With --exec-frozen the first comes before the command is run, and after it \
-`resumed` with the blackout.")]
+The command of --exec-frozen is run by sh. It finds FASTLOAD_QMP (the QMP socket, which it can't use), FASTLOAD_OUT (the \
+file to come) and FASTLOAD_DISKS (the images that the guest writes to, one a line). The guest stands still until it has \
+ended; if it fails, or takes too long, nothing is captured and the guest goes on.")]
 pub(crate) struct Capture {
     /// QEMU's QMP socket: a path, or unix:PATH. No other program may hold it meanwhile.
     #[arg(long, value_name = "ADDRESS", value_parser = parse::qmp())]
@@ -69,7 +61,9 @@ pub(crate) struct Capture {
     /// Capture although the file may not show one instant, or the host's memory may not suffice.
     #[arg(long, value_name = "WHAT")]
     allow: Vec<Allow>,
-    /// Print JSON, and no progress bar.
+    #[command(flatten)]
+    patience: monitor::Patience,
+    /// Print JSON, one event per line.
     #[arg(long)]
     pub(crate) json: bool,
 }
@@ -80,7 +74,7 @@ impl Capture {
         let interrupts = Interrupts::catch()?;
         let begun = Instant::now();
         check::writable(&self.output)?;
-        let mut qmp = monitor::connect(&self.qmp)?;
+        let mut qmp = monitor::connect(&self.qmp, self.patience)?;
         if !qmp.passes_fds() {
             return Err(format!(
                 "{}: QEMU is given a socket for the snapshot, which takes a QMP unix socket: -qmp unix:PATH,server=on,wait=off",

@@ -1,6 +1,6 @@
 //! `fastload completions`: what a shell needs to complete our command lines.
 
-use clap::CommandFactory as _;
+use clap::{Command, CommandFactory as _};
 use clap_complete::Shell;
 
 use crate::commands::Failure;
@@ -20,7 +20,14 @@ pub(crate) struct Completions {
 impl Completions {
     pub(crate) fn run(&self) -> Result<(), Failure> {
         let mut script = Vec::new();
-        clap_complete::generate(self.shell, &mut Arguments::command(), "fastload", &mut script);
+        clap_complete::generate(self.shell, &mut visible(), "fastload", &mut script);
         Ok(output::print(&String::from_utf8(script)?)?)
     }
+}
+
+/// Our command line, but for the commands that people don't type.
+fn visible() -> Command {
+    let all = Arguments::command();
+    let shown = all.get_subcommands().filter(|command| !command.is_hide_set()).cloned();
+    Command::new("fastload").version(env!("CARGO_PKG_VERSION")).args(all.get_arguments().cloned()).subcommands(shown)
 }

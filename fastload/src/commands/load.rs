@@ -22,7 +22,7 @@ use self::check::Compared;
 pub(crate) use self::keeper::{Coming, Keeper, StandBy};
 pub(crate) use self::qemu::Waiting;
 use self::state::{Paused, Start};
-use super::monitor::PATIENCE;
+use super::monitor::Patience;
 use super::serving::{self, Fate, Image};
 use super::{disks, monitor};
 use crate::commands::Failure;
@@ -42,14 +42,12 @@ const ANSWER: Duration = Duration::from_secs(3);
   qemu-system-x86_64 ... -incoming defer -qmp unix:/run/vm.qmp,server=on,wait=off &
   fastload load vm.snap --qmp /run/vm.qmp
 
-Exit code 0 means that the guest runs, or is paused as asked: with --paused, with QEMU's -S, or if it was paused when it
+Exit code 0 means that the guest runs, or is paused as asked: with --paused, with QEMU's -S, or if it was paused when it \
 was saved. A paused guest is started by `fastload resume`. Its disks must be free when it is started, since QEMU locks them.
 
 If `fastload load` is killed after the guest was started, the guest waits for the pages it misses, until:
   fastload load vm.snap --qmp /run/vm.qmp --recover
-That works although a guest that waits may hold up QEMU's main thread, and its monitor with it: a second process of this
-program stands by meanwhile, and a note (.fastload-*.json) lies next to the QMP socket. Kill both, and it depends on
-the guest: --recover says within seconds that QEMU hears nobody, and who could help.
+
 Ctrl-C (or SIGTERM, or SIGHUP) once the guest runs sends the rest, then ends; a second one leaves at once.")]
 pub(crate) struct Load {
     /// A file that QEMU saved with the capability mapped-ram.
@@ -82,7 +80,12 @@ pub(crate) struct Load {
     /// ended.
     #[arg(long, conflicts_with = "recover")]
     skip_disk_check: bool,
-    /// Print the figures as JSON.
+    /// Compare everything with the QEMU, and load nothing.
+    #[arg(long, conflicts_with_all = ["recover", "paused", "run"])]
+    check_only: bool,
+    #[command(flatten)]
+    patience: Patience,
+    /// Print JSON, one event per line.
     #[arg(long)]
     pub(crate) json: bool,
 }
@@ -103,6 +106,9 @@ impl Load {
             return self.recover(begun, &image);
         }
         let mut qmp = self.connect()?;
+        if self.check_only {
+            return self.only_check(&mut qmp, &image);
+        }
         let done =
             self.ready(&mut qmp, &image).and_then(|(server, waiting)| self.serve(begun, &image, server, waiting));
         if done.is_err() {
@@ -115,7 +121,7 @@ impl Load {
     /// Connects to a QEMU that is to wait for a snapshot. One that does not answer may have got one already.
     fn connect(&self) -> Result<Qmp, Failure> {
         let note = Beside::of(&self.qmp).ok().and_then(|beside| beside.read());
-        let Some(note) = note else { return Ok(monitor::connect(&self.qmp)?) };
+        let Some(note) = note else { return Ok(monitor::connect(&self.qmp, self.patience)?) };
         match Qmp::connect(&self.qmp, ANSWER) {
             Err(error @ QmpError::Mute { .. }) => Err(format!(
                 "{error}. Its guest is one that was being loaded, and it waits for the rest of its memory: {}",
@@ -123,13 +129,29 @@ impl Load {
             )
             .into()),
             // Somebody has it, for a moment perhaps.
-            Err(QmpError::NoGreeting { .. }) => Ok(monitor::connect(&self.qmp)?),
+            Err(QmpError::NoGreeting { .. }) => Ok(monitor::connect(&self.qmp, self.patience)?),
             connected => {
                 let mut qmp = connected?;
-                qmp.set_limit(PATIENCE);
+                qmp.set_limit(self.patience.get());
                 Ok(qmp)
             }
         }
+    }
+
+    /// All that is compared before anything is done to QEMU.
+    fn only_check(&self, qmp: &mut Qmp, image: &Image) -> Result<(), Failure> {
+        qemu::waits(qmp, Beside::of(&self.qmp)?.read().as_ref(), &self.recovery())?;
+        let blocks = check::fits(qmp, &image.snapshot, &self.snapshot, self.compared())?;
+        if self.preempt {
+            qemu::knows_preempt(qmp)?;
+        }
+        let state = check::saved_state(&image.snapshot)?;
+        self.disks_are_free(qmp, state != "running")?;
+        image.server(&blocks, self.options(self.preempt))?;
+        if self.json {
+            return Ok(Event::new("complete").path("file", &self.snapshot).with(json!({ "fits": true })).print()?);
+        }
+        Ok(output::print(&format!("{}: it fits this QEMU\n", self.snapshot.display()))?)
     }
 
     fn options(&self, preempt: bool) -> Options {
@@ -198,7 +220,8 @@ impl Load {
             if self.recover {
                 return Ok(false);
             }
-            let more = start.look(waiting.qmp, control, waiting.paused.is_some(), (ANSWER, PATIENCE), &address)?;
+            let more =
+                start.look(waiting.qmp, control, waiting.paused.is_some(), (ANSWER, self.patience.get()), &address)?;
             if self.json && (start.running.is_some() || start.paused) {
                 Event::new(if start.paused { "loaded" } else { "running" }).print()?;
             } else if start.running.is_some() {

@@ -1,9 +1,10 @@
-//! `fastload manual`: the man pages, for those who package it (`cargo xtask dist`).
+//! `fastload manual`: the man pages, for packages (`cargo xtask dist`).
 
 mod sections;
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use clap::CommandFactory as _;
 use clap_mangen::Man;
@@ -35,7 +36,7 @@ impl Manual {
         let path = self.directory.join(format!("{name}.1"));
         let title: &'static str = String::leak(name.to_owned());
         let mut text = Vec::new();
-        Man::new(command.clone().name(title)).render(&mut text)?;
+        Man::new(command.clone().name(title)).date(date()).render(&mut text)?;
         for section in sections::ALL.iter().filter(|section| section.page.is_none_or(|page| page == name)) {
             let mut roff = Roff::new();
             roff.control("SH", [section.title]);
@@ -53,4 +54,14 @@ impl Manual {
 
 fn write(path: &Path, text: &[u8]) -> Result<(), Failure> {
     fs::write(path, text).map_err(|error| format!("{}: {error}", path.display()).into())
+}
+
+/// The day that stands on the pages: today, or what a build that can be repeated says
+/// (<https://reproducible-builds.org/specs/source-date-epoch/>).
+fn date() -> String {
+    // Until the year 9999.
+    let possible = |seconds: &u64| *seconds < 253_402_300_800;
+    let named = std::env::var("SOURCE_DATE_EPOCH").ok().and_then(|seconds| seconds.parse().ok()).filter(possible);
+    let time = named.map_or_else(SystemTime::now, |seconds| UNIX_EPOCH + Duration::from_secs(seconds));
+    humantime::format_rfc3339_seconds(time).to_string().chars().take(10).collect()
 }

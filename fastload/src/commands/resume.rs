@@ -24,14 +24,16 @@ pub(crate) struct Resume {
     /// QEMU's QMP socket: a path, unix:PATH, or tcp:HOST:PORT.
     #[arg(long, value_name = "ADDRESS", value_parser = parse::qmp())]
     qmp: QmpAddress,
-    /// Print the state as JSON.
+    #[command(flatten)]
+    patience: monitor::Patience,
+    /// Print JSON, one event per line.
     #[arg(long)]
     pub(crate) json: bool,
 }
 
 impl Resume {
     pub(crate) fn run(&self) -> Result<(), Failure> {
-        let mut qmp = monitor::connect(&self.qmp)?;
+        let mut qmp = monitor::connect(&self.qmp, self.patience)?;
         resume(&mut qmp, &serving::address(&self.qmp))?;
         if self.json {
             return Ok(Event::new("complete").with(json!({"state": "running"})).print()?);

@@ -27,9 +27,9 @@ Ctrl-C (or SIGTERM, or SIGHUP) once the guest runs sends the rest, then ends; a 
 After a crash of `fastload serve` the guest waits. Tell its QEMU through QMP where to listen, and go on:
   {\"execute\": \"migrate-recover\", \"arguments\": {\"uri\": \"unix:/run/vm.in2\"}}
   fastload serve vm.snap --to unix:/run/vm.in2 --recover
-(QEMU refuses the first until it has noticed, and query-migrate says \"postcopy-paused\".) No second process stands by here.
-The guest may hold up QEMU's main thread while it waits. A QMP client that is to be heard nevertheless must have been
-there before, with {\"execute\": \"qmp_capabilities\", \"arguments\": {\"enable\": [\"oob\"]}}, and say \"exec-oob\" instead of
+(QEMU refuses the first until it has noticed, and query-migrate says \"postcopy-paused\".) No second process stands by here. \
+The guest may hold up QEMU's main thread while it waits. A QMP client that is to be heard nevertheless must have been \
+there before, with {\"execute\": \"qmp_capabilities\", \"arguments\": {\"enable\": [\"oob\"]}}, and say \"exec-oob\" instead of \
 \"execute\". `fastload load` sees to that itself.")]
 pub(crate) struct Serve {
     /// A file that QEMU saved with the capability mapped-ram.

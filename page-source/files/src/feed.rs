@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
 use page_source::{
-    Answer, Content, End, EndGuard, Feed, PageBytes, PageSink, Reply, SourceError, SourceErrorKind, Urgency,
+    Answer, Content, End, EndGuard, Feed, PageBytes, PageSink, Reply, SourceError, SourceErrorKind, Urgency, deliver,
     deliver_without_zeros,
 };
 use page_units::{ByteLen, FileOffset, PAGE_SHIFT, PAGE_SIZE, PageCount, PageRun};
@@ -131,20 +131,17 @@ impl<P: Places> Stored<'_, P> {
 
     fn whole(&self, run: PageRun) -> ControlFlow<Reply> {
         let bytes = self.file.bytes(self.offset, run.len());
-        let reply = if self.feed.scan_for_zeros {
-            deliver_without_zeros(self.sink(), run, bytes, |run, error| {
-                self.sink().failed(run, self.unreadable(run, run.len(), error))
-            })
-        } else {
-            self.sink().data(run, bytes)
-        };
+        let unreadable = |run: PageRun| self.unreadable(run, run.len(), Errno::EFAULT.into());
+        if !self.feed.scan_for_zeros {
+            return deliver(self.sink(), run, bytes, unreadable);
+        }
+        let reply = deliver_without_zeros(self.sink(), run, bytes, |run, error| {
+            self.sink().failed(run, self.unreadable(run, run.len(), error))
+        });
         match reply {
-            // It fails, and what comes behind it: nobody has looked at that.
             Reply::Unreadable(gone) => {
-                let first = run.intersect(gone).first.max(run.first);
-                let (_, rest) = run.split_at(first - run.first);
-                let error = self.unreadable(rest, rest.len(), Errno::EFAULT.into());
-                self.sink().failed(rest, error).branch()
+                let (_, rest) = run.split_at(run.intersect(gone).first.max(run.first) - run.first);
+                self.sink().failed(rest, unreadable(rest)).branch()
             }
             reply => reply.branch(),
         }

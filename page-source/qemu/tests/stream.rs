@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::thread;
 
 use page_files::MappedRamSink;
+use page_source::conformance::{Page, Suite};
 use page_source::{End, OneShot, PageSink, SinkError, Urgency};
 use page_units::{BlockId, ByteLen, Layout, PageCount, PageIndex, PageRun};
 use proptest::prelude::*;
@@ -161,6 +162,18 @@ fn refused(stream: Vec<u8>, words: &[&str]) {
     for word in words {
         assert!(error.contains(word), "{error}");
     }
+}
+
+#[test]
+fn a_stream_is_a_source_that_keeps_to_the_contract() {
+    let fill = |page: u64| u8::try_from(page * 7 % 5).unwrap();
+    let make = || {
+        let pages: Vec<(&str, u64, u8)> = (0..120).rev().map(|page| ("a", page, fill(page))).collect();
+        let stream = Stream::new(&[("a", 120), ("b", 3)]).part(&pages);
+        Box::new(QemuStream::open(send(stream.finish()), "the peer", LIMIT).unwrap()) as Box<dyn OneShot>
+    };
+    let content = move |one: PageRun| if one.block == BlockId(0) { fill(one.first.0) } else { 0 };
+    Suite::new(move |one| Page::Content(vec![content(one); 4096])).one_shot(make).unwrap();
 }
 
 #[test]

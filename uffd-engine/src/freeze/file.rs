@@ -106,14 +106,14 @@ pub(super) fn add(runs: &mut Vec<PageRun>, run: PageRun) {
 pub(super) struct Watched {
     pub(super) file: Arc<File>,
     inode: Inode,
-    /// The regions that it is behind, all of small pages.
+    /// The regions that it is behind.
     pub(super) regions: Vec<usize>,
 }
 
 /// Those of the files behind some regions that hold nothing but these regions.
 pub(super) fn watched(regions: &[Region]) -> io::Result<Vec<Watched>> {
     let mut files: Vec<Watched> = Vec::new();
-    for (number, region) in regions.iter().enumerate().filter(|(_, region)| region.is_shared_memfd()) {
+    for (number, region) in regions.iter().enumerate().filter(|(_, region)| region.shared) {
         let Some((file, _)) = &region.file else { continue };
         let inode = Inode::of(file)?;
         match files.iter_mut().find(|known| known.inode == inode) {

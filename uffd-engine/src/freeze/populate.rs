@@ -9,9 +9,9 @@ use std::sync::OnceLock;
 use page_units::{FileOffset, HostAddr, PageRun};
 
 use super::file::{self, Inode, add, held};
-use super::huge_file::HugeFile;
-use super::page_table::PageTable;
 use crate::memory::backing::Backing;
+use crate::memory::huge_file::HugeFile;
+use crate::memory::page_table::PageTable;
 use crate::memory::region::Region;
 
 /// Finds the pages of memory of this process that may be other than zero, region by region and in order: for shared memory

@@ -155,7 +155,7 @@ impl Holder for Freeze {
 
     fn thaw(&self) {
         if let By::Engine { memory, fetch } = self.owner.by() {
-            owner::thaw(memory, fetch, self);
+            owner::thaw(memory, fetch, &self.zones, self);
         }
     }
 }
@@ -207,7 +207,9 @@ fn hole(freeze: &Freeze, number: usize, granule: usize) -> bool {
             return true;
         }
         // The kernel says so too if there is no huge page left (`hugetlb_mfill_atomic_pte` of Linux 6.18).
-        Done::Failed(Errno::EEXIST) if !freeze.populated.page_table().has(addr) => {
+        Done::Failed(Errno::EEXIST)
+            if !freeze.populated.page_table().has(addr, zone.region.backing == Backing::Hugetlb) =>
+        {
             give_back();
             match zone.region.backing {
                 Backing::Hugetlb => fail(freeze, "a huge page of zeros", addr, Errno::ENOMEM),

@@ -10,6 +10,7 @@ use super::install::Content;
 use super::load::Load;
 use super::status::Task;
 use crate::EngineError;
+use crate::memory::backing::Backing;
 use crate::memory::gate::holder;
 use crate::memory::states::{State, StateMap};
 use crate::memory::{Area, Memory, Place};
@@ -194,6 +195,12 @@ impl Load {
                 self.intake.memory.view.retry.faults([place]);
                 return false;
             }
+            Done::Failed(Errno::EEXIST | Errno::ENOMEM)
+                if area.region.backing == Backing::Hugetlb
+                    && self.intake.memory.view.is_mapped(area, place.granule) == Some(false) =>
+            {
+                let _ = self.intake.no_huge_page(area, place);
+            }
             // It is there, or the region is being unregistered: nobody has to wait.
             Done::Failed(_) => self.intake.memory.wake(place, 1),
         }
@@ -210,6 +217,11 @@ impl Load {
             let gate = self.intake.memory.view.installing();
             match state {
                 State::InFlight if states.meet(place.granule) => return true,
+                // Not put there by us, and taken for content by nobody: see what the kernel says to ours.
+                State::Missing if !self.intake.prefilled => {
+                    drop(gate);
+                    return self.serve(place, false, false);
+                }
                 State::Missing | State::Zero | State::Removed => {
                     let done = self.intake.map_cached(&gate, place);
                     drop(gate);

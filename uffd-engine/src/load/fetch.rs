@@ -16,6 +16,7 @@ use super::status::{Outcome, Task};
 use crate::EngineError;
 use crate::memory::Place;
 use crate::memory::holder::{Fetch, FetchError, MissingContent};
+use crate::memory::states::State;
 use crate::sys::memory::Scratch;
 
 /// How much is fetched at a time at most.
@@ -44,6 +45,13 @@ impl Source {
         }
     }
 
+    /// Has the engine bring a granule.
+    fn request(&self, at: Place) {
+        if let Some(load) = self.load.upgrade() {
+            load.request_granule(at);
+        }
+    }
+
     /// Maps what the file behind shared memory holds.
     fn map(&self, at: Place) -> MissingContent {
         let mapped = self.intake.map_cached(&self.intake.memory.view.installing(), at);
@@ -66,19 +74,25 @@ impl Fetch for Source {
 
     fn missing(&self, at: Place, in_file: bool) -> MissingContent {
         let area = self.intake.memory.area(at.area);
-        if in_file && !self.intake.staging.gathering(at) {
-            return self.map(at);
-        }
+        let missing = self.intake.memory.states(at.area).get(at.granule).state == State::Missing;
         let span = self.pages.content(area.pages(at.granule, 1));
-        if span.content == Content::Zero && span.pages >= area.granule {
+        let zero = span.content == Content::Zero && span.pages >= area.granule;
+        if in_file && !self.intake.staging.gathering(at) {
+            // What the file holds of a page that the source has content for is content only if it was put there on purpose.
+            // The engine finds out.
+            if !missing || zero || self.intake.prefilled {
+                return self.map(at);
+            }
+            self.request(at);
+            return MissingContent::Soon;
+        }
+        if zero {
             return MissingContent::Zero;
         }
         if self.again.is_some() {
             return MissingContent::Source;
         }
-        if let Some(load) = self.load.upgrade() {
-            load.request_granule(at);
-        }
+        self.request(at);
         MissingContent::Soon
     }
 

@@ -18,7 +18,7 @@ use crate::sys::ops::{self, Done};
 
 /// Where an install of claimed granules stands after one call to the kernel.
 #[derive(Debug)]
-enum Step {
+pub(super) enum Step {
     /// Some granules are done; go on with the others.
     Advanced(usize),
     /// An event must be read first.
@@ -140,6 +140,11 @@ impl Intake {
             Done::Part(bytes) if whole(bytes) > 0 => Step::Advanced(whole(bytes)),
             Done::Part(_) | Done::Failed(Errno::EAGAIN) => Step::ReadEvents,
             Done::Failed(Errno::EEXIST) => self.exists(gate, at),
+            // It begins in one mapping and ends in another (mbind, mlock, madvise, mprotect of a part).
+            Done::Failed(Errno::ENOENT) if granules > 1 => self.step(gate, at, granules / 2, content, offset),
+            Done::Failed(Errno::ENOMEM) if area.region.backing == Backing::Hugetlb => {
+                Step::Stop(self.no_huge_page(area, at))
+            }
             Done::Failed(errno) => self.refused(area, at, granules, content, errno),
         }
     }
@@ -157,23 +162,6 @@ impl Intake {
             holder.end_hole(at, done == Done::All);
         }
         done
-    }
-
-    /// Somebody was faster: the page is mapped, or the file behind shared memory holds it. Its waiters are woken.
-    fn exists(&self, gate: &Gate<'_>, at: Place) -> Step {
-        let area = self.memory.area(at.area);
-        let (addr, len) = (area.addr(at.granule), area.len_of(1));
-        if area.region.backing != Backing::Anonymous {
-            let protect = holder(gate).is_some_and(|holder| holder.protects(at, 1));
-            match ops::map_cached(self.memory.view.descriptor.fd(), addr.0, len.0, protect) {
-                Done::All => return Step::Advanced(1),
-                Done::Part(_) | Done::Failed(Errno::EAGAIN) => return Step::ReadEvents,
-                // EEXIST: mapped. EINVAL, EFAULT: a private mapping whose page is not the file's.
-                Done::Failed(_) => {}
-            }
-        }
-        self.memory.wake(at, 1);
-        Step::Advanced(1)
     }
 
     fn refused(&self, area: &Area, at: Place, granules: usize, content: Content<'_>, errno: Errno) -> Step {

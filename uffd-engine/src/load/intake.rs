@@ -35,13 +35,15 @@ pub(crate) struct Intake {
     pub(crate) staging: Staging,
     pub(crate) policy: FailurePolicy,
     pub(crate) residency: Residency,
+    /// Whether what files hold of missing pages is content: see [`Builder::prefilled`](crate::Builder::prefilled).
+    pub(crate) prefilled: bool,
 }
 
 impl Intake {
     pub(crate) fn new(
         memory: Arc<Memory>,
         staging: Staging,
-        policy: FailurePolicy,
+        (policy, prefilled): (FailurePolicy, bool),
         window: PageCount,
         wait_limit: Option<Duration>,
     ) -> Intake {
@@ -54,6 +56,7 @@ impl Intake {
             latencies: Latencies::new(wait_limit),
             staging,
             policy,
+            prefilled,
         }
     }
 

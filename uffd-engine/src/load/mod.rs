@@ -6,6 +6,7 @@
 pub(crate) mod background;
 pub(crate) mod completion;
 pub(crate) mod discard;
+mod exists;
 pub(crate) mod fault;
 pub(crate) mod fetch;
 pub(crate) mod huge;

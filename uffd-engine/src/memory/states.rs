@@ -67,6 +67,15 @@ fn decode(byte: u8) -> Entry {
     Entry { state, requested: has(REQUESTED), wanted: has(WANTED), met: has(MET) }
 }
 
+/// Of an InFlight granule.
+fn claimed_from(byte: u8) -> State {
+    match byte & WAS {
+        WAS_ZERO => State::Zero,
+        WAS_REMOVED => State::Removed,
+        _ => State::Missing,
+    }
+}
+
 /// The states of a region's granules. Costs no memory where nothing has happened yet.
 #[derive(Debug)]
 pub(crate) struct StateMap {
@@ -128,6 +137,11 @@ impl StateMap {
         self.change(granule, |state| matches!(state, State::Zero | State::Removed), State::InFlight)
     }
 
+    /// What a granule was before it was claimed.
+    pub(crate) fn claimed_from(&self, granule: usize) -> State {
+        claimed_from(self.byte(granule))
+    }
+
     /// The state of a granule that the caller has claimed; drops the marks, and says what they were.
     pub(crate) fn settle(&self, granule: usize, state: State) -> Entry {
         decode(
@@ -140,14 +154,7 @@ impl StateMap {
     /// A granule that the caller has claimed becomes what it was before. `true` if something was left to the caller
     /// meanwhile: waiters have to be woken, to fault again, and the check for completion has to be repeated.
     pub(crate) fn give_back(&self, granule: usize) -> bool {
-        let old = self.replace(granule, |old| {
-            let state = match old & WAS {
-                WAS_ZERO => State::Zero,
-                WAS_REMOVED => State::Removed,
-                _ => State::Missing,
-            };
-            state as u8 | old & (WANTED | REQUESTED)
-        });
+        let old = self.replace(granule, |old| claimed_from(old) as u8 | old & (WANTED | REQUESTED));
         old & MET != 0
     }
 

@@ -1,16 +1,18 @@
 //! Who sees the content: the descriptor, the areas, and who may change them when.
 
 use std::ops::Deref as _;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::thread::ThreadId;
 
 use page_units::{BlockId, ByteLen, HostAddr, Layout, PageIndex, PageRun};
 use parking_lot::{Mutex, RwLock};
 
 use super::area::Area;
+use super::backing::Backing;
 use super::descriptor::Descriptor;
 use super::gate::{Alone, Gate, GateLock, Priority};
 use super::holder::Holder;
+use super::page_table::PageTable;
 use super::place::Place;
 use super::region::Region;
 use super::retry::Retry;
@@ -39,6 +41,8 @@ pub(crate) struct View {
     readers: RwLock<Vec<ThreadId>>,
     /// Faults that such a thread has to serve again.
     pub(crate) retry: Retry,
+    /// Of this process, once it is needed.
+    page_table: OnceLock<Option<PageTable>>,
 }
 
 impl View {
@@ -62,6 +66,7 @@ impl View {
             handlers: Mutex::default(),
             readers: RwLock::default(),
             retry: Retry::default(),
+            page_table: OnceLock::new(),
         }
     }
 
@@ -121,6 +126,15 @@ impl View {
         let (start, area) = *self.by_address.get(after.checked_sub(1)?)?;
         let granule = ByteLen((addr - start).0 / self.areas[area].granule.to_bytes().0).get();
         (granule < self.areas[area].granules).then_some(Place { area, granule })
+    }
+
+    /// Whether a granule is in the page table: `None` if this process can't see it.
+    pub(crate) fn is_mapped(&self, area: &Area, granule: usize) -> Option<bool> {
+        if self.descriptor.foreign() {
+            return None;
+        }
+        let table = self.page_table.get_or_init(|| PageTable::open().ok()).as_ref()?;
+        Some(table.has(area.addr(granule), area.region.backing == Backing::Hugetlb))
     }
 
     /// The parts of a run that lie in areas: each with the number of its area.

@@ -81,6 +81,15 @@ fn region(map: &MmapRegion, alias: Option<&MmapRegion>, run: PageRun, backing: B
 
 impl Memory {
     pub(crate) fn new(kind: Kind, layout: &Layout) -> Memory {
+        Memory::with(kind, layout, 0)
+    }
+
+    /// Without a reservation of huge pages: there may be too few of them when they are needed.
+    pub(crate) fn unreserved(kind: Kind, layout: &Layout) -> Memory {
+        Memory::with(kind, layout, libc::MAP_NORESERVE)
+    }
+
+    fn with(kind: Kind, layout: &Layout, flags: i32) -> Memory {
         let mut aliases = Vec::new();
         let maps = layout
             .blocks()
@@ -95,17 +104,18 @@ impl Memory {
                     FileOffset::new(file, 0)
                 };
                 let huge = || memfd(MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB);
+                let shared = libc::MAP_SHARED | flags;
                 let private = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
                 let map = match kind {
                     Kind::Anonymous => map(len, private | libc::MAP_ANONYMOUS, None),
                     Kind::MemfdShared => map(len, libc::MAP_SHARED, Some(memfd(MFdFlags::empty()))),
                     Kind::MemfdPrivate => map(len, private, Some(memfd(MFdFlags::empty()))),
                     Kind::HugetlbPrivate => map(len, private | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB, None),
-                    Kind::HugetlbShared => map(len, libc::MAP_SHARED, Some(huge())),
+                    Kind::HugetlbShared => map(len, shared, Some(huge())),
                     Kind::HugetlbAlias => {
                         let file = huge();
-                        alias = Some(map(len, libc::MAP_SHARED, Some(file.clone())));
-                        map(len, libc::MAP_SHARED, Some(file))
+                        alias = Some(map(len, shared, Some(file.clone())));
+                        map(len, shared, Some(file))
                     }
                 };
                 aliases.push(alias);

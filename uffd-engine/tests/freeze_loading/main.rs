@@ -1,6 +1,7 @@
 //! Memory that is still being loaded is frozen at once: what is saved is what it was at the freeze point, and what is
 //! missing comes straight from the source.
 
+mod behind;
 #[path = "../common/mod.rs"]
 mod common;
 mod discard;

@@ -66,7 +66,7 @@ impl Bitmap for OwnersBitmap {
 }
 
 impl NewBitmap for OwnersBitmap {
-    /// None: nobody has adopted anything yet.
+    /// None: nothing was adopted yet.
     fn with_len(_: usize) -> OwnersBitmap {
         OwnersBitmap::default()
     }

@@ -50,8 +50,8 @@ pub(super) fn map(
     Ok(builder.build()?)
 }
 
-/// What a region of somebody else is made of; what cannot be is an error. (Whether `vm-memory` was told that it consists of
-/// huge pages is up to who mapped it.)
+/// What a region of somebody else is made of; what cannot be is an error. (`vm-memory` knows that it consists of huge pages
+/// only if it was told.)
 pub(super) fn backing_of<B: Bitmap>(region: &GuestRegionMmap<B>) -> Result<Backing, String> {
     let page = match region.file_offset() {
         Some(at) => {

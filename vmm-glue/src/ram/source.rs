@@ -16,7 +16,7 @@ use crate::sys;
 /// How much is copied at a time.
 const CHUNK: PageCount = PageCount(256);
 
-/// Guest memory that nobody writes to. Pages that do not exist are zero without being touched, and a page that can't be
+/// Guest memory that does not change. Pages that do not exist are zero without being touched, and a page that can't be
 /// read (its content could not be loaded) is a failure, not a signal.
 #[derive(Clone)]
 pub struct RamSource {
@@ -125,16 +125,12 @@ impl RamFeed {
             let most = if span.content == Content::Zero { span.pages } else { span.pages.min(CHUNK) };
             let (now, later) = rest.split_at(most);
             rest = later;
-            let reply = if span.content == Content::Zero {
-                sink.zero(now)
+            if span.content == Content::Zero {
+                sink.zero(now).branch()?;
             } else if self.read(now, &mut buffer) {
-                sink.data(now, PageBytes::from_slice(&buffer))
+                page_source::deliver(sink, now, PageBytes::from_slice(&buffer), unreadable)?;
             } else {
-                sink.failed(now, unreadable(now))
-            };
-            match reply {
-                Reply::Unreadable(_) => sink.failed(now, unreadable(now)).branch()?,
-                reply => reply.branch()?,
+                sink.failed(now, unreadable(now)).branch()?;
             }
         }
         ControlFlow::Continue(())

@@ -73,6 +73,13 @@ impl RestoreOptions {
         self
     }
 
+    /// As many threads load, when all is loaded before the guest runs.
+    #[must_use]
+    pub fn with_eager_threads(mut self, threads: usize) -> RestoreOptions {
+        self.eager_threads = threads;
+        self
+    }
+
     /// `observer` is told what the engine tells: first fault, completion, failure.
     #[must_use]
     pub fn with_observer(mut self, observer: impl Fn(&Event) + Send + Sync + 'static) -> RestoreOptions {

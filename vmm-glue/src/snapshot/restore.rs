@@ -96,7 +96,7 @@ impl SavedVm {
         let vm = self.start(launch, options, ram, pages, clock)?;
         let handle = stop.get_or_init(|| vm.vcpus().stop_handle());
         if matches!(vm.engine().and_then(Engine::outcome), Some(Err(_))) {
-            // It failed before it knew whom to stop.
+            // It failed before the vCPUs could be stopped by it.
             handle.stop();
         }
         Ok(vm)

@@ -20,6 +20,7 @@ pub(crate) const FIRST_DEVICE: u32 = 2;
 
 /// How to save.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct SaveOptions {
     /// The machine type that the file names.
     pub machine: String,
@@ -33,6 +34,29 @@ impl Default for SaveOptions {
     /// Machine `vmm-glue`, one thread, five seconds.
     fn default() -> SaveOptions {
         SaveOptions { machine: "vmm-glue".into(), threads: 1, stop_limit: Duration::from_secs(5) }
+    }
+}
+
+impl SaveOptions {
+    /// The file names this machine type.
+    #[must_use]
+    pub fn with_machine(mut self, machine: impl Into<String>) -> SaveOptions {
+        self.machine = machine.into();
+        self
+    }
+
+    /// As many threads read memory and write the file.
+    #[must_use]
+    pub fn with_threads(mut self, threads: usize) -> SaveOptions {
+        self.threads = threads;
+        self
+    }
+
+    /// The vCPUs have this long to stop.
+    #[must_use]
+    pub fn with_stop_limit(mut self, limit: Duration) -> SaveOptions {
+        self.stop_limit = limit;
+        self
     }
 }
 

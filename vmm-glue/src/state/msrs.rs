@@ -24,8 +24,8 @@ pub(super) const KVM_ASYNC_PF_EN: u32 = 0x4b56_4d02;
 const DEBUGCTL: u32 = 0x1d9;
 
 /// Which branches were taken last (Intel SDM volume 3, 19.13; AMD APM volume 2, 13.1.1.6), which most kernels tell and do
-/// not take: history, which a debugger inside the guest loses. (The stack of branches of Intel's processors is read by
-/// nobody.)
+/// not take: history, which a debugger inside the guest loses. (The stack of branches of Intel's processors is not
+/// read.)
 pub(super) fn is_history(index: u32) -> bool {
     (0x1db..=0x1de).contains(&index)
 }

@@ -25,7 +25,7 @@ pub enum TscMethod {
 /// written: a second (`kvm_synchronize_tsc` in arch/x86/kvm/x86.c). About two minutes of the fastest processors.
 const FAR: u64 = 1 << 40;
 
-/// Finds out how, on a vCPU that nobody needs.
+/// Finds out how, on a vCPU that is used for nothing else.
 pub(super) fn method(vcpu: &VcpuFd) -> Result<TscMethod, StateError> {
     if let Ok(offset) = sys::get_tsc_offset(vcpu) {
         let moved = offset.wrapping_add(FAR);

@@ -31,7 +31,7 @@ nix::ioctl_write_ptr!(kvm_set_device_attr, KVMIO, 0xe1, kvm_device_attr);
 pub(crate) fn same_kvm(kvm: &Kvm) -> io::Result<Kvm> {
     // SAFETY: `kvm` has it open.
     let fd = unsafe { BorrowedFd::borrow_raw(kvm.as_raw_fd()) }.try_clone_to_owned()?;
-    // SAFETY: a descriptor of KVM, which is nobody else's.
+    // SAFETY: a descriptor of KVM that was duplicated just now.
     Ok(unsafe { Kvm::from_raw_fd(fd.into_raw_fd()) })
 }
 

@@ -57,8 +57,8 @@ mod owner {
         /// Gives `ram` to a VM that has no memory yet.
         pub(crate) fn new(vm: VmFd, ram: Arc<GuestRam>) -> Result<VmWithRam, MemoryError> {
             let both = VmWithRam { vm, ram };
-            // SAFETY: the memory is kept, and dropped after the VM. vCPUs are kept by those who keep this, and dropped before
-            // it. Nobody has references into guest memory: `vm-memory` hands out none.
+            // SAFETY: the memory is kept, and dropped after the VM. vCPUs are kept next to this, and dropped before
+            // it. There are no references into guest memory: `vm-memory` hands out none.
             unsafe { both.ram.set_slots(&both.vm) }?;
             Ok(both)
         }

@@ -1,6 +1,6 @@
 //! What an exit from `KVM_RUN` means, above all when a page is unavailable.
 //!
-//! Linux shows a page whose content is poisoned (`UFFDIO_POISON`), or that nobody brings, in several ways, depending
+//! Linux shows a page whose content is poisoned (`UFFDIO_POISON`), or that never comes, in several ways, depending
 //! on how KVM came to need it: `KVM_RUN` fails with `EFAULT`; it is interrupted by a `SIGBUS` to the thread; an access
 //! that KVM emulates becomes an MMIO exit with an address inside RAM; an instruction that can't be fetched becomes an
 //! internal error. All of them end here in [`VcpuError::PageFailed`].
@@ -94,7 +94,7 @@ fn place(guest: Option<GuestAddr>) -> String {
 pub(super) enum Outcome {
     /// Enter `KVM_RUN` again.
     Run,
-    /// Something has interrupted it: see who it was.
+    /// A signal has interrupted it: see which.
     Interrupted,
     /// A device asked to stop; the access is not completed yet.
     Stop,

@@ -18,6 +18,7 @@ use crate::{GuestRam, Host, MachineConfig, MachineState, NewVm, Restored, StateE
 
 /// How the threads are set up.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct VcpuOptions {
     /// The signal that interrupts a vCPU. Real-time signals are for applications to share out; nobody else in the
     /// process may send this one to the vCPUs' threads.
@@ -32,6 +33,29 @@ impl Default for VcpuOptions {
     /// The last but one real-time signal, no fixed cores, running at once.
     fn default() -> VcpuOptions {
         VcpuOptions { kick_signal: libc::SIGRTMAX() - 1, cores: Vec::new(), paused: false }
+    }
+}
+
+impl VcpuOptions {
+    /// This signal interrupts a vCPU.
+    #[must_use]
+    pub fn with_kick_signal(mut self, signal: i32) -> VcpuOptions {
+        self.kick_signal = signal;
+        self
+    }
+
+    /// The threads are bound to these cores, in the order of the vCPUs' numbers.
+    #[must_use]
+    pub fn with_cores(mut self, cores: Vec<usize>) -> VcpuOptions {
+        self.cores = cores;
+        self
+    }
+
+    /// The vCPUs wait for [`Vcpus::resume`] before they run the first time.
+    #[must_use]
+    pub fn paused(mut self) -> VcpuOptions {
+        self.paused = true;
+        self
     }
 }
 

@@ -128,7 +128,7 @@ impl Launch {
     /// The memory is mapped: gives it to the VM.
     pub(crate) fn memory(&self, ram: Arc<GuestRam>) {
         if let Some(orders) = &self.orders {
-            // If nobody listens any more, the end brings an error.
+            // If the thread has ended, `finish` returns its error.
             let _ = orders.send(Order::Memory(ram));
         }
     }

@@ -46,8 +46,8 @@ pub(super) fn wait<T, E: From<io::Error>>(ready: &mpsc::Receiver<Result<T, E>>) 
     ready.recv().map_err(|_| io::Error::other("the thread of a vCPU ended before it began"))?
 }
 
-/// Starts the thread. First of all, and on its core, it gets its vCPU from `make`, with something for who waits until
-/// it is ready; if that fails, the thread ends.
+/// Starts the thread. First of all, and on its core, it gets its vCPU from `make`, with something for the
+/// thread that waits until it is ready; if that fails, the thread ends.
 pub(super) fn spawn<T, E>(
     seat: Seat,
     make: impl FnOnce() -> Result<(Place, T), E> + Send + 'static,
@@ -83,7 +83,7 @@ where
     Ok(Started { thread, ready })
 }
 
-/// Takes the thread out of the table before it ends, however it does: nobody signals another one by mistake.
+/// Takes the thread out of the table before it ends, however it ends: no other thread is signalled by mistake.
 struct Known<'a>(&'a Seat);
 
 impl Drop for Known<'_> {

@@ -1,4 +1,4 @@
-//! Who runs and who should: what the threads of a machine's vCPUs and their owner share.
+//! Which vCPUs run and which should: what their threads and their owner share.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -26,7 +26,7 @@ pub(super) enum Wanted {
 
 /// What the threads and their owner share.
 pub(super) struct Group {
-    /// Who runs and who should. Held for moments only, and never while anything waits.
+    /// Which vCPUs run and which should. Held for moments only, and never while anything waits.
     pub(super) table: Mutex<Vec<Entry>>,
     /// Any change of the table.
     pub(super) changed: Condvar,

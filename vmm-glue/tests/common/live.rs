@@ -102,7 +102,7 @@ pub fn boot(kind: &Kind, machine: MachineConfig) -> (Vcpus, GuestImage, Arc<Sign
         image.boot_vcpu(&kvm, vcpu, number);
     }
     let bus = Arc::new(Signals::default());
-    let options = VcpuOptions { paused: true, ..VcpuOptions::default() };
+    let options = VcpuOptions::default().paused();
     let vcpus = Vcpus::start(machine, Arc::clone(&bus) as Arc<dyn Bus>, options).unwrap();
     (vcpus, image, bus)
 }

@@ -88,7 +88,7 @@ impl Rig {
             image.boot_vcpu(&kvm, vcpu, number);
         }
         let bus = Arc::new(Signals::default());
-        let options = VcpuOptions { paused: true, ..VcpuOptions::default() };
+        let options = VcpuOptions::default().paused();
         let vcpus = Vcpus::start(machine, Arc::clone(&bus) as Arc<dyn Bus>, options).unwrap();
         let walkers = programs.into_iter().map(Walker::new).collect();
         Rig { image, ram, bus, vcpus, oracle, walkers }

@@ -46,6 +46,9 @@ impl Facts {
         note(Need::Clippy, runs(Command::new(cargo_path()).args(["clippy", "--version"])));
         let compressor = |name: &str| runs(Command::new(name).arg("--version"));
         note(Need::Compressors, compressor("zstd") && compressor("lz4"));
+        // mandoc has no option that only tells its version.
+        let readers = ["zsh --version", "echo | mandoc -T utf8"];
+        note(Need::Readers, readers.iter().all(|line| runs(Command::new("sh").args(["-c", line]))));
         note(Need::Qemu, qemu_major("qemu-system-x86_64".as_ref()).is_some_and(|major| major >= 10));
         let tools = ["qemu-img", "qemu-io", "qemu-storage-daemon"];
         note(Need::QemuTools, tools.iter().all(|tool| runs(Command::new(tool).arg("--version"))));

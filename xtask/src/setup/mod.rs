@@ -29,10 +29,12 @@ pub(crate) enum Need {
     OlderQemu,
     /// The programs `zstd` and `lz4`, which decode what the tests compressed.
     Compressors,
+    /// The programs `zsh` and `mandoc`, which read the completions and the man pages.
+    Readers,
 }
 
 impl Need {
-    const ALL: [Need; 8] = [
+    const ALL: [Need; 9] = [
         Need::Libclang,
         Need::Cxx,
         Need::Rustfmt,
@@ -41,6 +43,7 @@ impl Need {
         Need::QemuTools,
         Need::OlderQemu,
         Need::Compressors,
+        Need::Readers,
     ];
 
     fn name(self) -> &'static str {
@@ -51,6 +54,7 @@ impl Need {
             Need::Clippy => "clippy",
             Need::Qemu => "QEMU 10 or later (qemu-system-x86_64)",
             Need::Compressors => "zstd and lz4 (for the tests)",
+            Need::Readers => "zsh and mandoc (for the tests of completions and man pages)",
             Need::QemuTools => "the tools of QEMU 10 or later (qemu-img, qemu-io, qemu-storage-daemon)",
             Need::OlderQemu => "QEMU 7 as well (unpacked into the target directory; or FASTLOAD_OLDER_QEMU)",
         }

@@ -84,6 +84,9 @@ impl Plan {
         if missing.contains(&Need::Compressors) {
             own.extend(["zstd", "lz4"]);
         }
+        if missing.contains(&Need::Readers) {
+            own.extend(["zsh", "mandoc"]);
+        }
         for (need, package) in [(Need::Qemu, "qemu-system-x86"), (Need::QemuTools, "qemu-utils")] {
             if missing.contains(&need) {
                 if facts.os.has_own_qemu() { &mut own } else { &mut from_backports }.push(package);
@@ -256,7 +259,7 @@ mod tests {
             installing,
             "printf %s 'deb [signed-by=/k.gpg] http://mirror.test/debian bookworm-backports main\n' > \
              /etc/apt/sources.list.d/fastload-backports.list && apt-get update && \
-             apt-get install -y --no-install-recommends libclang-dev g++ zstd lz4 && \
+             apt-get install -y --no-install-recommends libclang-dev g++ zstd lz4 zsh mandoc && \
              apt-get install -y --no-install-recommends -t bookworm-backports qemu-system-x86 qemu-utils"
         );
         let mut configured = fresh(12, "bookworm");
@@ -273,7 +276,7 @@ mod tests {
         let plan = make(&fresh(13, "trixie"), &Need::ALL);
         assert_eq!(
             plan.shell(false),
-            "sudo sh -c 'apt-get update && apt-get install -y --no-install-recommends libclang-dev g++ zstd lz4 qemu-system-x86 qemu-utils'"
+            "sudo sh -c 'apt-get update && apt-get install -y --no-install-recommends libclang-dev g++ zstd lz4 zsh mandoc qemu-system-x86 qemu-utils'"
         );
     }
 
@@ -289,7 +292,7 @@ mod tests {
     #[test]
     fn toolchain_parts_need_no_root() {
         let facts = Facts {
-            present: vec![Need::Libclang, Need::Cxx, Need::Qemu, Need::QemuTools, Need::OlderQemu, Need::Compressors],
+            present: Need::ALL.into_iter().filter(|need| ![Need::Rustfmt, Need::Clippy].contains(need)).collect(),
             root: false,
             ..fresh(12, "bookworm")
         };

@@ -10,7 +10,7 @@ use qemu_pages::serve::{Address, Phase, ServeError, Server};
 use super::beside::{Beside, Note};
 use super::keeper::{Coming, Keeper};
 use super::qemu::{self, Waiting};
-use super::{ANSWER, Load, PATIENCE, Times, check, recover};
+use super::{ANSWER, Load, Times, check, recover};
 use crate::commands::Failure;
 use crate::commands::monitor;
 use crate::commands::serving::{self, Fate, Image};
@@ -26,7 +26,7 @@ impl Load {
     pub(super) fn recover(&self, begun: Instant, image: &Image) -> Result<(), Failure> {
         let known = Beside::of(&self.qmp).ok().and_then(|beside| Some((beside.read()?, beside)));
         let Some((note, beside)) = known else {
-            let mut qmp = monitor::connect(&self.qmp).map_err(gone)?;
+            let mut qmp = monitor::connect(&self.qmp, self.patience).map_err(gone)?;
             let beside = Beside::of(&self.qmp)?.reached_by(&mut qmp)?;
             let done = self
                 .listening(&mut qmp, image, &beside, None)
@@ -38,7 +38,7 @@ impl Load {
         };
         let connected = match Qmp::connect(&self.qmp, ANSWER) {
             // The stand-by process has it, for a moment.
-            Err(QmpError::NoGreeting { .. }) => monitor::connect(&self.qmp),
+            Err(QmpError::NoGreeting { .. }) => monitor::connect(&self.qmp, self.patience),
             other => other,
         };
         let mut qmp = match connected {
@@ -61,7 +61,7 @@ impl Load {
             return self.unasked(begun, image, &noted, &note);
         }
         let done = ready.and_then(|(server, waiting)| {
-            waiting.qmp.set_limit(PATIENCE);
+            waiting.qmp.set_limit(self.patience.get());
             self.serve(begun, image, server, waiting)
         });
         if done.is_err() {
@@ -135,8 +135,8 @@ impl Load {
             }
         };
         keeper.into_iter().for_each(Keeper::dismiss);
-        let mut qmp = answering.map_or_else(|| monitor::connect(&self.qmp), Ok)?;
-        qmp.set_limit(PATIENCE);
+        let mut qmp = answering.map_or_else(|| monitor::connect(&self.qmp, self.patience), Ok)?;
+        qmp.set_limit(self.patience.get());
         let mut waiting = Waiting::recovered(&mut qmp, beside, note.preempt, Some(note))?;
         waiting.finish(true)?;
         self.tell(Times { begun, connecting, running: None }, &report, &mut waiting)

@@ -14,6 +14,30 @@ const fn section(page: Option<&'static str>, title: &'static str, text: &'static
 
 pub(super) const ALL: &[Section] = &[
     section(
+        Some("fastload-load"),
+        "RECOVERY",
+        "If fastload load is killed after the guest was started, the guest waits for the pages that it misses, until the \
+         same command is given again with --recover. That works although a guest that waits may hold up QEMU's main \
+         thread, and its monitor with it: a second process of this program stands by meanwhile, and a note \
+         (.fastload-*.json) lies next to the QMP socket.
+
+If both were killed, it depends on the guest whether QEMU hears anybody. --recover says within seconds that it does not, and \
+         who could help.",
+    ),
+    section(
+        Some("fastload-load"),
+        "SCRIPTS",
+        "--check-only compares machine type, RAM, processors, devices and disks with the QEMU and changes nothing. \
+         --timeout says how long QEMU may take to answer one command. It does not limit how long the pages take.",
+    ),
+    section(
+        Some("fastload-capture"),
+        "WHEN IT IS KILLED",
+        "If fastload capture is killed by SIGKILL, the guest goes on, and no file is left behind. QEMU's capability \
+         background-snapshot stays on until the next capture of it through the same QMP socket. The capability events, \
+         which does no harm, stays on.",
+    ),
+    section(
         Some("fastload-convert"),
         "DIFFS AND HOLES",
         "A hole in a full memory file is zero memory. A hole in a diff, such as Firecracker's Diff snapshot, means that \

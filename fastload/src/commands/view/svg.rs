@@ -8,7 +8,7 @@ use super::{ROW, output};
 /// The side of a cell, and the margin, in pixels.
 const SIDE: usize = 12;
 const MARGIN: usize = 24;
-/// The width of the name of a block.
+/// The space for the name of a block.
 const NAME: usize = 40;
 
 /// Draws it. The result is a whole SVG file.

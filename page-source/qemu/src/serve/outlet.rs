@@ -360,6 +360,9 @@ impl PageSink for Outlet {
     fn data(&self, run: PageRun, bytes: PageBytes<'_>) -> Reply {
         let take = || {
             self.go_on()?;
+            if bytes.len() != run.len() {
+                return self.outside(run);
+            }
             self.slow_down(run);
             self.take(run, Some(bytes))?;
             self.go_on()

@@ -118,7 +118,7 @@ fn restore(path: &Path, kvm: &Kvm, host: &Host, way: Way) -> Done<Restored> {
     let [near, far] = two_cores()?;
     let port = Port::stopping_after(STEPS);
     let bus = Arc::clone(&port) as Arc<dyn Bus>;
-    let options = RestoreOptions::default().with_vcpus(VcpuOptions { cores: vec![near], ..VcpuOptions::default() });
+    let options = RestoreOptions::default().with_vcpus(VcpuOptions::default().with_cores(vec![near]));
     let called = Instant::now();
     let saved = SavedVm::open(path, kvm, host)?;
     let mut engine_at = called;

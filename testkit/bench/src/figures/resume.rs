@@ -81,8 +81,7 @@ const LIBRARY: [(Step, &str); 5] = [
 fn on_demand(bench: &Bench, kvm: &Kvm, host: &Host, path: &Path) -> Measured<Resumed> {
     let port = Port::stopping_after(1);
     let bus = Arc::clone(&port) as Arc<dyn Bus>;
-    let options =
-        RestoreOptions::default().with_vcpus(VcpuOptions { cores: vec![bench.near], ..VcpuOptions::default() });
+    let options = RestoreOptions::default().with_vcpus(VcpuOptions::default().with_cores(vec![bench.near]));
     let called = Instant::now();
     let vm = resume_on_demand(path, kvm, host, bus, &options, |builder| {
         builder

@@ -12,7 +12,7 @@ use super::LiveError;
 use super::mappings::{self, Other};
 use crate::ram::GuestRam;
 
-/// For device state and headers, which nobody knows beforehand.
+/// Space for device state and headers, whose length is not known before.
 const METADATA: ByteLen = ByteLen(1 << 20);
 
 /// Whether every write to this memory can be caught.

@@ -81,6 +81,20 @@ impl fmt::Display for LiveEvent {
 }
 
 impl LiveOptions {
+    /// The file names this machine type.
+    #[must_use]
+    pub fn with_machine(mut self, machine: impl Into<String>) -> LiveOptions {
+        self.machine = machine.into();
+        self
+    }
+
+    /// The vCPUs have this long to stop.
+    #[must_use]
+    pub fn with_stop_limit(mut self, limit: Duration) -> LiveOptions {
+        self.stop_limit = limit;
+        self
+    }
+
     /// Memory is frozen so.
     #[must_use]
     pub fn with_freeze(mut self, freeze: FreezeOptions) -> LiveOptions {

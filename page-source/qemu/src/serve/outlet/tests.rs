@@ -103,3 +103,20 @@ fn what_went_on_the_second_connection_is_not_sent_again_either() {
     assert_eq!(received(fast_far, 0), [2]);
     drop(far);
 }
+
+#[test]
+fn a_server_is_a_sink_that_keeps_to_the_contract() {
+    let block = RamBlock::new("ram", ByteLen(PAGES * 4096), PageSize::SMALL).unwrap();
+    page_source::conformance::sink(&Layout::new(vec![block]).unwrap(), || {
+        let (outlet, far) = outlet();
+        let outlet = Arc::new(outlet);
+        let whole = Arc::clone(&outlet);
+        let complete = move || {
+            // The destination is there all the time.
+            let _far = &far;
+            whole.is_source_complete() && whole.failure().is_none()
+        };
+        (outlet as Arc<dyn PageSink>, Box::new(complete) as Box<dyn Fn() -> bool>)
+    })
+    .unwrap();
+}

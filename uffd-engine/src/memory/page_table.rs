@@ -125,9 +125,11 @@ impl PageTable {
         Ok(self.entries(start, pages)?.map(|entry| Wanted::Existing.has(entry)).collect())
     }
 
-    /// Whether there is a page, as far as the kernel says.
-    pub(crate) fn has(&self, at: HostAddr) -> bool {
-        self.exist(at, 1).is_ok_and(|exist| exist == [true])
+    /// Whether there is a page at an address, as far as the kernel says. A page of huge pages is never swapped out; what
+    /// looks like it is a marker (of write protection, or poison).
+    pub(crate) fn has(&self, at: HostAddr, huge: bool) -> bool {
+        let wanted = if huge { Wanted::Mapped } else { Wanted::Existing };
+        self.entries(at, 1).is_ok_and(|mut entries| entries.next().is_some_and(|entry| wanted.has(entry)))
     }
 
     fn entries(&self, start: HostAddr, pages: usize) -> io::Result<impl Iterator<Item = u64> + use<>> {
