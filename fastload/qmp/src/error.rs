@@ -85,8 +85,8 @@ fn who(there: &AtSocket) -> String {
         clients => {
             let clients: Vec<String> = clients.iter().map(Process::to_string).collect();
             format!(
-                "{} holds this QMP socket, which takes one client at a time: end it, or give QEMU a second one \
-                 (-qmp unix:PATH,server=on,wait=off, as often as you like)",
+                "{} holds this QMP socket, which takes one client at a time: give QEMU a second one (-qmp \
+                 unix:PATH,server=on,wait=off, as often as you like), or end that process",
                 clients.join(" and ")
             )
         }

@@ -1,7 +1,6 @@
 //! What a loader wants to know of a QEMU: capabilities, RAM blocks.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 
 use serde_json::{Value, json};
 
@@ -44,6 +43,8 @@ pub struct MemoryBackend {
     pub size: u64,
     /// Whether its memory is shared (`share=on`).
     pub share: bool,
+    /// Whether the kernel may merge equal pages of it (`merge=on`).
+    pub merge: bool,
 }
 
 impl Qmp {
@@ -78,14 +79,22 @@ impl Qmp {
         Ok((info["status"].as_str().unwrap_or("none").to_owned(), why))
     }
 
-    /// Whether it listens, or has listened, for the migration that is under way at a unix socket of this name.
+    /// Where it listens, or has listened, for the migration that is under way, as QEMU writes addresses: `unix:PATH`,
+    /// `tcp:HOST:PORT`.
     ///
     /// # Errors
     /// As [`execute`](Qmp::execute).
-    pub fn listens_at(&mut self, socket: &Path) -> Result<bool, QmpError> {
+    pub fn listening(&mut self) -> Result<Vec<String>, QmpError> {
         let info = self.execute("query-migrate", json!({}))?;
-        let mut addresses = info["socket-address"].as_array().into_iter().flatten();
-        Ok(addresses.any(|address| address["path"].as_str().is_some_and(|path| Path::new(path) == socket)))
+        let addresses = info["socket-address"].as_array().into_iter().flatten().filter_map(|address| {
+            let text = |name: &str| address[name].as_str();
+            match text("type")? {
+                "unix" => Some(format!("unix:{}", text("path")?)),
+                "inet" => Some(format!("tcp:{}:{}", text("host")?, text("port")?)),
+                _ => None,
+            }
+        });
+        Ok(addresses.collect())
     }
 
     /// All migration capabilities.
@@ -144,7 +153,12 @@ impl Qmp {
         };
         let backends = list.as_array().into_iter().flatten().filter_map(|backend| {
             let id = backend["id"].as_str().unwrap_or_default().to_owned();
-            Some(MemoryBackend { id, size: backend["size"].as_u64()?, share: backend["share"] == true })
+            Some(MemoryBackend {
+                id,
+                size: backend["size"].as_u64()?,
+                share: backend["share"] == true,
+                merge: backend["merge"] == true,
+            })
         });
         Ok(backends.collect())
     }

@@ -94,6 +94,7 @@ impl Capture {
         let sent = held.and_then(|held| session.send().map(|()| held));
         let taken = sent.and_then(|held| {
             let taken = take::take(&mut session, &guest, &self.output, &interrupts, self.json)?;
+            promise::check_again(session.qmp(), guest.running, &self.allow)?;
             Ok(if held.is_some() && guest.running { taken.that_was_running() } else { taken })
         });
         // Whatever happened, QEMU gets its settings back, and the guest goes on.

@@ -140,13 +140,14 @@ impl Load {
 
     /// All that is compared before anything is done to QEMU.
     fn only_check(&self, qmp: &mut Qmp, image: &Image) -> Result<(), Failure> {
-        qemu::waits(qmp, Beside::of(&self.qmp)?.read().as_ref(), &self.recovery())?;
+        let snapshot = format!("{}{}", serving::quoted(&self.snapshot), self.offset.words());
+        qemu::waits(qmp, Beside::of(&self.qmp)?.read().as_ref(), &self.recovery(), &snapshot)?;
         let blocks = check::fits(qmp, &image.snapshot, &self.snapshot, self.compared())?;
         if self.preempt {
             qemu::knows_preempt(qmp)?;
         }
         let state = check::saved_state(&image.snapshot)?;
-        self.disks_are_free(qmp, state != "running")?;
+        self.disks_are_free(qmp, self.paused || (state != "running" && !self.run))?;
         image.server(&blocks, self.options(self.preempt))?;
         if self.json {
             return Ok(Event::new("complete").path("file", &self.snapshot).with(json!({ "fits": true })).print()?);
@@ -170,7 +171,8 @@ impl Load {
     /// Makes sure that it fits, and lets QEMU listen.
     fn ready<'a>(&self, qmp: &'a mut Qmp, image: &Image) -> Result<(Server, Waiting<'a>), Failure> {
         let beside = Beside::of(&self.qmp)?;
-        qemu::waits(qmp, beside.read().as_ref(), &self.recovery())?;
+        let snapshot = format!("{}{}", serving::quoted(&self.snapshot), self.offset.words());
+        qemu::waits(qmp, beside.read().as_ref(), &self.recovery(), &snapshot)?;
         let beside = beside.reached_by(qmp)?;
         // While it is made there is much to ask.
         let keeper = Coming::new(qmp, &beside.uri());

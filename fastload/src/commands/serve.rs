@@ -90,7 +90,9 @@ impl Serve {
                 if self.json {
                     Event::new("started").print()?;
                 } else {
-                    serving::note("the devices are loaded; the guest runs, unless QEMU was started with -S");
+                    serving::note(
+                        "the devices are loaded; QEMU starts the guest, unless it was started with -S, or its disks are in use",
+                    );
                 }
             }
             Ok(!told)

@@ -32,7 +32,7 @@ pub(crate) enum Holes {
 impl Holes {
     /// Of an open file.
     pub(crate) fn of(file: &File) -> Holes {
-        let magic = fstatfs(file).map(|of| i64::from(of.filesystem_type().0));
+        let magic = fstatfs(file).map(|of| of.filesystem_type().0);
         if !magic.is_ok_and(|magic| BELIEVED.contains(&magic)) {
             return Holes::Unknown;
         }

@@ -18,6 +18,8 @@ pub(super) enum Allow {
     Flash,
     /// More of the host's memory than it has to spare.
     Allocation,
+    /// Memory whose equal pages the kernel merges.
+    Merging,
 }
 
 /// How much more memory is worth a word, in bytes.
@@ -49,7 +51,11 @@ pub(super) fn check(qmp: &mut Qmp, running: bool, allowed: &[Allow]) -> Result<V
             broken(Allow::Flash, "flash", what, "Stop the guest first (QMP stop, then cont)")?;
         }
     }
-    let shared: Vec<MemoryBackend> = qmp.memory_backends()?.into_iter().filter(|backend| backend.share).collect();
+    let backends = qmp.memory_backends()?;
+    if running && merges() && (backends.iter().any(|backend| backend.merge) || machine_merges(qmp)?) {
+        broken(Allow::Merging, "merging", MERGING.to_owned(), STOP_MERGING)?;
+    }
+    let shared: Vec<MemoryBackend> = backends.into_iter().filter(|backend| backend.share).collect();
     let Some(qemu) = qmp.process().filter(|_| !shared.is_empty()) else { return Ok(told) };
     let maps = mappings(qemu);
     let mut more = 0;
@@ -82,6 +88,34 @@ pub(super) fn check(qmp: &mut Qmp, running: bool, allowed: &[Allow]) -> Result<V
         names.join(", ")
     ));
     Ok(told)
+}
+
+const MERGING: &str =
+    "the kernel merges equal pages of the guest's memory (KSM), and a page that is merged loses its protection";
+const STOP_MERGING: &str = "Stop that (echo 0 > /sys/kernel/mm/ksm/run), or start QEMU with -machine mem-merge=off";
+
+/// Whether the kernel merges pages now (Linux Documentation/admin-guide/mm/ksm.rst; mm/ksm.c, `replace_page`, makes entries
+/// of the page table without the bit that protects).
+fn merges() -> bool {
+    fs::read_to_string("/sys/kernel/mm/ksm/run").is_ok_and(|run| run.trim() == "1")
+}
+
+/// Refuses a capture during which that has begun.
+pub(super) fn check_again(qmp: &mut Qmp, running: bool, allowed: &[Allow]) -> Result<(), Failure> {
+    if !running || allowed.contains(&Allow::Merging) || !merges() {
+        return Ok(());
+    }
+    if qmp.memory_backends()?.iter().any(|backend| backend.merge) || machine_merges(qmp)? {
+        return Err(format!("{MERGING}: it has begun meanwhile, and nothing was written. {STOP_MERGING}").into());
+    }
+    Ok(())
+}
+
+fn machine_merges(qmp: &mut Qmp) -> Result<bool, QmpError> {
+    match qmp.execute("qom-get", json!({"path": "/machine", "property": "mem-merge"})) {
+        Err(QmpError::Refused { .. }) => Ok(false),
+        answer => Ok(answer? == true),
+    }
 }
 
 /// The guest's devices that another process serves.

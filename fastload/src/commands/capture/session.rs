@@ -146,6 +146,11 @@ impl<'a> Session<'a> {
         sent
     }
 
+    /// The monitor, for other questions.
+    pub(super) fn qmp(&mut self) -> &mut Qmp {
+        self.qmp
+    }
+
     /// Whether the guest still stands still for a command.
     pub(super) fn is_held(&self) -> bool {
         self.held

@@ -233,7 +233,9 @@ fn directory_of(path: &Path) -> &Path {
 
 /// Where programs of this user keep files as long as they run.
 fn runtime_directory() -> PathBuf {
-    let own = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|directory| directory.is_absolute());
+    let own = std::env::var_os("XDG_RUNTIME_DIR")
+        .map(PathBuf::from)
+        .filter(|directory| directory.is_absolute() && directory.is_dir());
     own.unwrap_or_else(|| if nix::unistd::geteuid().is_root() { "/run" } else { "/tmp" }.into())
 }
 

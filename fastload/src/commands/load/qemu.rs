@@ -1,6 +1,7 @@
 //! Makes a QEMU listen for a migration, and puts its settings back afterwards.
 
 use std::fs;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use fastload_qmp::{Capabilities, Qmp, QmpError};
@@ -11,7 +12,7 @@ use super::beside::{Beside, Note};
 use super::keeper::{Coming, Keeper};
 use super::state::Paused;
 use crate::commands::Failure;
-use crate::commands::serving::{Fate, MOMENT};
+use crate::commands::serving::{self, Fate, MOMENT};
 
 /// What a postcopy destination must not have, where QEMU knows it.
 const OFF: [&str; 8] = [
@@ -141,7 +142,7 @@ impl<'a> Waiting<'a> {
     fn refused(&self, error: QmpError) -> Failure {
         let text = error.to_string();
         if text.contains("already been started") {
-            return format!("{text}. {LISTENED}").into();
+            return format!("{text}. {LISTENED}: end it, and start it anew with -incoming defer").into();
         }
         if text.contains("Failed to bind socket") {
             return self.beside.unreachable(&text).into();
@@ -193,19 +194,39 @@ impl<'a> Waiting<'a> {
 }
 
 /// What is to be done with a QEMU that was told to listen, and got nothing.
-const LISTENED: &str = "QEMU listens for a migration already (since a load that was killed, perhaps), and got nothing yet: \
-     end it and start it anew with -incoming defer, or feed it with `fastload serve`";
+const LISTENED: &str =
+    "QEMU listens for a migration already (since a load that was killed, perhaps), and got nothing yet";
+
+/// The same, and what helps: the snapshot can be brought to where it listens, if it is one that takes it.
+fn listened(qmp: &mut Qmp, snapshot: &str) -> Result<String, QmpError> {
+    let capabilities = qmp.capabilities()?;
+    let takes_it = capabilities.0.get("postcopy-ram") == Some(&true) && capabilities.0.get("mapped-ram") != Some(&true);
+    // A name that only QEMU knows is of no use.
+    let known = |address: &String| !address.starts_with("unix:/proc/");
+    let address = qmp.listening()?.into_iter().find(known).filter(|_| takes_it);
+    Ok(match address {
+        Some(address) => {
+            let preempt = if has_preempt(&capabilities) { " --preempt" } else { "" };
+            let address = serving::quoted(Path::new(&address));
+            format!(
+                "{LISTENED}. End it, and start it anew with -incoming defer; or feed it where it listens: fastload serve \
+                 {snapshot} --to {address}{preempt}"
+            )
+        }
+        None => format!("{LISTENED}: end it, and start it anew with -incoming defer"),
+    })
+}
 
 /// Refuses a QEMU that does not wait for a snapshot. One whose guest waits for the rest of its memory is not to be ended:
 /// `recovery` brings it.
-pub(super) fn waits(qmp: &mut Qmp, note: Option<&Note>, recovery: &str) -> Result<(), Failure> {
+pub(super) fn waits(qmp: &mut Qmp, note: Option<&Note>, recovery: &str, snapshot: &str) -> Result<(), Failure> {
     let state = qmp.run_state()?;
     let (migration, _) = qmp.migration()?;
     if state == "inmigrate" && migration == "none" {
         return Ok(());
     }
     if state == "inmigrate" && migration == "setup" {
-        return Err(LISTENED.into());
+        return Err(listened(qmp, snapshot)?.into());
     }
     let recovery = note.map_or_else(|| recovery.to_owned(), |note| note.recovery(recovery));
     if migration == "postcopy-paused" {
@@ -273,7 +294,7 @@ fn userfaultfd(error: QmpError) -> Failure {
     let text = error.to_string();
     let lower = text.to_lowercase();
     // QEMU's own reason, where it gives one, is the right one.
-    if lower.contains("file-backed") || lower.contains("shared memory") {
+    if lower.contains("host backend files") || lower.contains("tmpfs") {
         return error.into();
     }
     if lower.contains("userfault") || lower.contains("postcopy is not supported") {
@@ -290,7 +311,6 @@ fn userfaultfd(error: QmpError) -> Failure {
 mod tests {
     use std::io::{BufRead, BufReader, Write};
     use std::os::unix::net::UnixStream;
-    use std::path::Path;
     use std::thread::{self, JoinHandle};
 
     use serde_json::Value;

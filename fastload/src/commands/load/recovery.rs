@@ -1,7 +1,6 @@
 //! `fastload load --recover`, with QEMU's help or, where it is held up, without.
 
 use std::io::{self, ErrorKind};
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use fastload_qmp::{Qmp, QmpError};
@@ -82,7 +81,7 @@ impl Load {
         let blocks = check::fits(qmp, &image.snapshot, &self.snapshot, self.compared())?;
         // A note may be about another QEMU, which had the same monitor.
         let note = match note {
-            Some((note, noted)) if qmp.listens_at(Path::new(&noted.listen))? => Some(note),
+            Some((note, noted)) if qmp.listening()?.contains(&noted.uri()) => Some(note),
             _ => None,
         };
         if let Some(note) = note {

@@ -129,6 +129,43 @@ fn flash_memory_that_the_guest_can_write() {
     figures(&capture(&qemu, &place.file(), &["--json"]));
 }
 
+/// The kernel merges pages as long as this lives, and does as before then.
+struct Merging(String);
+
+const RUN: &str = "/sys/kernel/mm/ksm/run";
+
+impl Merging {
+    fn start() -> Merging {
+        let before = fs::read_to_string(RUN).unwrap();
+        fs::write(RUN, "1").unwrap();
+        Merging(before)
+    }
+}
+
+impl Drop for Merging {
+    fn drop(&mut self) {
+        let _ = fs::write(RUN, self.0.trim());
+    }
+}
+
+#[test]
+fn memory_that_the_kernel_merges() {
+    testkit::require!(Qemu, Userfaultfd, Root);
+    if !Path::new(RUN).exists() {
+        return testkit::require::without("KSM", "this kernel has none");
+    }
+    let mut qemu = at_work(&with(&Setup::new(Machine::Pc, 32), "-machine mem-merge=on"));
+    let merging = Merging::start();
+    refused_then_allowed(&mut qemu, "merging", &["KSM", "one instant", "mem-merge=off"]);
+    // As the message says.
+    let place = Place::new();
+    let refused = capture(&qemu, &place.file(), &["--json"]);
+    let (_, rest) = refused.error().split_once("Stop that (").unwrap();
+    assert!(Command::new("sh").args(["-c", rest.split_once(')').unwrap().0]).status().unwrap().success());
+    figures(&capture(&qemu, &place.file(), &["--json"]));
+    drop(merging);
+}
+
 /// What is not there yet is made by QEMU's reading it.
 #[test]
 fn memory_that_a_capture_would_allocate_is_said() {

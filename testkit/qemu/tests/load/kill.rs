@@ -223,3 +223,27 @@ fn a_snapshot_that_changes_meanwhile_is_never_taken_for_complete() {
     assert!(saved.load(&qemu, &["--recover"]).status.success());
     saved.is_whole(&mut qemu);
 }
+
+/// What is open stays open: another name, other rights, or no name at all take nothing from the guest.
+#[test]
+fn a_snapshot_that_loses_its_name_meanwhile_is_finished_from() {
+    testkit::require!(Qemu, Userfaultfd);
+    let setup = Setup::new(Machine::Pc, 64);
+    let saved = Saved::new(&setup, &Plan::check(60 * MIB), How::default());
+    let mut qemu = saved.waiting(&setup);
+    let server = Fastload::start(saved.load_arguments(&qemu, &["--no-background"])).unwrap();
+    known_as_started(&mut qemu);
+    let other = saved.file.with_extension("other");
+    std::fs::hard_link(&saved.file, &other).unwrap();
+    qemu.touch(41 * MIB).unwrap();
+    std::fs::rename(&other, saved.file.with_extension("third")).unwrap();
+    std::fs::set_permissions(&saved.file, std::os::unix::fs::PermissionsExt::from_mode(0o400)).unwrap();
+    qemu.touch(42 * MIB).unwrap();
+    std::fs::remove_file(saved.file.with_extension("third")).unwrap();
+    std::fs::remove_file(&saved.file).unwrap();
+    qemu.touch(43 * MIB).unwrap();
+    server.signal(Signal::SIGINT).unwrap();
+    let figures = server.finish().unwrap().figures();
+    assert!(figures["background_pages"].as_u64().unwrap() * 4096 > 40 * MIB, "{figures}");
+    saved.is_whole(&mut qemu);
+}

@@ -143,6 +143,22 @@ fn a_socket_that_is_held_is_named_with_its_holder() {
     assert_eq!(load(&saved, &path, &["--paused"]).figures()["state"], "paused");
 }
 
+#[test]
+fn another_load_that_is_at_work_is_named() {
+    testkit::require!(Qemu, Userfaultfd);
+    let (setup, saved) = small();
+    let mut qemu = saved.waiting(&setup);
+    let server = Fastload::start(saved.load_arguments(&qemu, &["--no-background"])).unwrap();
+    qemu.qmp().wait_event(&["RESUME"], Duration::from_secs(30)).unwrap().unwrap();
+    for more in [&[] as &[&str], &["--recover"]] {
+        let ended = saved.load(&qemu, more);
+        assert!(ended.error().contains(&format!("process {} (fastload)", server.id())), "{ended:?}");
+    }
+    server.signal(Signal::SIGINT).unwrap();
+    assert!(server.finish().unwrap().status.success());
+    saved.is_whole(&mut qemu);
+}
+
 /// QEMU sees another directory under the name of ours: it is given the directory itself.
 #[test]
 fn a_qemu_in_another_mount_namespace_is_recovered() {

@@ -1,7 +1,7 @@
 //! What does not fit is refused before anything starts, with a message that says what to do.
 
 use testkit_qemu::guest::Plan;
-use testkit_qemu::{Machine, Qemu, Setup};
+use testkit_qemu::{Machine, MemoryBackend, Qemu, Setup};
 
 use crate::MIB;
 use crate::support::{How, Saved, settings_are_back};
@@ -59,6 +59,19 @@ fn a_qemu_that_does_not_wait() {
     qemu.execute("migrate-incoming", serde_json::json!({"uri": uri})).unwrap();
     let ended = saved.load(&qemu, &[]);
     assert!(ended.error().contains("already") && ended.error().contains("anew"), "{ended:?}");
+    assert!(!ended.error().contains("serve"), "it would not take it: {ended:?}");
+    // One that takes what it is told to be fed.
+    for preempt in [false, true] {
+        let mut qemu = saved.waiting(&setup);
+        qemu.set_capabilities(&[("postcopy-ram", true), ("postcopy-preempt", preempt)]).unwrap();
+        let uri = format!("unix:{}", qemu.dir().join("in").display());
+        qemu.execute("migrate-incoming", serde_json::json!({"uri": uri})).unwrap();
+        let ended = saved.load(&qemu, &[]);
+        assert!(ended.error().contains("already"), "{ended:?}");
+        assert!(ended.typed("serve", &[]).status.success(), "{ended:?}");
+        qemu.set_capabilities(&[("postcopy-ram", false), ("postcopy-preempt", false)]).unwrap();
+        saved.is_whole(&mut qemu);
+    }
 }
 
 #[test]
@@ -76,6 +89,21 @@ fn a_qemu_without_the_right_to_userfaultfd_is_refused_by_name() {
         });
     }
     refused(&saved, &nobody, &["/dev/userfaultfd", "CAP_SYS_PTRACE", "vm.unprivileged_userfaultfd=1"]);
+}
+
+/// QEMU says itself why, and no right of its would help.
+#[test]
+fn memory_in_a_file_on_a_disk_gets_qemus_own_reason() {
+    testkit::require!(Qemu, Userfaultfd);
+    let setup = Setup::new(Machine::Pc, 32);
+    let saved = Saved::new(&setup, &Plan::check(16 * MIB), How::default());
+    let file = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let on_disk = Setup { backend: MemoryBackend::File(file.path().to_owned()), ..setup };
+    let mut qemu = saved.waiting(&on_disk);
+    let ended = saved.load(&qemu, &[]);
+    let error = ended.error();
+    assert!(error.to_lowercase().contains("tmpfs") && !error.contains("CAP_SYS_PTRACE"), "{error}");
+    settings_are_back(&mut qemu);
 }
 
 #[test]

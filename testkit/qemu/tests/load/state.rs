@@ -4,7 +4,7 @@ use std::io::{BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 
-use testkit_qemu::guest::Plan;
+use testkit_qemu::guest::{Plan, Work};
 use testkit_qemu::{Fastload, Machine, Setup};
 
 use crate::MIB;
@@ -101,7 +101,8 @@ fn a_guest_that_qemu_could_not_start_is_no_success() {
     for more in [&[] as &[&str], &["--no-background"]] {
         let mut qemu = saved.waiting(&setup);
         let ended = saved.load(&qemu, &[&["--skip-disk-check"], more].concat());
-        assert_eq!((ended.status.code(), ended.stdout.as_str()), (Some(1), ""), "{ended:?}");
+        assert_eq!(ended.status.code(), Some(1), "{ended:?}");
+        assert!(!ended.stdout.contains("running"), "{ended:?}");
         for word in ["could not start the guest", &holder.name(), "anew", "--paused"] {
             assert!(ended.error().contains(word), "{ended:?}");
         }
@@ -123,6 +124,35 @@ fn a_guest_that_qemu_could_not_start_is_no_success() {
     drop(holder);
     assert_eq!(ended.typed("resume", &[]).stdout, "running\n");
     saved.is_whole(&mut qemu);
+}
+
+/// A guest whose disk fails as soon as it runs, once.
+#[test]
+fn a_guest_that_a_failing_disk_has_stopped_is_no_success() {
+    testkit::require!(Qemu, QemuTools, Userfaultfd);
+    let dir = tempfile::tempdir().unwrap();
+    let (image, rules) = (dir.path().join("d.raw"), dir.path().join("rules"));
+    std::fs::write(&image, vec![0; 1 << 20]).unwrap();
+    std::fs::write(&rules, "[inject-error]\nevent = \"none\"\niotype = \"write\"\nerrno = \"5\"\nonce = \"on\"\n")
+        .unwrap();
+    let setup = Setup::new(Machine::Pc, 32);
+    let drive = |file: String| {
+        let extra = vec!["-drive".to_owned(), format!("if=ide,format=raw,werror=stop,rerror=stop,file={file}")];
+        Setup { extra, ..setup.clone() }
+    };
+    let plan = Plan { work: Work::Generations, disk: true, ..Plan::check(16 * MIB) };
+    let whole = drive(image.display().to_string());
+    let saved = Saved::new(&whole, &plan, How { at_work: true, ..How::default() });
+    let failing = drive(format!("blkdebug:{}:{}", rules.display(), image.display()));
+    let mut qemu = saved.waiting(&failing);
+    let ended = saved.load(&qemu, &[]);
+    assert!(ended.error().contains("io-error") && ended.error().contains("a disk failed"), "{ended:?}");
+    assert_eq!((ended.status.code(), qemu.qmp().run_state().unwrap().as_str()), (Some(1), "io-error"));
+    settings_are_back(&mut qemu);
+    assert_eq!(ended.typed("resume", &[]).stdout, "running\n");
+    let (passes, errors) = qemu.order('?').unwrap();
+    while qemu.order('?').unwrap().0 < passes + 2 {}
+    assert_eq!((errors, qemu.order('?').unwrap().1), (0, 0));
 }
 
 /// There is nothing to start where a snapshot is still to come.
