@@ -77,12 +77,10 @@ pub(crate) fn write_protect(fd: BorrowedFd<'_>, start: u64, len: u64, armed: boo
         Err(Errno::ENOENT) => {}
         done => return done,
     }
-    // The middle, where huge pages too can be parted if there are any.
-    let unit = if len > HUGE { HUGE } else { PAGE_SIZE };
-    let middle = (start + len / 2).next_multiple_of(unit);
-    if middle <= start || middle >= start + len {
-        return Err(Errno::ENOENT);
-    }
+    // The middle, between two huge pages if there is such a place.
+    let inside = |at: &u64| (start + 1..start + len).contains(at);
+    let middle = |unit| Some((start + len / 2).next_multiple_of(unit)).filter(inside);
+    let Some(middle) = middle(HUGE).or_else(|| middle(PAGE_SIZE)) else { return Err(Errno::ENOENT) };
     // A part of a huge page is refused as such: it is not registered, as the whole is not.
     let part = |start, len| match write_protect(fd, start, len, armed) {
         Err(Errno::EINVAL) => Err(Errno::ENOENT),
