@@ -5,9 +5,10 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::thread::{Builder as Thread, JoinHandle};
+use std::time::Duration;
 
 use page_source::{PageSink, Source};
-use page_units::PageCount;
+use page_units::{PageCount, PageRun};
 
 use crate::load::background;
 use crate::load::completion::give_up;
@@ -20,7 +21,7 @@ use crate::memory::Memory;
 use crate::memory::descriptor::Descriptor;
 use crate::memory::poison::PoisonOnAbort;
 use crate::memory::region::{self, Region};
-use crate::options::{Background, Discards, Event, FailurePolicy, Handlers, Wait};
+use crate::options::{Background, Discards, Event, FailurePolicy, Handlers, Wait, WhenComplete};
 use crate::pause::Pauses;
 use crate::serve::stop::StopPages;
 use crate::serve::wait::Waiter;
@@ -43,6 +44,9 @@ pub struct Builder {
     prefilled: bool,
     observer: Option<Observer>,
     serving: Option<Serving>,
+    present: Vec<PageRun>,
+    when_complete: WhenComplete,
+    wait_limit: Option<Duration>,
     pauses: Pauses,
 }
 
@@ -70,6 +74,9 @@ impl Default for Builder {
             prefilled: false,
             observer: None,
             serving: None,
+            present: Vec::new(),
+            when_complete: WhenComplete::default(),
+            wait_limit: None,
             pauses: Pauses::default(),
         }
     }
@@ -163,6 +170,31 @@ impl Builder {
         self
     }
 
+    /// Pages that are in the memory already: a receiver has brought them before, or they were populated on purpose. They
+    /// stay as they are, and the source is not asked for them. They are whole granules. May be called several times.
+    ///
+    /// A page that is named here and is not there reads as zero.
+    #[must_use]
+    pub fn present(mut self, runs: impl IntoIterator<Item = PageRun>) -> Builder {
+        self.present.extend(runs);
+        self
+    }
+
+    /// What happens when every page is in. Default: the memory is let go.
+    #[must_use]
+    pub fn when_complete(mut self, then: WhenComplete) -> Builder {
+        self.when_complete = then;
+        self
+    }
+
+    /// Tells the observer ([`Event::Waiting`]) of each page that a late source lets a guest wait for longer than this.
+    /// Default: never; [`Engine::waiting`] tells at any time.
+    #[must_use]
+    pub fn report_waits_after(mut self, limit: Duration) -> Builder {
+        self.wait_limit = Some(limit);
+        self
+    }
+
     /// How many huge pages of private memory may be incomplete at a time (their content came in part). Default: 16, but
     /// never less than what the background asks for at a time (its window) and 16 for faults. A source that scatters the
     /// pages of more huge pages than that fails the engine.
@@ -216,7 +248,9 @@ impl Builder {
         region::check(&self.regions, pages.layout())?;
         if self.descriptor.is_none() {
             region::check_local(&self.regions)?;
-            region::check_unseen(&self.regions)?;
+            if self.present.is_empty() {
+                region::check_unseen(&self.regions)?;
+            }
         }
         placement::check_cores(self.handlers.cores.iter().flatten().chain(&self.background.cores))?;
         let (descriptor, made_here) = match self.descriptor {
@@ -228,8 +262,10 @@ impl Builder {
         let (layout, window) = (pages.layout(), self.background.window);
         let memory = Memory::missing(descriptor, self.regions, layout, self.pauses);
         let memory = Arc::new(memory.map_err(system("memory for the page states"))?);
+        self.present.iter().try_for_each(|&run| memory.is_present(run))?;
         let waiter = waiter(&memory, &self.handlers)?;
-        let intake = Arc::new(Intake::new(memory, staging, (self.policy, self.prefilled), window));
+        let policy = (self.policy, self.prefilled);
+        let intake = Arc::new(Intake::new(memory, staging, policy, window, self.wait_limit));
         // First of all: a source may begin to push at once.
         if made_here {
             register(&intake.memory)?;
@@ -245,7 +281,8 @@ impl Builder {
         };
         // From here on an engine exists, and its drop does what is right.
         let plan = Plan::new(&self.background);
-        let load = Arc::new(Load::new(Arc::clone(&intake), (pages, again), feed, self.around, plan));
+        let load =
+            Arc::new(Load::new(Arc::clone(&intake), (pages, again), feed, self.around, plan, self.when_complete));
         let mut engine = Engine {
             intake,
             load: Some(Arc::clone(&load)),

@@ -11,6 +11,7 @@ use crate::load::fetch;
 use crate::load::intake::Intake;
 use crate::load::load::Load;
 use crate::load::status::Outcome;
+use crate::memory::Place;
 use crate::serve::wait::Waiter;
 use crate::stats::Stats;
 use crate::{DiscardError, EngineError, FreezeError, FreezeOptions, Freezer, Region};
@@ -28,6 +29,16 @@ pub struct Engine {
     pub(crate) waiter: Arc<Waiter>,
     pub(crate) threads: Vec<JoinHandle<()>>,
     pub(crate) supervisor: Option<JoinHandle<()>>,
+}
+
+/// Pages that are waited for.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Waiting {
+    /// The pages: one, or a huge page.
+    pub run: PageRun,
+    /// How long already.
+    pub time: Duration,
 }
 
 /// How an engine became complete.
@@ -89,6 +100,17 @@ impl Engine {
     pub fn missing(&self) -> PageCount {
         let load = self.load.as_ref().filter(|_| self.intake.status.running());
         load.map_or(PageCount(0), |load| load.missing())
+    }
+
+    /// Which pages a late source lets the guest wait for, and how long already. (A source that answers at once is waited
+    /// for by a handler, inside of it.)
+    #[must_use]
+    pub fn waiting(&self) -> Vec<Waiting> {
+        let waiting = |(place, time): (Place, Duration)| Waiting {
+            run: self.intake.memory.area(place.area).pages(place.granule, 1),
+            time,
+        };
+        self.intake.latencies.all().into_iter().map(waiting).collect()
     }
 
     /// What it has done so far.

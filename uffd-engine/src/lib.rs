@@ -45,7 +45,7 @@ mod stats;
 mod sys;
 
 pub use builder::Builder;
-pub use engine::{Completion, Engine};
+pub use engine::{Completion, Engine, Waiting};
 pub use error::{DiscardError, EngineError, Errno, OpenError, StartError};
 pub use freeze::{FreezeError, FreezeHandle, FreezeOptions, FreezeStats, Freezer, Frozen, FrozenError, populated};
 pub use measure::Measured;
@@ -53,7 +53,7 @@ pub use memory::backing::Backing;
 pub use memory::descriptor::Descriptor;
 pub use memory::mapping::Mapping;
 pub use memory::region::Region;
-pub use options::{Background, Discards, Event, FailurePolicy, Handlers, Wait};
+pub use options::{Background, Discards, Event, FailurePolicy, Handlers, Wait, WhenComplete};
 #[cfg(feature = "pause-points")]
 pub use pause::PausePoint;
 pub use stats::{Latency, Stats};

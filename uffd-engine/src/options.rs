@@ -144,6 +144,18 @@ pub enum Discards {
     Announced,
 }
 
+/// What an engine does when every page is in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum WhenComplete {
+    /// Lets the memory go: it is ordinary memory again, and the source is finished.
+    #[default]
+    LetGo,
+    /// Keeps the memory registered and the source open: [`Engine::wait`](crate::Engine::wait) returns, and the engine
+    /// goes on serving what the guest gives back and touches again, until it is dropped. The seam for a reset. Costs no
+    /// wake-ups.
+    StayArmed,
+}
+
 /// What happens when content is unavailable.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum FailurePolicy {
@@ -173,10 +185,17 @@ pub enum Event {
         /// The pages of the region.
         run: page_units::PageRun,
     },
-    /// Every page is in, and the memory is ordinary memory again.
+    /// Every page is in. The memory is ordinary memory again, unless the engine [stays armed](WhenComplete::StayArmed).
     Complete {
         /// After the engine's start.
         after: Duration,
+    },
+    /// A page has been waited for longer than the [limit](crate::Builder::report_waits_after). Told once for each wait.
+    Waiting {
+        /// The pages that are waited for.
+        run: page_units::PageRun,
+        /// For how long, so far.
+        time: Duration,
     },
     /// Some pages are poisoned, and the engine goes on ([`FailurePolicy::PoisonFailed`]).
     PagesFailed(crate::EngineError),

@@ -3,6 +3,7 @@
 /// Where a thread of the engine stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
+#[cfg_attr(not(feature = "pause-points"), expect(unreachable_pub, reason = "it is exported with that feature"))]
 pub enum PausePoint {
     /// Pages are claimed, the install has not begun.
     Claimed,

@@ -94,8 +94,8 @@ fn a_pause_stops_the_background_and_not_the_demand() {
     memory.assert_equals(&oracle);
 }
 
-/// A file with a hole after each page, which tells of one page at a time: between any two of them the background may be
-/// paused or held back.
+/// A file with a hole after each page, of which nothing is known before it is asked: between any two pieces the background
+/// may be paused or held back.
 #[test]
 fn a_file_full_of_holes_is_loaded_turn_by_turn() {
     testkit::require!(Userfaultfd);
@@ -105,7 +105,8 @@ fn a_file_full_of_holes_is_loaded_turn_by_turn() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("flat");
     let blocks = oracle.write_flat(&path).unwrap();
-    let ways = [Background::default(), Background::default().with_rate(ByteLen(1))];
+    let background = Background::default().with_piece(PageCount(4));
+    let ways = [background.clone(), background.with_rate(ByteLen(1))];
     for (background, pauses) in ways.into_iter().zip([true, false]) {
         let memory = Memory::new(Kind::Anonymous, oracle.layout());
         let (source, gate) = Held::new(FlatFile::open(&path, blocks.clone()).unwrap());
@@ -115,7 +116,7 @@ fn a_file_full_of_holes_is_loaded_turn_by_turn() {
             engine.pause_background();
         }
         gate.open();
-        // The first request was under way, and its turn may go on to a second page.
+        // The first request was under way: of four pages, two of which are holes.
         for number in (3..PAGES).map(PageIndex) {
             memory.load(BlockId(0), number);
         }

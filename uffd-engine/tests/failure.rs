@@ -7,8 +7,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 
 use common::refused::right_or_refused;
+use common::scripted::{Scripted, full};
 use common::{Kind, Memory};
-use page_source::{PageSource, SourceErrorKind};
+use page_source::{PageSource, Reply, SourceErrorKind};
 use page_units::{BlockId, Layout, PageCount, PageIndex, PageRun, PageSize, RamBlock};
 use proptest::prelude::*;
 use rand::SeedableRng;
@@ -144,19 +145,36 @@ fn with_a_lenient_policy_only_the_failed_pages_are_lost() {
 #[test]
 fn a_slow_source_holds_up_nothing_but_its_own_pages() {
     testkit::require!(Userfaultfd);
-    let oracle = oracle(5, 256, 255);
+    let oracle = full(256);
     let memory = Memory::new(Kind::Anonymous, oracle.layout());
-    let gate = Gate::closed();
-    let late = LateSource::new(Arc::clone(&oracle), 1).with_gate(gate.clone());
-    let engine = memory.engine(Arc::new(late)).background(Background::off()).start().unwrap();
+    let peer = Scripted::new(Arc::clone(&oracle));
+    let engine = memory.engine(peer.peer()).background(Background::off()).start().unwrap();
+    let page = |number| PageRun::single(BlockId(0), PageIndex(number));
+    let wait_for = |run: PageRun| {
+        while !peer.asked().contains(&run) {
+            std::thread::yield_now();
+        }
+    };
     std::thread::scope(|scope| {
-        let waiting = scope.spawn(|| memory.read(BlockId(0), PageIndex(7)));
-        gate.wait_for(1);
-        assert!(!waiting.is_finished());
-        gate.open();
-        assert!(waiting.join().unwrap().unwrap() == oracle.run(PageRun::single(BlockId(0), PageIndex(7))));
+        let late = scope.spawn(|| memory.read(BlockId(0), PageIndex(7)));
+        wait_for(page(7));
+        // One handler, which has page 7 outstanding: others come and go, and pages are given back.
+        for number in 8..40 {
+            let run = page(number);
+            let reader = scope.spawn({
+                let memory = &memory;
+                move || memory.read(BlockId(0), PageIndex(number))
+            });
+            wait_for(run);
+            assert!(matches!(peer.push(run), Reply::Taken));
+            assert!(reader.join().unwrap().unwrap() == oracle.run(run));
+        }
+        engine.discard(page(8)).unwrap();
+        assert_eq!(memory.read(BlockId(0), PageIndex(8)).unwrap(), vec![0; common::PAGE]);
+        assert!(!late.is_finished());
+        assert!(matches!(peer.push(page(7)), Reply::Taken));
+        assert!(late.join().unwrap().unwrap() == oracle.run(page(7)));
     });
-    assert_eq!(engine.stats().demand_faults, 1);
 }
 
 #[test]

@@ -62,7 +62,8 @@ fn unpack(root: &Path, published: &[Member], target: &Path, directory: &Path) ->
     fs::create_dir_all(directory)?;
     for member in published {
         let package = target.join("package").join(format!("{}.crate", member.package()));
-        run_command(Command::new("tar").arg("-xzf").arg(package).arg("-C").arg(directory))?;
+        // Without the times in the packages, which are always the same: cargo would take what changed for built.
+        run_command(Command::new("tar").arg("-xzmf").arg(package).arg("-C").arg(directory))?;
     }
     fs::write(directory.join("Cargo.toml"), workspace(published))?;
     fs::copy(root.join("Cargo.lock"), directory.join("Cargo.lock"))?;

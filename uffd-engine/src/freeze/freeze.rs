@@ -145,7 +145,7 @@ impl Freeze {
         if self.over.swap(true, Ordering::SeqCst) {
             return;
         }
-        self.owner.let_go(self, outcome.is_ok());
+        self.owner.let_go(&self.zones, self, outcome.is_ok());
         *self.outcome.lock() = Some(outcome);
         self.ended.notify_all();
         self.owner.stop();

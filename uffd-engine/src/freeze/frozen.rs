@@ -93,7 +93,8 @@ impl Frozen {
             }
         }
         let freeze = &self.handle.0;
-        freeze.owner.forget(freeze);
+        let holder: Arc<dyn crate::memory::holder::Holder> = Arc::<Freeze>::clone(freeze);
+        freeze.owner.forget(&holder);
         freeze.merge_again();
     }
 }

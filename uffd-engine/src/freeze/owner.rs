@@ -8,7 +8,7 @@ use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use page_units::{ByteLen, HostAddr};
 
-use super::freeze::Freeze;
+use super::zone::Zone;
 use crate::OpenError;
 use crate::memory::Memory;
 use crate::memory::descriptor::Descriptor;
@@ -135,10 +135,10 @@ impl Owner {
 
     /// Takes the protection off everything that is not released, wakes its waiters, and lets an engine go on to its
     /// completion.
-    pub(crate) fn let_go(&self, freeze: &Freeze, all_released: bool) {
+    pub(crate) fn let_go(&self, zones: &[Zone], freeze: &dyn Holder, all_released: bool) {
         match self.by() {
             By::Freeze(own) => {
-                for zone in freeze.zones.iter().filter(|zone| zone.registered.load(Ordering::Acquire)) {
+                for zone in zones.iter().filter(|zone| zone.registered.load(Ordering::Acquire)) {
                     own.descriptor.let_go(zone.region.start, zone.region.len());
                 }
             }
@@ -146,17 +146,16 @@ impl Owner {
             By::Engine { fetch, .. } if all_released => fetch.freeze_ended(false),
             By::Engine { memory, fetch } if memory.view.on_reader_thread() => fetch.freeze_ended(true),
             By::Engine { memory, fetch } => {
-                thaw(memory, fetch, freeze);
+                thaw(memory, fetch, zones, freeze);
                 fetch.freeze_ended(false);
             }
         }
     }
 
     /// Forgets the frozen memory, so that neither keeps the other alive.
-    pub(crate) fn forget(&self, freeze: &Arc<Freeze>) {
+    pub(crate) fn forget(&self, freeze: &Arc<dyn Holder>) {
         if let By::Engine { memory, .. } = self.by() {
-            let holder: Arc<dyn Holder> = Arc::<Freeze>::clone(freeze);
-            memory.view.forget_freeze(&holder);
+            memory.view.forget_freeze(freeze);
         }
     }
 }
@@ -166,10 +165,10 @@ const STRIDE: ByteLen = ByteLen(1 << 30);
 
 /// Takes the protection off, after a freeze has ended. What is protected all the same (an install that was under way) is
 /// released when it is written to.
-pub(super) fn thaw(memory: &Memory, fetch: &dyn Fetch, freeze: &Freeze) {
+pub(super) fn thaw(memory: &Memory, fetch: &dyn Fetch, zones: &[Zone], freeze: &dyn Holder) {
     // A handler that serves a write for the freeze has seen by then that it has ended, or parked its writer, who is woken.
     drop(memory.view.gate_alone());
-    for zone in &freeze.zones {
+    for zone in zones {
         let (mut at, end) = (zone.region.start.0, zone.region.range().end.0);
         while at < end {
             let next = (at + 1).next_multiple_of(STRIDE.0).min(end);
@@ -182,7 +181,7 @@ pub(super) fn thaw(memory: &Memory, fetch: &dyn Fetch, freeze: &Freeze) {
 }
 
 /// `false` if the memory is not to be released any more: it is frozen again, or no longer this engine's.
-fn release(memory: &Memory, fetch: &dyn Fetch, freeze: &Freeze, start: HostAddr, len: ByteLen) -> bool {
+fn release(memory: &Memory, fetch: &dyn Fetch, freeze: &dyn Holder, start: HostAddr, len: ByteLen) -> bool {
     loop {
         let gate = memory.view.installing();
         if gate.as_deref().is_some_and(|now| !std::ptr::addr_eq(now, freeze)) {

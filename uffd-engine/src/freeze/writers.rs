@@ -155,7 +155,7 @@ impl Holder for Freeze {
 
     fn thaw(&self) {
         if let By::Engine { memory, fetch } = self.owner.by() {
-            owner::thaw(memory, fetch, self);
+            owner::thaw(memory, fetch, &self.zones, self);
         }
     }
 }

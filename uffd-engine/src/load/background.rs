@@ -2,7 +2,6 @@
 
 use page_source::{Content, Urgency};
 use page_units::{ByteLen, PageCount, PageRun};
-use parking_lot::MutexGuard;
 
 use super::intake::Intake;
 use super::load::Load;
@@ -35,15 +34,12 @@ impl Load {
             cursor.following = (!later.is_empty()).then_some((area, later));
             return Some((area, now));
         }
-        // Once the source has been asked for a page: whether it knew no more after that than before.
-        let mut asked = None;
         loop {
             let area = memory.view.areas.get(cursor.area)?;
             if cursor.granule >= area.granules {
                 *cursor = Cursor { area: cursor.area + 1, ..Cursor::default() };
                 continue;
             }
-            let page = area.page(cursor.granule);
             let ahead = area.pages(cursor.granule, area.granules - cursor.granule).split_at(LOOK_AHEAD).0;
             let span = self.pages.content(ahead);
             let granules = ByteLen(span.pages.0 / area.granule.0).get().min(area.granules - cursor.granule);
@@ -52,34 +48,14 @@ impl Load {
                     bump(&memory.counters.zero_skipped, granules as u64 * area.granule.0);
                     cursor.granule += granules;
                 }
-                // What a source does not know before it was asked is often known for a long way after one page.
-                Content::Unknown if asked.is_none() && area.small() => {
-                    let one = PageRun::single(area.block(), page);
-                    let number = cursor.area;
-                    cursor.granule += 1;
-                    // Others go on meanwhile, and a loader that has to begin again does not wait for a source that hangs.
-                    let ask = || self.unknown_stays_unknown(number, one);
-                    asked = Some(MutexGuard::unlocked(&mut cursor, ask));
-                }
                 Content::Zero | Content::Stored | Content::Absent | Content::Unknown => {
-                    // With the page that was asked for before, one turn: also where that has told of no other page.
-                    let most = match (asked, span.content) {
-                        (Some(false), Content::Unknown) => 1,
-                        _ => self.plan.granules(area.granule) - usize::from(asked.is_some()),
-                    };
-                    let take = most.clamp(1, granules.max(1));
+                    let take = self.plan.granules(area.granule).min(granules.max(1));
                     let first = cursor.granule;
                     cursor.granule += take;
                     return Some((cursor.area, area.pages(first, take)));
                 }
             }
         }
-    }
-
-    /// Asks for one page; `true` if the source does not know more after that than before.
-    fn unknown_stays_unknown(&self, area: usize, one: PageRun) -> bool {
-        self.request_counted(area, one);
-        self.pages.content(one).content == Content::Unknown
     }
 
     /// Requests the pages of a run that are Missing, and counts it against the rate.

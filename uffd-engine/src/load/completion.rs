@@ -14,6 +14,7 @@ use crate::EngineError;
 use crate::memory::Area;
 use crate::memory::gate::holder;
 use crate::memory::states::State;
+use crate::options::WhenComplete;
 use crate::pause::PausePoint;
 
 /// What an area lacks.
@@ -55,6 +56,14 @@ impl Load {
     /// Lets the memory go: everything is there. `None` if that is not to be believed, or not now.
     pub(super) fn complete(&self) -> Option<Duration> {
         let Intake { memory, status, window, .. } = &*self.intake;
+        if status.outcome().is_some() {
+            // It is complete, and stays armed.
+            return None;
+        }
+        if self.when_complete == WhenComplete::StayArmed {
+            let after = memory.counters.complete();
+            return status.complete_armed(after).then_some(after);
+        }
         if let Err(error) = self.finish()? {
             status.fail(EngineError::Broken(error));
             return None;

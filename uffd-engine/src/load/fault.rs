@@ -45,7 +45,9 @@ impl Served for Load {
         if self.serve(place, fault.minor, false) {
             return memory.counters.resolved(fault.since);
         }
-        self.intake.latencies.insert(place, fault.since);
+        if self.intake.latencies.insert(place, fault.since) {
+            self.intake.status.tell(Task::Waits);
+        }
         if self.states(place).get(place.granule).state == State::Present
             && let Some(since) = self.intake.latencies.remove(place)
         {
@@ -98,10 +100,7 @@ impl Load {
                 }
                 // The supervisor is poisoning it, and wakes it.
                 State::Missing if self.intake.status.failing() => true,
-                State::Missing if self.is_zero(place) => {
-                    self.mark_zero(place);
-                    continue;
-                }
+                State::Missing if self.mark_zeros(place) => continue,
                 State::Missing => {
                     if entry.wanted && entry.requested && !again {
                         return false;
@@ -128,10 +127,18 @@ impl Load {
         }
     }
 
-    fn is_zero(&self, place: Place) -> bool {
+    /// Notes what the source knows to be zero, from the granule to the end of its window. `false` if the granule itself is
+    /// not known to be.
+    fn mark_zeros(&self, place: Place) -> bool {
         let area = self.area(place);
-        let span = self.pages.content(area.pages(place.granule, 1));
-        span.content == page_source::Content::Zero && span.pages >= area.granule
+        let most = if area.small() { ZERO_AROUND - place.granule % ZERO_AROUND } else { 1 };
+        let span = self.pages.content(area.pages(place.granule, most.min(area.granules - place.granule)));
+        let zeros = match span.content {
+            page_source::Content::Zero => ByteLen(span.pages.0 / area.granule.0).get(),
+            _ => 0,
+        };
+        (0..zeros.min(most)).for_each(|next| self.mark_zero(Place { granule: place.granule + next, ..place }));
+        zeros > 0
     }
 
     /// The pages to ask for: the granule, and what is Missing right around it in the same aligned window.
@@ -161,7 +168,7 @@ impl Load {
         let (mut start, mut end) = (place.granule, place.granule + 1);
         if area.small() {
             let window = place.granule - place.granule % ZERO_AROUND;
-            let known = |granule: &usize| self.known_zero(Place { granule: *granule, ..place });
+            let known = |granule: &usize| self.states(place).get(*granule).state == State::Zero;
             start -= (window..start).rev().take_while(known).count();
             end += (end..(window + ZERO_AROUND).min(self.states(place).len())).take_while(known).count();
         }
@@ -177,19 +184,6 @@ impl Load {
         let done = self.intake.install(&gate, Place { granule: first, ..place }, claimed, Content::Zeros);
         drop(gate);
         matches!(done, Ok(n) if n == claimed)
-    }
-
-    /// Whether a page is known to be zero, by the map or by the source.
-    fn known_zero(&self, place: Place) -> bool {
-        let states = self.states(place);
-        match states.get(place.granule).state {
-            State::Zero => true,
-            State::Missing if self.is_zero(place) => {
-                self.mark_zero(place);
-                true
-            }
-            _ => false,
-        }
     }
 
     /// A page that the map says is there. Zeros, unless the kernel has something.

@@ -47,6 +47,9 @@ impl Intake {
         let (here, states) = (self.memory.area(area), self.memory.states(area));
         let end = first + granules;
         let mut at = first;
+        if self.memory.view.gated() {
+            self.residency.bring(area, here, first, bytes);
+        }
         while at < end {
             let gate = self.memory.view.installing();
             if !states.claim(at) {

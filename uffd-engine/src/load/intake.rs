@@ -2,6 +2,7 @@
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
+use std::time::Duration;
 
 use page_source::{Reply, SinkError, SourceError};
 use page_units::{PageCount, PageRun};
@@ -9,6 +10,7 @@ use page_units::{PageCount, PageRun};
 use super::huge::Staging;
 use super::latencies::Latencies;
 use super::recent_faults::RecentFaults;
+use super::residency::Residency;
 use super::status::{Status, Task};
 use super::window::Window;
 use crate::EngineError;
@@ -32,6 +34,7 @@ pub(crate) struct Intake {
     pub(crate) latencies: Latencies,
     pub(crate) staging: Staging,
     pub(crate) policy: FailurePolicy,
+    pub(crate) residency: Residency,
     /// Whether what files hold of missing pages is content: see [`Builder::prefilled`](crate::Builder::prefilled).
     pub(crate) prefilled: bool,
 }
@@ -42,13 +45,15 @@ impl Intake {
         staging: Staging,
         (policy, prefilled): (FailurePolicy, bool),
         window: PageCount,
+        wait_limit: Option<Duration>,
     ) -> Intake {
         Intake {
+            residency: Residency::new(&memory.view.areas),
             memory,
             status: Status::default(),
             window: Window::new(window),
             recent_faults: RecentFaults::default(),
-            latencies: Latencies::default(),
+            latencies: Latencies::new(wait_limit),
             staging,
             policy,
             prefilled,

@@ -10,6 +10,7 @@ use super::intake::Intake;
 use super::plan::Plan;
 use super::status::Task;
 use crate::EngineError;
+use crate::options::WhenComplete;
 
 /// What asks for pages: for a fault, and in the background.
 #[derive(Debug)]
@@ -25,6 +26,7 @@ pub(crate) struct Load {
     /// How many pages are asked for at a time, around a fault.
     pub(crate) around: PageCount,
     pub(crate) plan: Plan,
+    pub(super) when_complete: WhenComplete,
 }
 
 impl Load {
@@ -35,9 +37,10 @@ impl Load {
         feed: Box<dyn Feed>,
         around: PageCount,
         plan: Plan,
+        when_complete: WhenComplete,
     ) -> Load {
         let (feed, finish_is_due) = (SharedFeed::new(feed), AtomicBool::new(false));
-        Load { intake, pages, again, feed, finish_is_due, around, plan }
+        Load { intake, pages, again, feed, finish_is_due, around, plan, when_complete }
     }
 
     /// Asks the source.

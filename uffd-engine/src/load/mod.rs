@@ -18,6 +18,7 @@ pub(crate) mod pieces;
 pub(crate) mod plan;
 pub(crate) mod rate;
 pub(crate) mod recent_faults;
+pub(crate) mod residency;
 pub(crate) mod sink;
 pub(crate) mod spans;
 pub(crate) mod status;

@@ -24,6 +24,8 @@ pub(crate) enum Task {
     Check,
     /// A freeze has ended where nothing may be waited for: take its protection off.
     Thaw,
+    /// A page has been waited for longer than the limit, or the first one is waited for: look when that will be.
+    Waits,
     Fail(EngineError),
 }
 
@@ -32,6 +34,7 @@ struct Inbox {
     first_fault: bool,
     check: bool,
     thaw: bool,
+    waits: bool,
     failed_pages: Vec<EngineError>,
     failure: Option<EngineError>,
 }
@@ -111,6 +114,7 @@ impl Status {
             Task::FirstFault => inbox.first_fault = true,
             Task::Check => inbox.check = true,
             Task::Thaw => inbox.thaw = true,
+            Task::Waits => inbox.waits = true,
             Task::PagesFailed(error) if inbox.failed_pages.len() < MAX_FAILED_PAGES => inbox.failed_pages.push(error),
             Task::PagesFailed(_) => {}
             Task::Fail(error) => inbox.failure = Some(error),
@@ -118,8 +122,8 @@ impl Status {
         self.arrived.notify_one();
     }
 
-    /// The next thing to do, in order of urgency. Waits for it.
-    pub(crate) fn next_task(&self) -> Task {
+    /// The next thing to do, in order of urgency. Waits for it: until `deadline`, when waits are looked at.
+    pub(crate) fn next_task(&self, deadline: Option<Instant>) -> Task {
         let mut inbox = self.inbox.lock();
         loop {
             if let Some(error) = inbox.failure.take() {
@@ -137,7 +141,13 @@ impl Status {
             if std::mem::take(&mut inbox.check) {
                 return Task::Check;
             }
-            self.arrived.wait(&mut inbox);
+            if std::mem::take(&mut inbox.waits) {
+                return Task::Waits;
+            }
+            match deadline {
+                None => self.arrived.wait(&mut inbox),
+                Some(at) => inbox.waits = self.arrived.wait_until(&mut inbox, at).timed_out(),
+            }
         }
     }
 
@@ -149,6 +159,17 @@ impl Status {
     /// To be said before the source is finished.
     pub(crate) fn finishing_source(&self) {
         self.source_finishes.store(true, Ordering::SeqCst);
+    }
+
+    /// Everything is there, and the memory is served on. `false` if the engine was no longer running.
+    pub(crate) fn complete_armed(&self, after: Duration) -> bool {
+        let mut slot = self.outcome.lock();
+        let running = self.running();
+        if running {
+            slot.get_or_insert(Outcome::Complete(after));
+            self.ended.notify_all();
+        }
+        running
     }
 
     pub(crate) fn end(&self, outcome: Outcome) {

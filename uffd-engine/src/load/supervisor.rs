@@ -32,7 +32,7 @@ impl Supervisor {
     pub(crate) fn run(mut self) {
         self.load.intake.status.supervised_here();
         loop {
-            let task = self.load.intake.status.next_task();
+            let task = self.load.intake.status.next_task(self.load.intake.latencies.deadline());
             let last = matches!(task, Task::Fail(_));
             match catch_unwind(AssertUnwindSafe(|| self.act(task))) {
                 Ok(true) => return,
@@ -59,6 +59,7 @@ impl Supervisor {
             Task::PagesFailed(error) => self.tell(&Event::PagesFailed(error)),
             Task::Check => return self.check(),
             Task::Thaw => self.thaw(),
+            Task::Waits => self.waits(),
             Task::Fail(error) => {
                 self.fail(error);
                 return true;
@@ -74,6 +75,15 @@ impl Supervisor {
             holder.thaw();
         }
         self.load.intake.status.tell(Task::Check);
+    }
+
+    /// Tells of the pages that have been waited for longer than the limit.
+    fn waits(&mut self) {
+        let intake = Arc::clone(&self.load.intake);
+        for (place, time) in intake.latencies.overdue() {
+            let run = intake.memory.area(place.area).pages(place.granule, 1);
+            self.tell(&Event::Waiting { run, time });
+        }
     }
 
     /// An observer that panics is not told anything any more: what this thread has to do must still be done.
@@ -100,7 +110,11 @@ impl Supervisor {
 
     /// Poisons what is missing, tells the VMM, and lets the memory go: what is zero then reads as zero.
     fn fail(&mut self, error: EngineError) {
-        log::error!("{error}");
+        // One that is complete, and stays armed until it is dropped, has not failed.
+        let dropped = matches!(error, EngineError::Cancelled) && self.load.intake.status.outcome().is_some();
+        if !dropped {
+            log::error!("{error}");
+        }
         self.load.intake.window.wake();
         let memory = &self.load.intake.memory;
         if let Some(holder) = memory.view.frozen() {
@@ -109,6 +123,8 @@ impl Supervisor {
         fail_closed(&self.load.intake, &*self.load.pages);
         memory.stay_open();
         self.load.intake.status.end(Outcome::Failed(error.clone()));
-        self.tell(&Event::Failed(error));
+        if !dropped {
+            self.tell(&Event::Failed(error));
+        }
     }
 }

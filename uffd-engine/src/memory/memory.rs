@@ -4,7 +4,7 @@ use std::io;
 use std::sync::atomic::AtomicBool;
 
 use nix::errno::Errno;
-use page_units::{HostAddr, Layout};
+use page_units::{ByteLen, HostAddr, Layout, PageRun};
 
 use super::area::Area;
 use super::descriptor::Descriptor;
@@ -14,6 +14,7 @@ use super::place::Place;
 use super::region::Region;
 use super::states::{Entry, State, StateMap};
 use super::view::View;
+use crate::StartError;
 use crate::pause::Pauses;
 use crate::stats::{Counters, bump};
 use crate::sys::ops;
@@ -40,6 +41,31 @@ impl Memory {
         let view = View::new(descriptor, regions, layout);
         let fill = Fill::missing(&view.areas)?;
         Ok(Memory { view, fill, counters: Counters::new(), pauses, cannot_poison: AtomicBool::new(false) })
+    }
+
+    /// These pages are there already, before anything is served.
+    ///
+    /// # Errors
+    /// If they are not whole granules of the regions.
+    pub(crate) fn is_present(&self, run: PageRun) -> Result<(), StartError> {
+        let mut covered = 0;
+        for (number, part) in self.view.parts(run) {
+            let (area, states) = (self.area(number), self.states(number));
+            let from = part.first - area.region.run.first;
+            if !from.0.is_multiple_of(area.granule.0) || !part.pages.0.is_multiple_of(area.granule.0) {
+                break;
+            }
+            let first = area.granule_of(part.first);
+            for granule in first..first + ByteLen(part.pages.0 / area.granule.0).get() {
+                states.claim(granule);
+                states.settle(granule, State::Present);
+            }
+            covered += part.pages.0;
+        }
+        let whole = covered == run.pages.0;
+        whole
+            .then_some(())
+            .ok_or(StartError::Incomplete("pages that are present must be whole granules of the regions"))
     }
 
     pub(crate) fn area(&self, number: usize) -> &Area {

@@ -70,8 +70,6 @@ fn problems(files: &BTreeMap<Vec<String>, String>) -> Vec<String> {
             break;
         }
     }
-    // The freeze is being taken apart: this goes when that is done.
-    left.retain(|module, _| module.first().is_none_or(|layer| layer != "freeze"));
     if !left.is_empty() {
         let names: Vec<_> = left.keys().map(|module| name(module)).collect();
         problems.push(format!("uffd-engine: a circle of modules: {}", names.join(", ")));
