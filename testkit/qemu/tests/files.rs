@@ -109,7 +109,7 @@ fn a_state_inside_a_disk_image_is_brought_out_by_what_is_told() {
     assert!(said.contains("1 internal snapshot (savevm): my-state;"), "{said}");
     let option = said.split_once("with it and ").unwrap().1.split_once(", then: ").unwrap().0;
     let qmp = dir.path().join("qmp");
-    let words: Vec<&str> = ["-S", "-m", "16", "-drive", &drive].into_iter().chain(option.split(' ')).collect();
+    let words: Vec<&str> = ["-m", "16", "-drive", &drive].into_iter().chain(option.split(' ')).collect();
     let _qemu = qemu(&words, &qmp);
     let typed = said.rsplit_once("then: fastload ").unwrap().1.trim();
     let out = dir.path().join("out.snap");
