@@ -1,5 +1,6 @@
 //! Driving a source into a sink, when nobody asks for single pages: converting, compressing, sending.
 
+mod counting;
 mod relay;
 
 use std::fmt;

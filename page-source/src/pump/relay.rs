@@ -9,10 +9,7 @@ use page_units::{BlockId, Layout, PageCount, PageIndex, PageRun};
 use parking_lot::{Condvar, Mutex};
 
 use super::{Progress, PumpOptions, Pumped};
-use crate::{
-    Content, End, PageBytes, PageSet, PageSink, Pages, Reply, SinkError, SourceError, SourceErrorKind, Subject,
-    deliver_without_zeros,
-};
+use crate::{Content, PageSet, PageSink, Pages, Reply, SinkError, SourceError, SourceErrorKind, Subject};
 
 /// How far it is asked at a time what the source knows: 1 GiB.
 const LOOK_AHEAD: PageCount = PageCount(1 << 18);
@@ -27,17 +24,17 @@ pub(super) enum Stop {
 #[derive(Debug)]
 pub(super) struct Relay {
     layout: Layout,
-    sink: Arc<dyn PageSink>,
-    find_zeros: bool,
+    pub(super) sink: Arc<dyn PageSink>,
+    pub(super) find_zeros: bool,
     piece: PageCount,
     window: PageCount,
-    state: Mutex<State>,
+    pub(super) state: Mutex<State>,
     /// Something in the state has changed that somebody may wait for.
-    changed: Condvar,
+    pub(super) changed: Condvar,
 }
 
 #[derive(Debug)]
-struct State {
+pub(super) struct State {
     ended: PageSet,
     /// Everything before it was asked for, or needs not to be.
     cursor: (BlockId, PageIndex),
@@ -46,9 +43,9 @@ struct State {
     pumped: Pumped,
     working: usize,
     /// The source has said that what has not arrived is zero.
-    complete: bool,
+    pub(super) complete: bool,
     /// The source answers no more.
-    ended_early: bool,
+    pub(super) ended_early: bool,
     stop: Option<Stop>,
 }
 
@@ -170,13 +167,13 @@ impl Relay {
         Working(self)
     }
 
-    fn stop(&self, state: &mut State, stop: Stop) {
+    pub(super) fn stop(&self, state: &mut State, stop: Stop) {
         state.stop.get_or_insert(stop);
         self.changed.notify_all();
     }
 
     /// `run` was given to the sink, which said `reply`.
-    fn given(&self, run: PageRun, kind: Kind, reply: Reply) -> Reply {
+    pub(super) fn given(&self, run: PageRun, kind: Kind, reply: Reply) -> Reply {
         let mut state = self.state.lock();
         match &reply {
             Reply::Taken => {
@@ -201,7 +198,7 @@ impl Relay {
     }
 
     /// Whether the sink may have `run`.
-    fn admit(&self, run: PageRun) -> ControlFlow<Reply> {
+    pub(super) fn admit(&self, run: PageRun) -> ControlFlow<Reply> {
         let mut state = self.state.lock();
         if !self.layout.contains(run) {
             let error =
@@ -217,7 +214,7 @@ impl Relay {
 
 /// What came.
 #[derive(Clone, Copy)]
-enum Kind {
+pub(super) enum Kind {
     Data,
     Zero,
     Absent,
@@ -251,75 +248,6 @@ impl State {
             || self.ended_early
             || (self.working == 0 && self.outstanding == PageCount(0))
     }
-}
-
-impl PageSink for Relay {
-    fn data(&self, run: PageRun, bytes: PageBytes<'_>) -> Reply {
-        if let ControlFlow::Break(reply) = self.admit(run) {
-            return reply;
-        }
-        if self.find_zeros {
-            return deliver_without_zeros(&Counting(self), run, bytes, |run, _| Reply::Unreadable(run));
-        }
-        Counting(self).data(run, bytes)
-    }
-
-    fn zero(&self, run: PageRun) -> Reply {
-        match self.admit(run) {
-            ControlFlow::Continue(()) => Counting(self).zero(run),
-            ControlFlow::Break(reply) => reply,
-        }
-    }
-
-    fn absent(&self, run: PageRun) -> Reply {
-        match self.admit(run) {
-            ControlFlow::Continue(()) => Counting(self).absent(run),
-            ControlFlow::Break(reply) => reply,
-        }
-    }
-
-    fn failed(&self, run: PageRun, error: SourceError) -> Reply {
-        if let ControlFlow::Break(reply) = self.admit(run) {
-            return reply;
-        }
-        self.stop(&mut self.state.lock(), Stop::Source(error.clone()));
-        self.sink.failed(run, error)
-    }
-
-    fn end(&self, end: End) {
-        let mut state = self.state.lock();
-        match end {
-            End::Complete => state.complete = true,
-            // No news after everything has come.
-            End::Stopped => state.ended_early = true,
-            End::Broken(error) => self.stop(&mut state, Stop::Source(error)),
-        }
-        self.changed.notify_all();
-    }
-}
-
-/// Gives pages to the sink and counts them.
-#[derive(Debug)]
-struct Counting<'a>(&'a Relay);
-
-impl PageSink for Counting<'_> {
-    fn data(&self, run: PageRun, bytes: PageBytes<'_>) -> Reply {
-        self.0.given(run, Kind::Data, self.0.sink.data(run, bytes))
-    }
-
-    fn zero(&self, run: PageRun) -> Reply {
-        self.0.given(run, Kind::Zero, self.0.sink.zero(run))
-    }
-
-    fn absent(&self, run: PageRun) -> Reply {
-        self.0.given(run, Kind::Absent, self.0.sink.absent(run))
-    }
-
-    fn failed(&self, run: PageRun, error: SourceError) -> Reply {
-        self.0.sink.failed(run, error)
-    }
-
-    fn end(&self, _: End) {}
 }
 
 /// A thread is asking; when it ends, however it does, this is dropped.

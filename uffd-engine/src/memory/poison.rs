@@ -93,6 +93,8 @@ impl Memory {
             let poisoned = match ops::poison(self.view.descriptor.fd(), addr.0, len.0) {
                 Done::All => end - at,
                 Done::Part(bytes) => usize::try_from(bytes / area.len_of(1).0).unwrap_or(0),
+                // The process is gone, and its memory with it: nobody reads what is left.
+                Done::Failed(Errno::ESRCH) => break,
                 Done::Failed(_) => 0,
             };
             bump(&self.counters.poisoned, poisoned as u64 * area.granule.0);

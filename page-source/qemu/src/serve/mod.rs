@@ -32,6 +32,7 @@ mod pusher;
 mod resume;
 mod server;
 mod session;
+mod sink;
 mod sys;
 mod window;
 

@@ -1,14 +1,11 @@
 //! The sink: what the source pushes goes into the socket, each page once.
 
-use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::thread::{self, ThreadId};
+use std::thread::ThreadId;
 
-use page_source::{
-    End, PageBytes, PageSink, Reply, SharedFeed, SinkError, SourceError, SourceErrorKind, Subject, Urgency,
-};
-use page_units::{BlockId, ByteLen, PageCount, PageIndex, PageRun};
+use page_source::{PageBytes, SharedFeed, SourceError, SourceErrorKind, Subject, Urgency};
+use page_units::{BlockId, PageCount, PageRun};
 use parking_lot::{Mutex, RwLock};
 
 use super::assembly::{Assemblies, Assembly};
@@ -20,11 +17,6 @@ use super::pages::{BlockPages, Pages, masks};
 use super::sys;
 use super::window::Window;
 use super::{ServeError, Started};
-
-type Flow = ControlFlow<Reply>;
-
-/// The most pages in one message: what a request may have to wait for.
-const PIECE: PageCount = PageCount(64);
 
 /// Everything that the threads of a server share.
 #[derive(Debug)]
@@ -46,14 +38,14 @@ pub(super) struct Outlet {
     over: AtomicBool,
     failure: Mutex<Option<ServeError>>,
     /// The source has said that what it has not sent is zero.
-    source_complete: AtomicBool,
+    pub(super) source_complete: AtomicBool,
     /// The source is being finished, since it is needed no more: that it ends is no news then.
-    source_finishes: AtomicBool,
+    pub(super) source_finishes: AtomicBool,
     /// The granule after the last request, for the background.
     pub(super) follow: Mutex<Option<(BlockId, u64)>>,
     /// Requests so far.
     pub(super) requests: AtomicU64,
-    assemblies: Assemblies,
+    pub(super) assemblies: Assemblies,
     /// The server's own threads, which never wait here.
     pub(super) own_threads: [OnceLock<ThreadId>; 2],
 }
@@ -178,12 +170,17 @@ impl Outlet {
         }
     }
 
-    fn source_fails(&self, error: SourceError) {
+    pub(super) fn source_fails(&self, error: SourceError) {
         self.fail(ServeError::Source { error, started: self.started() });
     }
 
     /// Pages of 4 KiB each: with content, or zero.
-    fn post_small(&self, block: &BlockPages, run: PageRun, content: Option<PageBytes<'_>>) -> Result<(), Unreadable> {
+    pub(super) fn post_small(
+        &self,
+        block: &BlockPages,
+        run: PageRun,
+        content: Option<PageBytes<'_>>,
+    ) -> Result<(), Unreadable> {
         if let Some(content) = content {
             // Nobody is held up while a disk is read.
             content.bring();
@@ -227,7 +224,7 @@ impl Outlet {
     }
 
     /// A huge page.
-    fn post_huge(&self, block: &BlockPages, granule: u64, assembly: &Assembly) -> Result<(), Unreadable> {
+    pub(super) fn post_huge(&self, block: &BlockPages, granule: u64, assembly: &Assembly) -> Result<(), Unreadable> {
         let ended = self.ended.read();
         self.pages.answered(block, granule);
         if assembly.is_zero() {
@@ -277,146 +274,6 @@ impl Outlet {
             self.window.send(&self.main, message)?;
         }
         Ok(())
-    }
-
-    /// Takes a part of a run that lies in one block; `content` is as long as the run.
-    fn take(&self, run: PageRun, content: Option<PageBytes<'_>>) -> Flow {
-        let Some(block) = self.pages.block(run.block) else { return self.outside(run) };
-        if run.end().0 > block.granules * block.per_granule {
-            return self.outside(run);
-        }
-        let unreadable = |run| ControlFlow::Break(Reply::Unreadable(run));
-        let mut from = ByteLen(0);
-        if block.per_granule == 1 {
-            for piece in run.pieces(PIECE) {
-                let bytes = content.map(|content| content.slice(from, piece.len()));
-                if self.post_small(block, piece, bytes).is_err() {
-                    return unreadable(piece);
-                }
-                from += piece.len();
-            }
-            return ControlFlow::Continue(());
-        }
-        let mut rest = run;
-        while !rest.is_empty() {
-            let granule = rest.first.0 / block.per_granule;
-            let left = (granule + 1) * block.per_granule - rest.first.0;
-            let (piece, after) = rest.split_at(PageCount(left));
-            rest = after;
-            let within = usize::try_from(piece.first.0 % block.per_granule).unwrap_or(0);
-            let size = usize::try_from(block.per_granule).unwrap_or(0);
-            let part = (within, usize::try_from(piece.pages.0).unwrap_or(0));
-            let bytes = content.map(|content| content.slice(from, piece.len()));
-            from += piece.len();
-            if block.sent.get(granule) {
-                continue;
-            }
-            match self.assemblies.add(run.block, granule, size, part, bytes) {
-                Err(_) => return unreadable(piece),
-                Ok(None) => {}
-                Ok(Some(whole)) => {
-                    if self.post_huge(block, granule, &whole).is_err() {
-                        return unreadable(piece);
-                    }
-                }
-            }
-        }
-        ControlFlow::Continue(())
-    }
-
-    fn outside(&self, run: PageRun) -> Flow {
-        let what = format!("the source sent {run}, which does not exist");
-        self.source_fails(SourceError::new(SourceErrorKind::Protocol, Subject::none().run(run), what));
-        self.go_on()
-    }
-
-    fn go_on(&self) -> Flow {
-        if self.is_over() {
-            return ControlFlow::Break(SinkError::stopped("the destination takes no more pages").into());
-        }
-        ControlFlow::Continue(())
-    }
-
-    /// Holds up a thread of the source that is faster than the destination, unless somebody waits for these pages.
-    fn slow_down(&self, run: PageRun) {
-        let me = thread::current().id();
-        if self.own_threads.iter().any(|own| own.get() == Some(&me)) {
-            return;
-        }
-        let wanted = |block: &BlockPages| run.iter().any(|page| block.wanted.get(page.0 / block.per_granule));
-        if self.pages.block(run.block).is_some_and(wanted) {
-            return;
-        }
-        while !self.window.has_room(&self.main, PageCount(0), PageCount(0))
-            && self.main.error().is_none()
-            && !self.is_over()
-        {
-            self.window.wait(&self.main);
-        }
-    }
-}
-
-impl PageSink for Outlet {
-    fn data(&self, run: PageRun, bytes: PageBytes<'_>) -> Reply {
-        let take = || {
-            self.go_on()?;
-            if bytes.len() != run.len() {
-                return self.outside(run);
-            }
-            self.slow_down(run);
-            self.take(run, Some(bytes))?;
-            self.go_on()
-        };
-        take().into()
-    }
-
-    fn zero(&self, run: PageRun) -> Reply {
-        let take = || {
-            self.go_on()?;
-            self.take(run, None)?;
-            self.go_on()
-        };
-        take().into()
-    }
-
-    fn absent(&self, run: PageRun) -> Reply {
-        let error = SinkError::Absent(run);
-        let what = format!("{error}");
-        self.source_fails(SourceError::new(SourceErrorKind::Corrupt, Subject::none().run(run), what));
-        error.into()
-    }
-
-    fn failed(&self, run: PageRun, error: SourceError) -> Reply {
-        let needed = |block: &BlockPages| run.iter().any(|page| !block.sent.get(page.0 / block.per_granule));
-        if self.pages.block(run.block).is_none_or(needed) {
-            self.source_fails(error);
-        }
-        self.go_on().into()
-    }
-
-    fn end(&self, end: End) {
-        match end {
-            End::Complete => {
-                self.source_complete.store(true, Ordering::SeqCst);
-                for (id, block) in (0..).map(BlockId).zip(&self.pages.blocks) {
-                    let waiting = (0..block.granules).filter(|at| block.wanted.get(*at) && !block.sent.get(*at));
-                    for granule in waiting {
-                        let first = PageIndex(granule * block.per_granule);
-                        // Stops only if all is over.
-                        let _ = self.take(PageRun::new(id, first, PageCount(block.per_granule)), None);
-                    }
-                }
-                self.shared.pusher.ring();
-            }
-            // Of no importance once everything has come, or nothing is wanted any more.
-            _ if self.has_ended() || self.is_over() || self.source_finishes.load(Ordering::SeqCst) => {}
-            End::Broken(error) => self.source_fails(error),
-            End::Stopped => {
-                let what = "it ended before everything had come";
-                let subject = Subject::peer("the source of the pages");
-                self.source_fails(SourceError::new(SourceErrorKind::PeerGone, subject, what));
-            }
-        }
     }
 }
 

@@ -4,7 +4,8 @@ use std::fs::File;
 use std::io::{Cursor, Read, Write};
 use std::os::unix::net::UnixStream;
 
-use page_units::{FileOffset, Layout, PageSize, RamBlock};
+use page_source::{PageSink, Reply};
+use page_units::{ByteLen, FileOffset, Layout, PageIndex, PageSize, RamBlock};
 use vm_memory::MmapRegion;
 
 use super::super::address::Socket;
