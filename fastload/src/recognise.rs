@@ -40,6 +40,8 @@ pub(crate) enum Known {
 struct Sight<'a> {
     head: &'a [u8],
     tail: &'a [u8],
+    /// The list of saved states, if the file is a qcow2 image that has one.
+    states: &'a [u8],
     size: u64,
     path: &'a Path,
 }
@@ -61,7 +63,11 @@ pub(crate) fn at(path: &Path) -> io::Result<Known> {
     let size = meta.len();
     let head = part(&file, 0, size, HEAD)?;
     let tail = part(&file, size.saturating_sub(TAIL as u64), size, TAIL)?;
-    Ok(seen(&Sight { head: &head, tail: &tail, size, path }))
+    let states = match qcow2::states_at(&head) {
+        Some(at) if at < size => part(&file, at, size, HEAD)?,
+        _ => Vec::new(),
+    };
+    Ok(seen(&Sight { head: &head, tail: &tail, states: &states, size, path }))
 }
 
 /// What helps with a file in which no stream was found, and that is nothing known: memory has no mark of its own.

@@ -5,11 +5,16 @@
 /// The most that are named.
 const MOST: u32 = 4;
 
+/// Where the list of internal snapshots begins, if the file is a qcow2 image that has any.
+pub(super) fn states_at(head: &[u8]) -> Option<u64> {
+    (head.starts_with(b"QFI\xfb") && number32(head, 60)? > 0).then(|| number64(head, 64)).flatten()
+}
+
 /// How many internal snapshots the image has, and the names of those that hold the state of a VM, as far as they are in
-/// the part of the file that was read.
-pub(super) fn snapshots(head: &[u8]) -> (u32, Vec<String>) {
-    let count = number32(head, 60).unwrap_or(0);
-    let mut at = number64(head, 64).and_then(|at| usize::try_from(at).ok());
+/// the part of the list that was read.
+pub(super) fn snapshots(header: &[u8], head: &[u8]) -> (u32, Vec<String>) {
+    let count = number32(header, 60).unwrap_or(0);
+    let mut at = Some(0);
     let mut names = Vec::new();
     for _ in 0..count.min(MOST) {
         let Some((name, next)) = at.and_then(|at| entry(head, at)) else { break };

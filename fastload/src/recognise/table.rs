@@ -124,7 +124,7 @@ impl Entry {
         match self.help {
             Help::Unpack(with) => format!("{what}; unpack it first: {with} {file}"),
             Help::Disk => format!("{what}, and has no memory in it; {CAPTURE}"),
-            Help::Qcow2 => qcow2_text(what, sight.head, CAPTURE),
+            Help::Qcow2 => qcow2_text(what, sight, CAPTURE),
             Help::Core => {
                 format!("{what}: memory without device state, for crash and gdb; no VM starts from it; {CAPTURE}")
             }
@@ -142,8 +142,8 @@ impl Entry {
     }
 }
 
-fn qcow2_text(what: &str, head: &[u8], capture: &str) -> String {
-    let (count, names) = qcow2::snapshots(head);
+fn qcow2_text(what: &str, sight: &Sight<'_>, capture: &str) -> String {
+    let (count, names) = qcow2::snapshots(sight.head, sight.states);
     if count == 0 {
         return format!("{what}, and has no memory in it; {capture}");
     }

@@ -4,7 +4,9 @@ use super::*;
 
 fn look(head: &[u8], size: u64) -> Known {
     let tail = &head[head.len().saturating_sub(TAIL)..];
-    seen(&Sight { head, tail, size, path: Path::new("it's") })
+    let at = qcow2::states_at(head).and_then(|at| usize::try_from(at).ok());
+    let states = at.and_then(|at| head.get(at..)).unwrap_or_default();
+    seen(&Sight { head, tail, states, size, path: Path::new("it's") })
 }
 
 /// A file that begins so.
