@@ -236,5 +236,6 @@ fn an_install_that_the_kernel_refuses_names_the_block() {
     assert!(!source.push(run(3, 2)).is_taken());
     let error = engine.wait().unwrap_err();
     assert!(matches!(&error, EngineError::Install { block, .. } if &**block == "ram"), "{error}");
-    assert!(error.to_string().contains("pages 3..5 of RAM block \"ram\" at 0x"), "{error}");
+    // Page by page in the end: a region may be many mappings.
+    assert!(error.to_string().contains("pages 3..4 of RAM block \"ram\" at 0x"), "{error}");
 }
