@@ -127,6 +127,14 @@ impl Memory {
             return false;
         }
         let area = self.area(at.area);
+        if !ops::is_registered(self.view.descriptor.fd(), area.addr(at.granule).0, area.len_of(granules).0) {
+            // It begins in one mapping and ends in another; or it was mapped over, and is somebody else's.
+            let half = granules / 2;
+            return half == 0 || {
+                let rest = Place { granule: at.granule + half, ..at };
+                self.refuse_access(at, half) & self.refuse_access(rest, granules - half)
+            };
+        }
         let done = memory::refuse_access(area.addr(at.granule), area.len_of(granules)).or_else(|errno| match errno {
             Errno::ENOMEM => memory::refuse_access(area.region.start, area.region.len()),
             errno => Err(errno),

@@ -46,6 +46,14 @@ pub(crate) fn copy(fd: BorrowedFd<'_>, to: u64, from: *const u8, len: u64, prote
     done(status, arg.copy, len)
 }
 
+/// Whether a range lies in one mapping that is registered. Asked by a `UFFDIO_COPY` of bytes that no process has, which
+/// changes nothing: it is `ENOENT` where there is no such mapping, and `EFAULT` or `EEXIST` where there is.
+pub(crate) fn is_registered(fd: BorrowedFd<'_>, start: u64, len: u64) -> bool {
+    /// The first address of the kernel's half.
+    const NOWHERE: usize = 1 << 63;
+    copy(fd, start, std::ptr::without_provenance(NOWHERE), len, false) != Done::Failed(Errno::ENOENT)
+}
+
 fn fill(fd: BorrowedFd<'_>, number: u64, start: u64, len: u64, mode: u64) -> Done {
     let mut arg = Fill { range: Range { start, len }, mode, done: 0 };
     // SAFETY: `arg` is the structure that all three ioctls read and write; the kernel checks the range in it.
