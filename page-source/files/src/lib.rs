@@ -31,6 +31,7 @@
 mod extents;
 mod feed;
 mod flat;
+mod frames;
 mod holes;
 mod mapped_file;
 mod mapped_ram;

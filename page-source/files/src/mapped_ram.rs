@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use mapped_ram::{FileRun, Options, PageError, Snapshot};
 use page_source::{Content, Feed, PageSink, PageSource, Pages, SourceError, SourceErrorKind, Span, Subject, Urgency};
-use page_units::{BlockId, FileOffset, Layout, PageCount, PageIndex, PageRun};
+use page_units::{BlockId, FileOffset, Layout, PAGE_SIZE, PageCount, PageIndex, PageRun};
 
 use crate::feed::FileFeed;
+use crate::frames::{FrameFeed, Frames};
 use crate::mapped_file::{MappedFile, changed};
 use crate::places::{Extent, Places};
 
@@ -19,13 +20,25 @@ use crate::places::{Extent, Places};
 /// Otherwise it is like a [`FlatFile`](crate::FlatFile): requests are answered on the calling thread, from a mapping
 /// that only the kernel reads; a file that changes fails; and it never ends by itself. Pages of a block whose content
 /// is not in the file (x-ignore-shared) fail.
+///
+/// A compressed snapshot is read frame by frame instead: a request decodes the frames that hold its pages, each frame is
+/// checked against its digest before, and what else the frame of a demanded page holds is delivered behind it. It needs
+/// no watching, because bytes that changed do not match their digest.
 #[derive(Clone, Debug)]
 pub struct MappedRam {
-    inner: Arc<Inner>,
+    snapshot: Arc<Snapshot>,
+    stored: Stored,
+}
+
+/// Where the content of stored pages is.
+#[derive(Clone, Debug)]
+enum Stored {
+    Plain(Arc<Plain>),
+    Frames(Arc<Frames>),
 }
 
 #[derive(Debug)]
-struct Inner {
+struct Plain {
     mapped: MappedFile,
     snapshot: Arc<Snapshot>,
 }
@@ -65,6 +78,9 @@ impl MappedRam {
             let nothing = PageRun::new(BlockId(0), PageIndex(0), PageCount(0));
             return Err(from_page_error(&snapshot, nothing, PageError::NoBitmaps { path }));
         }
+        if let Some(frames) = Frames::new(&snapshot) {
+            return Ok(MappedRam { snapshot, stored: Stored::Frames(Arc::new(frames)) });
+        }
         let file = snapshot.file().try_clone().map_err(refuse)?;
         let ends = snapshot.layout().iter().filter_map(|(id, ram)| {
             let block = snapshot.block(id).filter(|block| block.in_file)?;
@@ -73,7 +89,10 @@ impl MappedRam {
         let mapped = MappedFile::new(file, path.clone(), ends.max().unwrap_or_default(), snapshot.watch())?;
         // After the mapping has noted what the file looks like: from then on, it watches.
         match snapshot.changed() {
-            Ok(None) => Ok(MappedRam { inner: Arc::new(Inner { mapped, snapshot }) }),
+            Ok(None) => {
+                let plain = Plain { mapped, snapshot: Arc::clone(&snapshot) };
+                Ok(MappedRam { snapshot, stored: Stored::Plain(Arc::new(plain)) })
+            }
             Ok(Some(what)) => Err(changed(&path, what)),
             Err(error) => Err(refuse(error)),
         }
@@ -82,13 +101,13 @@ impl MappedRam {
     /// The file: its configuration, device state and bitmaps.
     #[must_use]
     pub fn snapshot(&self) -> &Arc<Snapshot> {
-        &self.inner.snapshot
+        &self.snapshot
     }
 }
 
 impl Pages for MappedRam {
     fn layout(&self) -> &Layout {
-        self.inner.snapshot.layout()
+        self.snapshot.layout()
     }
 
     fn content(&self, run: PageRun) -> Span {
@@ -96,21 +115,33 @@ impl Pages for MappedRam {
         if run.is_empty() {
             return Span::OUTSIDE;
         }
-        match self.inner.snapshot.known_run(run.block, run.first, run.pages) {
+        match self.snapshot.known_run(run.block, run.first, run.pages) {
             Some(known) => span(known, run),
             // How much is unknown is not known either.
             None => Span::new(Content::Unknown, PageCount(1)),
         }
     }
+
+    /// Of a compressed snapshot, the pages that one frame holds at most: `fastload compress` counts them from the start
+    /// of the block.
+    fn unit(&self, block: BlockId, page: PageIndex) -> PageRun {
+        let Some(frames) = self.snapshot.frames() else { return PageRun::single(block, page) };
+        let pages = (frames.frame_limit().0 / PAGE_SIZE).max(1);
+        let first = PageIndex(page.0 - page.0 % pages);
+        self.layout().clip(PageRun::new(block, first, PageCount(pages)))
+    }
 }
 
 impl PageSource for MappedRam {
     fn start(&self, sink: Arc<dyn PageSink>) -> Result<Box<dyn Feed>, SourceError> {
-        FileFeed::start(Arc::clone(&self.inner), sink, false)
+        match &self.stored {
+            Stored::Plain(plain) => FileFeed::start(Arc::clone(plain), sink, false),
+            Stored::Frames(frames) => Ok(FrameFeed::start(Arc::clone(frames), sink)),
+        }
     }
 }
 
-impl Places for Inner {
+impl Places for Plain {
     fn layout(&self) -> &Layout {
         self.snapshot.layout()
     }
@@ -130,7 +161,7 @@ impl Places for Inner {
     }
 }
 
-impl Inner {
+impl Plain {
     /// Where the first page of `run` is. A block that is not in the file has no page that could be found: saturates there,
     /// which no file has.
     fn offset(&self, run: PageRun) -> FileOffset {
@@ -145,7 +176,7 @@ fn span(found: FileRun, run: PageRun) -> Span {
     Span::new(content, found.pages().min(run.pages))
 }
 
-fn from_page_error(snapshot: &Snapshot, run: PageRun, error: PageError) -> SourceError {
+pub(crate) fn from_page_error(snapshot: &Snapshot, run: PageRun, error: PageError) -> SourceError {
     let subject = Subject::file(snapshot.path()).run(run);
     match error {
         PageError::Io { block, at, error, .. } => {
