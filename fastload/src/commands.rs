@@ -3,6 +3,7 @@
 pub(crate) mod capture;
 pub(crate) mod check;
 pub(crate) mod completions;
+pub(crate) mod compress;
 pub(crate) mod convert;
 pub(crate) mod disks;
 pub(crate) mod inspect;

@@ -14,7 +14,7 @@ use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
 use page_files::FlatBlock;
 use page_source::is_zero;
-use page_units::{BlockId, FileOffset, PAGE_SIZE, PageCount, PageIndex, PageRun};
+use page_units::{BlockId, PAGE_SIZE, PageCount, PageIndex, PageRun};
 
 use crate::commands::Failure;
 
@@ -69,10 +69,10 @@ fn content(snapshot: &Snapshot, run: PageRun) -> Result<Option<PageIndex>, Failu
         let found = snapshot.load_run(run.block, rest.first, rest.pages)?;
         let (now, later) = rest.split_at(found.pages().max(PageCount(1)));
         for index in (now.first.0..now.first.0 + now.pages.0).filter(|_| found.is_stored()) {
-            let at = place.pages_offset.0 + PageIndex(index).byte_offset().0;
-            snapshot.file().read_exact_at(&mut page, at).map_err(|error| {
-                format!("{}: reading at offset {} failed: {error}", snapshot.path().display(), FileOffset(at))
-            })?;
+            let at = place.pages_offset + PageIndex(index).byte_offset();
+            snapshot
+                .read_exact_at(&mut page, at)
+                .map_err(|error| format!("{}: reading at offset {at} failed: {error}", snapshot.path().display()))?;
             if !is_zero(&page) {
                 return Ok(Some(PageIndex(index)));
             }

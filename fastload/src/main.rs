@@ -33,6 +33,8 @@ use serde_json::json;
       Out of a QEMU whose guest goes on running
   fastload convert old.snap new.snap
       The same snapshot, without stale bytes
+  fastload compress vm.snap vm.snap.zst
+      A third of its size, and loads page by page all the same
   fastload view vm.snap
       A map of its memory
   fastload repair broken.snap good.snap
@@ -53,6 +55,8 @@ enum Command {
     Inspect(commands::inspect::Inspect),
     Check(commands::check::Check),
     Convert(commands::convert::Convert),
+    Compress(commands::compress::Compress),
+    Decompress(commands::compress::Decompress),
     Repair(commands::repair::Repair),
     Load(Box<commands::load::Load>),
     Serve(Box<commands::serve::Serve>),
@@ -73,6 +77,8 @@ impl Command {
             Command::Inspect(inspect) => ("inspect", inspect.json),
             Command::Check(check) => ("check", check.json),
             Command::Convert(convert) => ("convert", convert.json),
+            Command::Compress(compress) => ("compress", compress.json),
+            Command::Decompress(decompress) => ("decompress", decompress.json),
             Command::Repair(repair) => ("repair", repair.json),
             Command::Load(load) => ("load", load.json),
             Command::Serve(serve) => ("serve", serve.json),
@@ -90,6 +96,8 @@ impl Command {
             Command::Inspect(inspect) => inspect.run(),
             Command::Check(check) => check.run(),
             Command::Convert(convert) => convert.run(),
+            Command::Compress(compress) => compress.run(),
+            Command::Decompress(decompress) => decompress.run(),
             Command::Repair(repair) => repair.run(),
             Command::Load(load) => load.run(),
             Command::Serve(serve) => serve.run(),

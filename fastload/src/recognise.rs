@@ -14,6 +14,7 @@ use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
+use frame_file::FrameFile;
 use libvirt::{Format, Header};
 use page_units::FileOffset;
 
@@ -58,6 +59,10 @@ pub(crate) fn at(path: &Path) -> io::Result<Known> {
         return Ok(directory::at(path).map_or(Known::Perhaps, Known::Other));
     }
     if !meta.is_file() {
+        return Ok(Known::Perhaps);
+    }
+    // It begins like any compressed file, and ends with an index.
+    if FrameFile::is_frame_file(&file)? {
         return Ok(Known::Perhaps);
     }
     let size = meta.len();

@@ -5,6 +5,8 @@ use std::io;
 use std::os::unix::fs::FileExt;
 
 use frame_file::{FrameFile, ReadError};
+use nix::errno::Errno;
+use nix::unistd::{Whence, lseek};
 use page_units::FileOffset;
 
 use crate::OpenErrorKind;
@@ -58,6 +60,31 @@ impl Bytes {
         match self {
             Bytes::Plain { file, .. } => file.read_exact_at(to, at),
             Bytes::Frames(frames) => frames.read_exact_at(to, FileOffset(at)).map_err(from_frames),
+        }
+    }
+
+    /// Where data begins that is no hole, and stands in no frame of zeros.
+    pub(crate) fn data_from(&self, offset: FileOffset) -> io::Result<Option<FileOffset>> {
+        match self {
+            // This moves the position of the file, which nothing here ever uses.
+            Bytes::Plain { file, .. } => {
+                match lseek(file, i64::try_from(offset.0).unwrap_or(i64::MAX), Whence::SeekData) {
+                    Ok(data) => Ok(Some(FileOffset(data.cast_unsigned()))),
+                    Err(Errno::ENXIO) => Ok(None),
+                    Err(_) => Ok(Some(offset)),
+                }
+            }
+            Bytes::Frames(frames) => {
+                let mut at = offset;
+                while at.0 < frames.len().0 {
+                    let frame = frames.frame_at(at).map_err(from_frames)?;
+                    if !frame.is_zero() {
+                        return Ok(Some(at));
+                    }
+                    at = frame.decoded().end;
+                }
+                Ok(None)
+            }
         }
     }
 

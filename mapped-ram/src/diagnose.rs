@@ -2,8 +2,6 @@
 
 use std::io;
 
-use nix::errno::Errno;
-use nix::unistd::{Whence, lseek};
 use page_units::{BlockId, FileOffset, PageCount};
 
 use crate::bitmap::Bitmap;
@@ -76,8 +74,8 @@ impl Snapshot {
         let mut at = place.pages_offset.0;
         let mut buffer = vec![0; STEP];
         while at < end {
-            match self.data_from(at)? {
-                Some(data) => at = data,
+            match self.data_from(FileOffset(at))? {
+                Some(data) => at = data.0,
                 None => return Ok(None),
             }
             let length = usize::try_from(end.saturating_sub(at)).unwrap_or(STEP).min(STEP);
@@ -91,26 +89,5 @@ impl Snapshot {
             at += length as u64;
         }
         Ok(None)
-    }
-
-    /// Where data begins that is no hole, from `at` on: of a compressed snapshot, what does not stand in frames of zeros.
-    fn data_from(&self, at: u64) -> io::Result<Option<u64>> {
-        if let Some(frames) = self.frames() {
-            let mut at = FileOffset(at);
-            while at.0 < self.bytes.size() {
-                let frame = frames.frame_at(at).map_err(io::Error::other)?;
-                if !frame.is_zero() {
-                    return Ok(Some(at.0));
-                }
-                at = frame.decoded().end;
-            }
-            return Ok(None);
-        }
-        // This moves the position of the file, which nothing here ever uses.
-        match lseek(self.file(), i64::try_from(at).unwrap_or(i64::MAX), Whence::SeekData) {
-            Ok(data) => Ok(u64::try_from(data).ok()),
-            Err(Errno::ENXIO) => Ok(None),
-            Err(_) => Ok(Some(at)),
-        }
     }
 }

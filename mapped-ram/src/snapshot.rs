@@ -117,11 +117,14 @@ impl Snapshot {
         &self.path
     }
 
-    /// The open file as it lies on the disk. Its own position is never used; read it with `pread`. That of a compressed
-    /// snapshot has other offsets than the snapshot: [`frames`](Snapshot::frames) knows both.
+    /// The open file, unless it is compressed: then the offsets of the snapshot are not those of the file. Its own
+    /// position is never used; read it with `pread`.
     #[must_use]
-    pub fn file(&self) -> &File {
-        self.bytes.file()
+    pub fn plain_file(&self) -> Option<&File> {
+        match &self.bytes {
+            Bytes::Plain { file, .. } => Some(file),
+            Bytes::Frames(_) => None,
+        }
     }
 
     /// The frames of a compressed snapshot; `None` of a plain file.
@@ -266,6 +269,23 @@ impl Snapshot {
         let mut bytes = vec![0; length.get()];
         self.bytes.read_exact_at(&mut bytes, range.start.0)?;
         Ok(bytes)
+    }
+
+    /// Fills `to` with what the snapshot has at `offset`, compressed or not.
+    ///
+    /// # Errors
+    /// If it can't be read, or ends before.
+    pub fn read_exact_at(&self, to: &mut [u8], offset: FileOffset) -> io::Result<()> {
+        self.bytes.read_exact_at(to, offset.0)
+    }
+
+    /// Where bytes begin, at `offset` or behind it, that are no hole; of a compressed snapshot, that do not stand in a
+    /// frame of zeros. `None` if there are none. A file system that knows nothing of holes has none.
+    ///
+    /// # Errors
+    /// If the index of a compressed snapshot can't be read.
+    pub fn data_from(&self, offset: FileOffset) -> io::Result<Option<FileOffset>> {
+        self.bytes.data_from(offset)
     }
 
     /// What identified the file when it was opened.

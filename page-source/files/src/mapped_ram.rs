@@ -1,5 +1,6 @@
 //! QEMU's mapped-ram snapshot files.
 
+use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -81,7 +82,8 @@ impl MappedRam {
         if let Some(frames) = Frames::new(&snapshot) {
             return Ok(MappedRam { snapshot, stored: Stored::Frames(Arc::new(frames)) });
         }
-        let file = snapshot.file().try_clone().map_err(refuse)?;
+        let file = snapshot.plain_file().map_or_else(|| Err(std::io::ErrorKind::Unsupported.into()), File::try_clone);
+        let file = file.map_err(refuse)?;
         let ends = snapshot.layout().iter().filter_map(|(id, ram)| {
             let block = snapshot.block(id).filter(|block| block.in_file)?;
             block.pages_offset.checked_add(ram.length())

@@ -31,7 +31,7 @@ fn compressed(plain: &Path, codec: Codec, frame: ByteLen) -> PathBuf {
     let starts = snapshot.layout().iter().map(|(id, _)| snapshot.block(id).unwrap().pages_offset);
     let cuts = Cuts::every(frame, snapshot.length()).with_starts(starts);
     let mut writer = FrameWriter::new(File::create(&path).unwrap(), codec, frame);
-    compress(snapshot.file(), &cuts, codec, NonZeroUsize::new(2).unwrap(), &mut writer, |_| {}).unwrap();
+    compress(snapshot.plain_file().unwrap(), &cuts, codec, NonZeroUsize::new(2).unwrap(), &mut writer, |_| {}).unwrap();
     writer.finish().unwrap();
     path
 }

@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use mapped_ram::{Options, Snapshot};
-use page_files::{FlatBlock, FlatFile};
-use page_source::{End, PageBytes, PageSink, Reply, SinkError, SourceError};
+use page_files::{FlatBlock, FlatFile, MappedRam};
+use page_source::{End, PageBytes, PageSink, PageSource, Reply, SinkError, SourceError};
 use page_units::{BlockId, PageCount, PageRun};
 use serde::Serialize;
 
@@ -63,10 +63,19 @@ fn read(snapshot: &Snapshot, ids: Vec<BlockId>, blocks: Vec<FlatBlock>, json: bo
     }
     let total: u64 = blocks.iter().map(|block| block.block.pages().0).sum();
     let stored = ids.iter().map(|id| snapshot.stored_pages(*id).unwrap_or_default().0).sum();
-    let file = snapshot.file().try_clone().map_err(|error| error.to_string())?;
-    let source = FlatFile::from_file(file, snapshot.path(), blocks).map_err(|error| error.to_string())?;
+    // Of a plain file all bytes are looked at, also those that no bit marks; of a compressed one each frame is checked.
+    let source: Arc<dyn PageSource> = match snapshot.plain_file() {
+        Some(file) => {
+            let file = file.try_clone().map_err(|error| error.to_string())?;
+            Arc::new(FlatFile::from_file(file, snapshot.path(), blocks).map_err(|error| error.to_string())?)
+        }
+        None if ids.len() < snapshot.layout().blocks().len() => {
+            return Err("blocks whose content is not in the file can't be checked in a compressed snapshot".to_owned());
+        }
+        None => Arc::new(MappedRam::open(snapshot.path()).map_err(|error| error.to_string())?),
+    };
     let sink = Arc::new(Judge { snapshot: again, ids, stored_but_zero: AtomicU64::new(0), stale: AtomicU64::new(0) });
-    pump_with_bar(Arc::new(source), Arc::clone(&sink) as Arc<dyn PageSink>, json).map_err(|error| error.to_string())?;
+    pump_with_bar(source, Arc::clone(&sink) as Arc<dyn PageSink>, json).map_err(|error| error.to_string())?;
     Ok(Pages {
         stored,
         zero: total - stored,

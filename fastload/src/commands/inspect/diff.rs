@@ -2,11 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::os::unix::fs::FileExt;
 
 use mapped_ram::Snapshot;
 use page_source::is_zero;
-use page_units::{BlockId, PAGE_SIZE, PageCount, PageIndex};
+use page_units::{BlockId, FileOffset, PAGE_SIZE, PageCount, PageIndex};
 use serde::Serialize;
 use vmstate::{Content, SectionEntry, SectionKind, Value};
 
@@ -205,12 +204,9 @@ fn read(snapshot: &Snapshot, block: BlockId, page: u64, pages: Option<u64>, into
     into.clear();
     let (Some(pages), Some(place)) = (pages, snapshot.block(block)) else { return Ok(()) };
     into.resize(usize::try_from(pages * PAGE_SIZE)?, 0);
-    let at = place.pages_offset.0 + page * PAGE_SIZE;
+    let at = FileOffset(place.pages_offset.0 + page * PAGE_SIZE);
     let path = snapshot.path().display();
-    Ok(snapshot
-        .file()
-        .read_exact_at(into, at)
-        .map_err(|error| format!("{path}: reading at {at:#x} failed: {error}"))?)
+    Ok(snapshot.read_exact_at(into, at).map_err(|error| format!("{path}: reading at {at} failed: {error}"))?)
 }
 
 fn devices(snapshot: &Snapshot) -> BTreeMap<(&str, u32), &SectionEntry> {

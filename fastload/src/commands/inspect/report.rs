@@ -14,11 +14,23 @@ use crate::output::{HEAD, WARN, size};
 #[derive(Debug, Serialize)]
 pub(super) struct Report {
     machine: String,
+    /// How it is compressed, if it is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    compressed: Option<Compressed>,
     base: u64,
     capabilities: Vec<String>,
     blocks: Vec<Block>,
     sections: Vec<Section>,
     warnings: Vec<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct Compressed {
+    codec: &'static str,
+    frames: u64,
+    frame_bytes: u64,
+    bytes: u64,
+    root: String,
 }
 
 #[derive(Debug, Serialize)]
@@ -78,6 +90,13 @@ impl Report {
         });
         Ok(Report {
             machine: snapshot.configuration().machine.clone(),
+            compressed: snapshot.frames().map(|frames| Compressed {
+                codec: frames.codec().name(),
+                frames: frames.frames(),
+                frame_bytes: frames.frame_limit().0,
+                bytes: snapshot.identity().size,
+                root: frames.root().to_string(),
+            }),
             base: snapshot.base().0,
             capabilities: snapshot.configuration().capabilities().map(str::to_owned).collect(),
             blocks,
@@ -96,6 +115,11 @@ impl Report {
     fn write(&self, out: &mut String) -> std::fmt::Result {
         writeln!(out, "machine       {}", self.machine)?;
         writeln!(out, "capabilities  {}", self.capabilities.join(", "))?;
+        if let Some(Compressed { codec, frames, frame_bytes, bytes, root }) = &self.compressed {
+            let (bytes, frame) = (size(*bytes), size(*frame_bytes));
+            writeln!(out, "compressed    {codec}, {bytes} in {frames} frames of up to {frame}")?;
+            writeln!(out, "root          {root}")?;
+        }
         if self.base != 0 {
             writeln!(out, "begins at     {:#x}", self.base)?;
         }

@@ -1,11 +1,8 @@
 //! What a block's pages are, in cells of equally many.
 
-use std::os::unix::fs::FileExt;
-
 use mapped_ram::Snapshot;
-use nix::unistd::{Whence, lseek};
 use page_source::is_zero;
-use page_units::{PAGE_SIZE, PageCount, PageIndex, PageRun};
+use page_units::{FileOffset, PAGE_SIZE, PageCount, PageIndex, PageRun};
 use serde::Serialize;
 
 use super::ROW;
@@ -101,26 +98,21 @@ impl Map {
 /// The pages of a run, none of which is marked as stored, that the file has bytes for. Holes are passed over.
 fn stale(snapshot: &Snapshot, run: PageRun) -> Result<Vec<u64>, Failure> {
     let Some(place) = snapshot.block(run.block) else { return Ok(Vec::new()) };
-    let size = snapshot.identity().size;
+    let size = snapshot.length().0;
     let at = |page: u64| place.pages_offset.0 + page * PAGE_SIZE;
     let mut found = Vec::new();
     let mut bytes = vec![0; usize::try_from(PAGE_SIZE)?];
     let (mut page, end) = (run.first.0, run.first.0 + run.pages.0);
     while page < end && at(page) < size {
         // Where holes are not known everything is read.
-        let data = lseek(snapshot.file(), i64::try_from(at(page))?, Whence::SeekData);
-        let data = match data {
-            Ok(data) => data.cast_unsigned(),
-            Err(nix::errno::Errno::ENXIO) => break,
-            Err(_) => at(page),
-        };
-        page = page.max(data.saturating_sub(place.pages_offset.0) / PAGE_SIZE);
+        let Some(data) = snapshot.data_from(FileOffset(at(page)))? else { break };
+        page = page.max(data.0.saturating_sub(place.pages_offset.0) / PAGE_SIZE);
         if page >= end {
             break;
         }
         let there = usize::try_from(PAGE_SIZE.min(size.saturating_sub(at(page))))?;
         let part = bytes.get_mut(..there).unwrap_or_default();
-        snapshot.file().read_exact_at(part, at(page)).map_err(|error| {
+        snapshot.read_exact_at(part, FileOffset(at(page))).map_err(|error| {
             format!("{}: reading at offset {:#x} failed: {error}", snapshot.path().display(), at(page))
         })?;
         if !is_zero(part) {

@@ -92,7 +92,7 @@ pub(crate) fn block(snapshot: &Snapshot, name: &str) -> Vec<u8> {
         let at = usize::try_from(page.byte_offset().0).unwrap();
         let into = &mut bytes[at..at + usize::try_from(pages.to_bytes().0).unwrap()];
         if found.is_stored() {
-            snapshot.file().read_exact_at(into, snapshot.page_offset(id, page).unwrap().0).unwrap();
+            snapshot.read_exact_at(into, snapshot.page_offset(id, page).unwrap()).unwrap();
             // What is zero is a hole.
             for (i, content) in into.chunks(4096).enumerate() {
                 assert!(content.iter().any(|byte| *byte != 0), "page {} is stored, and zero", page.0 + i as u64);

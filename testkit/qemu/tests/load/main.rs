@@ -1,5 +1,6 @@
 //! `fastload load` and `fastload serve` into real, unmodified QEMUs.
 
+mod compressed;
 mod devices;
 mod interrupts;
 mod kill;

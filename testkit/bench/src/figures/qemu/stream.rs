@@ -38,7 +38,7 @@ impl Stream {
         for (id, block) in snapshot.layout().iter() {
             let file = snapshot.block(id).ok_or("a block without a place")?;
             for index in 0..block.pages().0 {
-                snapshot.file().read_exact_at(&mut page, file.pages_offset.0 + index * PAGE as u64)?;
+                snapshot.read_exact_at(&mut page, FileOffset(file.pages_offset.0 + index * PAGE as u64))?;
                 if is_zero(&page) {
                     record::push_zero(&mut zeros, block.name(), PageIndex(index), last_zero == Some(id));
                     last_zero = Some(id);
