@@ -30,7 +30,7 @@ enum Slot {
 }
 
 impl FrameCache {
-    /// A cache of at most `limit` bytes, beside what is being used just then.
+    /// A cache of at most `limit` bytes, not counting what is in use.
     pub(crate) fn new(limit: ByteLen) -> FrameCache {
         FrameCache { limit, state: Mutex::default(), decoded: Condvar::new() }
     }

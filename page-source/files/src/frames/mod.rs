@@ -33,7 +33,7 @@ impl Frames {
         Some(Frames { snapshot: Arc::clone(snapshot), cache: FrameCache::new(CACHE), decoders: Mutex::default() })
     }
 
-    /// The file. (A plain one was turned away by `new`.)
+    /// The file. (`new` has refused a plain one.)
     fn file(&self) -> Result<&FrameFile, SourceError> {
         let refuse =
             || SourceError::new(SourceErrorKind::Corrupt, Subject::file(self.snapshot.path()), "it has no frames");

@@ -264,7 +264,7 @@ fn non_zero(path: &Path) -> Measured<u64> {
     for (block, ram) in (0..).zip(snapshot.layout().blocks()) {
         let file = snapshot.block(page_units::BlockId(block)).ok_or("a block without a place")?;
         for offset in (0..ram.length().0).step_by(PAGE) {
-            snapshot.read_exact_at(&mut page, FileOffset(file.pages_offset.0 + offset))?;
+            snapshot.read_exact_at(&mut page, page_units::FileOffset(file.pages_offset.0 + offset))?;
             bytes += if page.iter().any(|&byte| byte != 0) { PAGE as u64 } else { 0 };
         }
     }

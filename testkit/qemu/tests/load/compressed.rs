@@ -17,7 +17,7 @@ fn a_guest_goes_on_from_a_compressed_snapshot_with_all_its_memory() {
         let (from, to) = (plain.display().to_string(), packed.display().to_string());
         let arguments = ["compress", &from, &to, "--codec", codec, "--frame", "16K"].map(str::to_owned);
         let ended = Fastload::start(arguments).unwrap().finish().unwrap();
-        assert!(ended.said().contains("root "), "{}", ended.said());
+        assert!(ended.status.success() && ended.stdout.contains("root "), "{ended:?}");
         saved.file = packed;
         saved.loads_into(&setup, &[]);
     }

@@ -1,7 +1,6 @@
 //! A whole snapshot as one postcopy stream, ready in memory: all that a QEMU's loader has to wait for is itself.
 
 use std::io::{self, Read, Write};
-use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Instant;
@@ -38,7 +37,7 @@ impl Stream {
         for (id, block) in snapshot.layout().iter() {
             let file = snapshot.block(id).ok_or("a block without a place")?;
             for index in 0..block.pages().0 {
-                snapshot.read_exact_at(&mut page, FileOffset(file.pages_offset.0 + index * PAGE as u64))?;
+                snapshot.read_exact_at(&mut page, page_units::FileOffset(file.pages_offset.0 + index * PAGE as u64))?;
                 if is_zero(&page) {
                     record::push_zero(&mut zeros, block.name(), PageIndex(index), last_zero == Some(id));
                     last_zero = Some(id);
