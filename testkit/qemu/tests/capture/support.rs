@@ -1,7 +1,6 @@
 //! Guests at work, captures, and what is in the files.
 
 use std::fs;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use mapped_ram::Snapshot;
