@@ -119,7 +119,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     feed.finish()?;
     let right = (0..64).all(|page| {
-        memory.bytes(PageRun::single(BlockId(0), PageIndex(page))).is_some_and(|bytes| bytes[9] == page as u8)
+        memory.bytes(PageRun::single(BlockId(0), PageIndex(page))).is_some_and(|bytes| u64::from(bytes[9]) == page)
     });
     println!("64 pages came over the socket, {}", if right { "each as it should be" } else { "and some are wrong" });
     if right { Ok(()) } else { Err("other bytes came than those that were sent".into()) }

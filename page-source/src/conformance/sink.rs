@@ -66,7 +66,7 @@ fn unreadable_file() -> File {
 
 /// All pages, from two threads, some twice.
 fn takes_everything(layout: &Layout, (sink, whole): Made) -> Result<(), Breach> {
-    let content: Vec<u8> = (0..4096).map(|at| (at % 251) as u8 + 1).collect();
+    let content: Vec<u8> = (1..=251).cycle().take(4096).collect();
     let refused = thread::scope(|scope| {
         let give = |from: u64| {
             let (sink, content) = (&sink, &content);

@@ -93,10 +93,9 @@ impl Witness {
     }
 
     /// The pages of `run` that have failed.
-    pub(super) fn failed(&self, run: PageRun) -> u32 {
+    pub(super) fn failed(&self, run: PageRun) -> usize {
         let state = self.state.lock();
         run.iter().filter(|page| state.pages.get(&(run.block, *page)).is_some_and(|(_, failed)| *failed > 0)).count()
-            as u32
     }
 
     /// The run to which the manner was shown.

@@ -296,8 +296,11 @@ impl Feed for StreamFeed {
     }
 
     fn finish(self: Box<Self>) -> Result<(), SourceError> {
-        while self.flaw == Flaw::FinishHangs {
-            thread::park();
+        if self.flaw == Flaw::FinishHangs {
+            // A thread may be unparked for no reason.
+            loop {
+                thread::park();
+            }
         }
         Ok(())
     }
