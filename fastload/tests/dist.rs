@@ -40,8 +40,20 @@ fn entries(directory: &Path) -> Vec<PathBuf> {
     all
 }
 
-const COMMANDS: [&str; 10] =
-    ["inspect", "check", "convert", "repair", "load", "serve", "resume", "capture", "view", "completions"];
+const COMMANDS: [&str; 12] = [
+    "inspect",
+    "check",
+    "convert",
+    "compress",
+    "decompress",
+    "repair",
+    "load",
+    "serve",
+    "resume",
+    "capture",
+    "view",
+    "completions",
+];
 
 #[test]
 fn the_package_installs_and_has_all_its_parts() {

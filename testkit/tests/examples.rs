@@ -64,6 +64,12 @@ examples! {
         says(&run("network", NOTHING), &["64 pages came over the socket, each as it should be\n"]);
     }
 
+    own_vmm needs[Kvm, Userfaultfd] {
+        let said = run("own_vmm", NOTHING);
+        says(&said, &["freeze point: the guest stood still for ", "saved: ", "restored: ", "it has come to its end: "]);
+        says(&said, &[" pages came on demand\n"]);
+    }
+
     restore needs[Kvm, Userfaultfd] {
         let said = run("restore", NOTHING);
         says(&said, &["the guest runs after ", "first fault after ", "all memory is there after ", "saved again: "]);

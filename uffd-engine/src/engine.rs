@@ -189,7 +189,7 @@ impl Drop for Engine {
     fn drop(&mut self) {
         // Poison first: then nobody waits for a page any more, and nobody gets a wrong one.
         self.cancel();
-        self.waiter.stop();
+        self.waiter.stop(&self.intake.memory);
         // On the supervisor's own thread, in the observer: nobody else wakes the loaders that are to end.
         self.intake.window.wake();
         // The supervisor drops its own engine, in its observer: it goes on to its end then.

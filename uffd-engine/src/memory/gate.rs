@@ -10,7 +10,7 @@
 
 use std::sync::Arc;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use page_units::{HostAddr, PageCount};
@@ -44,6 +44,8 @@ pub(crate) struct GateLock {
     parked: AtomicU64,
     /// The pages to touch, once they are needed; `None` if there is no memory for them.
     pages: OnceLock<Option<OwnPages>>,
+    /// Whether somebody else has touched one of them: no handler parks any more.
+    spent: AtomicBool,
 }
 
 impl GateLock {
@@ -93,16 +95,23 @@ impl GateLock {
     ///
     /// One handler at a time may do so.
     pub(crate) fn park<'a>(&'a self, descriptor: &'a Descriptor, page: u64) -> Option<Parking<'a>> {
-        self.pages.get_or_init(|| pages(descriptor)).as_ref().filter(|_| page < INTERRUPTS)?;
+        let usable = page < INTERRUPTS && !self.spent.load(Ordering::Relaxed);
+        self.pages.get_or_init(|| pages(descriptor)).as_ref().filter(|_| usable)?;
         let alone = self.lock.try_write()?;
         self.parked.store(page + 1, Ordering::SeqCst);
         let parking = Parking { gate: self, descriptor, alone: Some(alone) };
         (self.wanted.load(Ordering::SeqCst) == 0).then_some(parking)
     }
 
-    /// Whether a fault at `addr` is an interruption. Its thread goes on already.
-    pub(crate) fn is_interruption(&self, addr: HostAddr) -> bool {
-        matches!(self.pages.get(), Some(Some(pages)) if pages.contain(addr))
+    /// Whether a fault at `addr` is an interruption, or at least a touch of such a page: its thread goes on.
+    pub(crate) fn is_interruption(&self, descriptor: &Descriptor, addr: HostAddr) -> bool {
+        let Some(Some(pages)) = self.pages.get() else { return false };
+        let ours = pages.contain(addr);
+        if ours && pages.answer_stray(descriptor, addr) {
+            // That page interrupts nobody any more, and the others may be spent next.
+            self.spent.store(true, Ordering::Relaxed);
+        }
+        ours
     }
 }
 

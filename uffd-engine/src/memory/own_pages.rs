@@ -3,6 +3,7 @@
 
 use std::io;
 
+use nix::errno::Errno;
 use page_units::{ByteLen, HostAddr, PAGE_SIZE, PageCount};
 use userfaultfd::RegisterMode;
 
@@ -44,6 +45,32 @@ impl OwnPages {
         if ops::zeropage(descriptor.fd(), page.0, PAGE.0) != Done::All {
             descriptor.let_go(page, PAGE);
         }
+    }
+
+    /// Answers a touch that nobody here made: by a debugger, by `mlockall`, by a reader of all memory. Whether it was one,
+    /// and has spent its page; the touch of a page that was silenced before goes on already.
+    pub(crate) fn answer_stray(&self, descriptor: &Descriptor, addr: HostAddr) -> bool {
+        let page = HostAddr(addr.0 - addr.0 % PAGE_SIZE);
+        match ops::zeropage(descriptor.fd(), page.0, PAGE.0) {
+            Done::Failed(Errno::ENOENT) => false,
+            Done::All => true,
+            _ => {
+                descriptor.let_go(page, PAGE);
+                true
+            }
+        }
+    }
+
+    /// Makes all of them missing again, spent or not. What touches one meanwhile finds ordinary memory.
+    ///
+    /// # Errors
+    /// The system's: they are ordinary memory then.
+    pub(crate) fn renew(&self, descriptor: &Descriptor) -> io::Result<()> {
+        let (start, len) = (self.memory.addr(), self.pages.to_bytes());
+        self.silence_all(descriptor);
+        // Not registered, so that this is no discard with an event.
+        self.memory.empty()?;
+        descriptor.register(start, len, RegisterMode::MISSING)
     }
 
     /// From now on a page is ordinary memory, and nobody waits there.

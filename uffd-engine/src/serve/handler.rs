@@ -8,6 +8,7 @@ use page_units::HostAddr;
 use super::events::{self, BATCH};
 use super::placement::bind;
 use super::served::{Fault, Served};
+use super::stop::Touch;
 use super::wait::{Patience, Waiter, Woken};
 use crate::sys::abi::{Message, UFFD_EVENT_PAGEFAULT, UFFD_PAGEFAULT_FLAG_MINOR, UFFD_PAGEFAULT_FLAG_WP};
 use crate::{EngineError, Errno};
@@ -63,9 +64,10 @@ pub(crate) fn run(served: &dyn Served, waiter: &Arc<Waiter>, cpu: Option<usize>,
         let mut stop = false;
         for message in messages[..count].iter().filter(|message| message.event == UFFD_EVENT_PAGEFAULT) {
             let (addr, flags) = (HostAddr(message.word1), message.word0);
-            if waiter.is_stop(memory, addr) {
-                stop = true;
-            } else if memory.view.gate.is_interruption(addr) {
+            let touch = waiter.touch(memory, addr);
+            stop |= touch == Touch::Stop;
+            if touch != Touch::None {
+            } else if memory.view.gate.is_interruption(&memory.view.descriptor, addr) {
             } else if flags & UFFD_PAGEFAULT_FLAG_WP == 0 {
                 served.fault(Fault { addr, minor: flags & UFFD_PAGEFAULT_FLAG_MINOR != 0, since });
             } else if !memory.write_fault(addr) {

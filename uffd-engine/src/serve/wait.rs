@@ -10,7 +10,7 @@ use page_units::HostAddr;
 
 use super::events;
 use super::served::Served;
-use super::stop::StopPages;
+use super::stop::{StopPages, Touch};
 use crate::memory::Memory;
 use crate::memory::gate::INTERRUPTS;
 use crate::pause::PausePoint;
@@ -56,9 +56,9 @@ impl Waiter {
     }
 
     /// Makes every handler end after the fault it is at.
-    pub(crate) fn stop(&self) {
+    pub(crate) fn stop(&self, memory: &Memory) {
         match self {
-            Waiter::Read(pages) => pages.stop(),
+            Waiter::Read(pages) => pages.stop(&memory.view.descriptor),
             Waiter::Event(event) => {
                 if let Err(errno) = event.write(1) {
                     log::error!("waking the fault handlers failed: {errno}");
@@ -68,9 +68,12 @@ impl Waiter {
         }
     }
 
-    /// Whether a fault at `addr` stops a handler; it is answered then.
-    pub(crate) fn is_stop(&self, memory: &Memory, addr: HostAddr) -> bool {
-        matches!(self, Waiter::Read(pages) if pages.answer(&memory.view.descriptor, addr))
+    /// What a fault at `addr` is to the pages that stop handlers; it is answered if it is one of theirs.
+    pub(crate) fn touch(&self, memory: &Memory, addr: HostAddr) -> Touch {
+        match self {
+            Waiter::Read(pages) => pages.answer(&memory.view.descriptor, addr),
+            Waiter::Event(_) | Waiter::Spin(_) => Touch::None,
+        }
     }
 
     /// Waits for messages (not at all if `again`, since there is something to try again) and reads them. Events are

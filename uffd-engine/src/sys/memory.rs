@@ -65,11 +65,16 @@ impl Scratch {
     pub(crate) fn missing(len: ByteLen) -> io::Result<Scratch> {
         let scratch = Scratch::new(len)?;
         if resident(scratch.addr()) {
-            // SAFETY: the mapping is ours; what is not locked stays as it is.
-            unsafe { munlock(scratch.start, len.get()) }?;
-            give_back(scratch.addr(), len, false)?;
+            scratch.empty()?;
         }
         Ok(scratch)
+    }
+
+    /// Gives all of it back, also if the process has locked it. It must not be registered: that would be a discard.
+    pub(crate) fn empty(&self) -> io::Result<()> {
+        // SAFETY: the mapping is ours; what is not locked stays as it is.
+        unsafe { munlock(self.start, self.len.get()) }?;
+        give_back(self.addr(), ByteLen::of(self.len.get()), false)
     }
 
     pub(crate) fn addr(&self) -> HostAddr {
