@@ -2,7 +2,7 @@
 //!
 //! | | source | sink |
 //! |---|---|---|
-//! | QEMU's mapped-ram snapshot | [`MappedRam`] | [`MappedRamSink`] |
+//! | QEMU's mapped-ram snapshot, plain or (as a source) compressed | [`MappedRam`] | [`MappedRamSink`] |
 //! | flat memory (Firecracker, Cloud Hypervisor) | [`FlatFile`] | [`FlatSink`] |
 //!
 //! A source maps its file and watches it: pages go to the sink by address, user code never reads the mapping, and a file
