@@ -44,7 +44,9 @@ pub fn snapshot(data: &[u8]) {
     file.as_file().write_all_at(head, 0).expect("writing");
     file.as_file().write_all_at(tail, SECOND_PART).expect("writing");
     for damaged in [false, true] {
-        let Ok(snapshot) = Snapshot::open_with(file.path(), &Options::default().with_damaged(damaged)) else { continue };
+        let Ok(snapshot) = Snapshot::open_with(file.path(), &Options::default().with_damaged(damaged)) else {
+            continue;
+        };
         for (block, ram) in snapshot.layout().iter() {
             let mut page = PageIndex(0);
             while page.0 < ram.pages().0 {

@@ -11,7 +11,7 @@
 //! it has and goes on.
 //!
 //! - [`Opening`]: what is sent before the first page.
-//! - [`record`]: pages on the wire. [`return_path`]: what the destination says. Both in both directions.
+//! What both directions share, pages on the wire and the return path, is in [`wire`](crate::wire).
 //!
 //! The protocol is that of QEMU 8.0 to 11 (docs/devel/migration/postcopy.rst, migration/savevm.c, migration/ram.c).
 
