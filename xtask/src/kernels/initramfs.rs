@@ -23,7 +23,10 @@ pub(crate) const PLAN: &str = "/tests/plan";
 pub(crate) fn write(archive: &Path, programs: &[Program], filter: Option<&str>) -> Done {
     let work = archive.with_extension("work");
     fs::create_dir_all(&work)?;
-    let mut files = vec![("/init".to_owned(), std::env::current_exe()?)];
+    // The tests may have built this program anew: then its file has no name any more, and is only reached so.
+    let init = work.join("init");
+    fs::copy("/proc/self/exe", &init)?;
+    let mut files = vec![("/init".to_owned(), init)];
     for name in ["mount", "sh"] {
         files.push((format!("/bin/{name}"), tool(name)?));
     }
