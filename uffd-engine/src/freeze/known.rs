@@ -80,7 +80,6 @@ impl Known {
         // What is made after this is not counted.
         let _nothing_is_made = self.making.write();
         self.set(runs);
-        self.exact.store(true, Ordering::SeqCst);
         for counted in &self.files {
             let (file, Some(then)) = (&counted.file.file, counted.then.get()) else { continue };
             let at = counted.file.regions.first().map_or_else(Default::default, |&number| zones[number].region.start);
@@ -90,6 +89,8 @@ impl Known {
                 return Err(FrozenError::FileChanged { start: at, expected, found: now.to_pages() });
             }
         }
+        // Only now: from here on pages are made without being counted.
+        self.exact.store(true, Ordering::SeqCst);
         Ok(())
     }
 

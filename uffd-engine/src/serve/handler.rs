@@ -66,8 +66,9 @@ pub(crate) fn run(served: &dyn Served, waiter: &Arc<Waiter>, cpu: Option<usize>,
             let (addr, flags) = (HostAddr(message.word1), message.word0);
             let touch = waiter.touch(memory, addr);
             stop |= touch == Touch::Stop;
-            if touch != Touch::None {
-            } else if memory.view.gate.is_interruption(&memory.view.descriptor, addr) {
+            let ours = touch != Touch::None || memory.view.gate.is_interruption(&memory.view.descriptor, addr);
+            if ours {
+                // It was answered.
             } else if flags & UFFD_PAGEFAULT_FLAG_WP == 0 {
                 served.fault(Fault { addr, minor: flags & UFFD_PAGEFAULT_FLAG_MINOR != 0, since });
             } else if !memory.write_fault(addr) {

@@ -11,6 +11,7 @@
 //! it has and goes on.
 //!
 //! - [`Opening`]: what is sent before the first page.
+//!
 //! What both directions share, pages on the wire and the return path, is in [`wire`](crate::wire).
 //!
 //! The protocol is that of QEMU 8.0 to 11 (docs/devel/migration/postcopy.rst, migration/savevm.c, migration/ram.c).
