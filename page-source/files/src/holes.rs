@@ -25,7 +25,7 @@ pub(crate) enum Holes {
     Told,
     /// There is none: the file takes as much space as it is long.
     None,
-    /// Nobody knows: all of it is read.
+    /// The file system does not tell: all of it is read.
     Unknown,
 }
 

@@ -4,12 +4,14 @@ use std::fs::File;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 
 use frame_file::{Codec, Cuts, FrameWriter, compress};
 use mapped_ram::Snapshot;
 use page_files::MappedRam;
-use page_source::{Collect, Content, PageSource, Pages, SourceErrorKind, Urgency};
-use page_units::{BlockId, ByteLen, FileOffset, PAGE_SIZE, PageCount, PageIndex, PageRun};
+use page_source::conformance::{Page, Suite};
+use page_source::{Collect, Content, PageSource, Pages, SourceErrorKind, Threaded, Urgency};
+use page_units::{BlockId, ByteLen, FileOffset, Layout, PAGE_SIZE, PageCount, PageIndex, PageRun, PageSize, RamBlock};
 use proptest::prelude::*;
 use testkit::oracle::Oracle;
 use testkit::samples;
@@ -208,6 +210,22 @@ fn no_flipped_bit_anywhere_gives_a_wrong_page() {
             at += step(at);
         }
         assert!(noticed > 0);
+    }
+}
+
+#[test]
+fn a_compressed_source_keeps_the_contract() {
+    let dir = tempfile::tempdir().unwrap();
+    let block = |name: &str, pages: u64| RamBlock::new(name, ByteLen(pages * PAGE_SIZE), PageSize::SMALL).unwrap();
+    let layout = Layout::new(vec![block("pc.ram", 300), block("rom", 2)]).unwrap();
+    let oracle = Arc::new(Oracle::random(11, layout, 120));
+    let truth = Arc::clone(&oracle);
+    let suite = Suite::new(move |one| Page::Content(truth.run(one).to_vec()));
+    for codec in CODECS {
+        let path = compressed(&plain(dir.path(), &oracle), codec, ByteLen(4 * PAGE_SIZE));
+        let source = MappedRam::open(&path).unwrap();
+        suite.source(Arc::new(source.clone())).unwrap();
+        suite.source(Arc::new(Threaded::new(source, 2))).unwrap();
     }
 }
 

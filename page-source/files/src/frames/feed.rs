@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use frame_file::Frame;
-use page_source::{Answer, EndGuard, Feed, PageBytes, PageSink, Reply, SourceError, SourceErrorKind, Subject, Urgency};
+use page_source::{
+    Answer, EndGuard, Feed, PageBytes, PageSink, Reply, SourceError, SourceErrorKind, Subject, Urgency, deliver,
+};
 use page_units::{ByteLen, FileOffset, PAGE_SHIFT, PAGE_SIZE, PageCount, PageRun};
 
 use super::Frames;
@@ -88,7 +90,7 @@ impl FrameFeed {
             Ok(content) => {
                 let bytes = PageBytes::from_slice(&content);
                 let from = self.offset(run) - frame.decoded().start;
-                self.sink().data(run, bytes.slice(from, run.len())).branch()
+                deliver(self.sink(), run, bytes.slice(from, run.len()), |gone| self.unreadable(gone))
             }
             Err(error) => self.sink().failed(run, error).branch(),
         }
@@ -98,7 +100,7 @@ impl FrameFeed {
     fn across_frames(&self, page: PageRun) -> ControlFlow<Reply> {
         let mut bytes = [0; 1 << PAGE_SHIFT];
         match self.frames.read(page, &mut bytes, self.offset(page)) {
-            Ok(()) => self.sink().data(page, PageBytes::from_slice(&bytes)).branch(),
+            Ok(()) => deliver(self.sink(), page, PageBytes::from_slice(&bytes), |gone| self.unreadable(gone)),
             Err(error) => self.sink().failed(page, error).branch(),
         }
     }
@@ -143,6 +145,12 @@ impl FrameFeed {
     fn offset(&self, run: PageRun) -> FileOffset {
         let base = self.frames.snapshot.block(run.block).map_or(u64::MAX, |block| block.pages_offset.0);
         FileOffset(base.saturating_add(run.first.byte_offset().0))
+    }
+
+    /// That the sink could not read what it was lent.
+    fn unreadable(&self, run: PageRun) -> SourceError {
+        let subject = Subject::file(self.frames.snapshot.path()).run(run);
+        SourceError::new(SourceErrorKind::Unreadable, subject, format!("the sink could not read {run}"))
     }
 
     fn outside(&self, run: PageRun) -> SourceError {
